@@ -1,0 +1,52 @@
+# Every target needs only Linux, Python 3.11+, git and make; `setup` alone uses the network.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# No compiler: DeepSpeed's native operators are never built (trainer/engine.py says why none is needed).
+export DS_BUILD_OPS = 0
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: help setup demo test check lint types chaos bench lock clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## a .venv with the pinned versions (the only target that uses the network)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; Shardyard needs 3.11 to 3.13: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@$(PYTHON) -m venv --help >/dev/null 2>&1 || { echo "$(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv) and call make again"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: setup  ## train a small GPT on this machine's Python standard library, 2 Ray workers, ZeRO-1
+	$(BIN)/python -m cluster.demo
+
+test: setup  ## all tests that need no root and no daemon, at most 10 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+check: lint types  ## lint, types and the tests that take seconds, under 60 s
+	$(BIN)/python -m pytest -m "not slow and not distributed and not ray"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+chaos: setup  ## kill a run at random, N schedules (make chaos N=20)
+	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --schedules=$(or $(N),20)
+
+bench: setup  ## measurements against peers; tables go to benchmarks/results/
+	$(BIN)/python benchmarks/overhead.py
+
+lock: setup  ## write constraints.txt anew from what is installed
+	@{ echo '# Every installed version, exactly: the only place that pins. Regenerate with `make lock`.'; \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==.*/torch==2.13.0/'; } > constraints.txt
+
+clean:  ## remove the .venv and what tools left; runs/ stays
+	rm -rf .venv .mypy_cache .ruff_cache *.egg-info

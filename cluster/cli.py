@@ -1,0 +1,145 @@
+"""The command line: every command's arguments in one place, its work in `cluster/commands/`, imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from typing import Any
+
+from configs.errors import ShardyardError
+
+DEFAULT_STORE = "runs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (see DESIGN: 0 ok, 1 failed, 2 usage, 3 unreachable, 4 not found, ...)."""
+    arguments = build_parser().parse_args(argv)
+    module, _, function = arguments.handler.partition(":")
+    try:
+        result = getattr(importlib.import_module(f"cluster.commands.{module}"), function)(arguments)
+    except ShardyardError as error:
+        if arguments.verbose:
+            raise
+        report_error(error, arguments.json)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; there is nobody left to tell.
+        sys.stderr.close()
+        return 0
+    if arguments.json and result is not None:
+        print(json.dumps(result, default=str))
+    return 0
+
+
+def report_error(error: ShardyardError, as_json: bool) -> None:
+    """One paragraph on stderr; with --json also an object on stdout, so that a program can read the cause."""
+    print(f"shardyard: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Nothing heavy is imported here: `--help` has to answer at once."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON value on stdout; narration goes to stderr")
+    common.add_argument("-v", "--verbose", action="store_true", help="show tracebacks and details")
+    parser = argparse.ArgumentParser(
+        prog="shardyard", description="Distributed training in which nothing is lost: one file describes a run."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(group: Any, name: str, handler: str, text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(handler=handler)
+        return added
+
+    _add_recipe_commands(commands, command)
+    _add_run_commands(commands, command)
+    _add_data_commands(commands, command)
+    doctor = command(commands, "doctor", "doctor:doctor", "check this machine: packages, devices, Ray, MLflow, disk")
+    _add_store(doctor)
+    return parser
+
+
+def _add_recipe_commands(commands: Any, command: Any) -> None:
+    init = command(commands, "init", "recipes:init", "write a commented recipe, and the schema that editors check it by")
+    init.add_argument("path", nargs="?", default="run.yaml", help="file to write (default: run.yaml)")
+    init.add_argument("--recipe", default="language_modeling-gpt-tiny", help="recipe to start from")
+    check = command(commands, "check", "recipes:check", "validate a recipe and show what it will do, without running it")
+    _add_recipe(check)
+    train = command(commands, "train", "train:train", "train a recipe; the same name launched again resumes the run")
+    _add_recipe(train)
+    train.add_argument("--address", help="join this Ray cluster instead of starting one here")
+    train.add_argument(
+        "--from", dest="parent", metavar="RUN@STEP", help="start from another run's checkpoint, or a Hugging Face folder"
+    )
+    train.add_argument(
+        "--branch", action="store_true", help="with --from: take the whole state (optimizer, data position), not weights"
+    )
+
+
+def _add_run_commands(commands: Any, command: Any) -> None:
+    runs = commands.add_parser("runs", help="list, show, stop, resume runs").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    _add_store(command(runs, "ls", "runs:ls", "list the runs of a store"))
+    for name, handler, text in [
+        ("show", "runs:show", "show one run: status, attempts, checkpoints, first failure"),
+        ("stop", "runs:stop", "ask a run to save a checkpoint and stop"),
+        ("sync", "runs:sync", "send MLflow what it has missed of a run"),
+    ]:
+        _add_run(command(runs, name, handler, text))
+    resume = command(runs, "resume", "runs:resume", "go on with a run from its newest good checkpoint")
+    _add_run(resume)
+    resume.add_argument("--address", help="join this Ray cluster instead of starting one here")
+    logs = command(commands, "logs", "runs:logs", "print a worker's log")
+    _add_run(logs)
+    logs.add_argument("--rank", type=int, default=0)
+    logs.add_argument("--attempt", type=int, help="default: the latest")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows, until the run ends")
+    generate = command(commands, "generate", "inference:generate", "continue a prompt with a trained language model")
+    _add_run(generate, "RUN or RUN@STEP")
+    generate.add_argument("--prompt", default="", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=200, help="tokens to add at most (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+    export = command(commands, "export", "inference:export", "write a checkpoint's weights as a Hugging Face folder")
+    _add_run(export, "RUN or RUN@STEP")
+    export.add_argument("folder", help="folder to write; it must not exist yet")
+
+
+def _add_data_commands(commands: Any, command: Any) -> None:
+    data = commands.add_parser("data", help="build, inspect, verify data sets").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    for name, text in [
+        ("build", "turn a recipe's source into Arrow shards"),
+        ("inspect", "show a recipe's data set: splits, counts, examples"),
+        ("verify", "check every block of a recipe's data set against its digest"),
+    ]:
+        _add_recipe(command(data, name, f"data:{name}", text))
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name in configs/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+
+
+def _add_run(parser: argparse.ArgumentParser, text: str = "name of the run") -> None:
+    parser.add_argument("run", metavar="RUN", help=text)
+    _add_store(parser)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", default=DEFAULT_STORE, help="folder or URI that holds the runs (default: ./runs)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One function a command; each returns what `--json` prints and narrates the rest itself."""

@@ -1,0 +1,1 @@
+"""What a run is: typed, strict settings. No torch, no ray, nothing heavy."""

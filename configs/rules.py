@@ -1,0 +1,103 @@
+"""Rules between settings. Each is a pure function of the values it names and returns its message, or None when kept.
+
+They live apart from the models so that they are checked, and reported, also while other settings are still wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``broken`` takes the values of ``keys`` in order; the message is filed under the first key."""
+
+    keys: tuple[str, ...]
+    broken: Callable[..., str | None]
+
+
+def broken_rules(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """(keys, message) of each broken rule. ``values`` is flat, by dotted key; a rule that lacks a value is left out."""
+    found = []
+    for rule in RULES:
+        if all(key in values for key in rule.keys):
+            message = rule.broken(*(values[key] for key in rule.keys))
+            if message is not None:
+                found.append((rule.keys, message))
+    return found
+
+
+def _micro_batch_fits(micro: int, whole: int) -> str | None:
+    if micro <= whole:
+        return None
+    return (
+        f"batch.micro_batch_size={micro} is larger than batch.global_batch_size={whole}: micro-batches are pieces of "
+        f"the global batch. Use batch.micro_batch_size={whole} or less, or a larger global batch."
+    )
+
+
+def _low_precision_needs_masters(stage: int, precision: str) -> str | None:
+    if stage != 0 or precision == "fp32":
+        return None
+    return (
+        f"zero.stage=0 with precision={precision} keeps no fp32 master weights (DeepSpeed 0.19). "
+        "Use zero.stage=1, or precision=fp32."
+    )
+
+
+def _offload_needs_partitions(offload: bool, stage: int) -> str | None:
+    if not offload or stage >= 1:
+        return None
+    return (
+        "zero.offload_optimizer=true with zero.stage=0: only a partitioned optimizer can be kept in CPU memory. "
+        "Use zero.stage=1 or more, or zero.offload_optimizer=false."
+    )
+
+
+def _warmup_ends(warmup: int, steps: int) -> str | None:
+    if warmup <= steps:
+        return None
+    return (
+        f"schedule.warmup_steps={warmup} is longer than the run (steps={steps}): the full learning rate is never "
+        f"reached. Use schedule.warmup_steps={max(steps // 10, 0)}, or more steps."
+    )
+
+
+def _decay_is_for_wsd(decay: int | None, name: str) -> str | None:
+    if decay is None or name == "wsd":
+        return None
+    return (
+        f"schedule.decay_steps={decay} with schedule.name={name} has no effect: only wsd has a decay of its own length. "
+        "Use schedule.name=wsd, or remove schedule.decay_steps."
+    )
+
+
+def _wsd_phases_fit(decay: int | None, warmup: int, steps: int, name: str) -> str | None:
+    if decay is None or name != "wsd" or warmup > steps or warmup + decay <= steps:
+        return None
+    return (
+        f"schedule.warmup_steps={warmup} and schedule.decay_steps={decay} together are longer than the run "
+        f"(steps={steps}). Use schedule.decay_steps={steps - warmup} or less, or more steps."
+    )
+
+
+def _momentum_is_used(momentum: float, name: str) -> str | None:
+    if momentum == 0 or name in ("sgd", "rmsprop"):
+        return None
+    return (
+        f"optimizer.momentum={momentum} with optimizer.name={name} has no effect: its momentum is the first of "
+        "optimizer.betas. Set that, or use optimizer.name=sgd."
+    )
+
+
+RULES = (
+    Rule(("batch.micro_batch_size", "batch.global_batch_size"), _micro_batch_fits),
+    Rule(("zero.stage", "precision"), _low_precision_needs_masters),
+    Rule(("zero.offload_optimizer", "zero.stage"), _offload_needs_partitions),
+    Rule(("schedule.warmup_steps", "steps"), _warmup_ends),
+    Rule(("schedule.decay_steps", "schedule.name"), _decay_is_for_wsd),
+    Rule(("schedule.decay_steps", "schedule.warmup_steps", "steps", "schedule.name"), _wsd_phases_fit),
+    Rule(("optimizer.momentum", "optimizer.name"), _momentum_is_used),
+)

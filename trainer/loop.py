@@ -1,0 +1,169 @@
+"""The training loop: the only one. Evaluation, records and checkpoints are `if` blocks in it, in order."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.errors import RunFailed
+from data_pipelines.loader import evaluation_batches
+from trainer.engine import StepStats
+from trainer.schedules import lr_at
+from trainer.session import Session
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's part of an attempt ended, and after which step (counted in completed steps)."""
+
+    outcome: Literal["finished", "stopped"]
+    step: int
+
+
+def train(session: Session, stop: threading.Event) -> Outcome:
+    """Train from `session.start_step` to the last step, or until any rank is asked to stop.
+
+    A step is numbered by the steps completed with it: the first is 1, and its checkpoint is step-00000001.
+    Ranks agree on stopping and saving in the collective that sums the valid items, so that a signal on
+    one rank hangs nobody. The end is always evaluated on the whole validation split and saved.
+
+    Raises:
+        RunFailed: the loss is not a finite number.
+    """
+    config, engine, progress = session.config, session.engine, session.progress
+    meter = Meter(session)
+    saves = SaveClock(config.checkpoint.every_steps, config.checkpoint.every_s)
+    for step in range(session.start_step, config.steps):
+        done = step + 1
+        progress.phase = "data"
+        micro_batches = session.loader.step(step)
+        lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
+        votes = (stop.is_set(), saves.due(done))
+        stats = engine.train_step(session.task, micro_batches, lr=lr, step=step, votes=votes)
+        stopping, save_due = stats.votes
+        last = done == config.steps
+        meter.add(stats)
+        progress.step, progress.loss, progress.tokens_per_s = done, stats.loss, meter.tokens_per_s
+        refuse_divergence(done, stats)
+        if due(done, config.tracking.every) or last or stopping:
+            session.log_metrics(done, meter.read(stats, lr))
+        if due(done, config.evaluation.every) or last:
+            progress.phase = "evaluation"
+            session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))
+        if last:
+            session.log_sample(done)
+        if save_due or stopping or last:
+            progress.phase = "checkpoint"
+            session.save(done)
+            saves.saved()
+        if stopping and not last:
+            session.checkpointer.wait()
+            return Outcome("stopped", done)
+        meter.pause()
+    session.checkpointer.wait()
+    return Outcome("finished", config.steps)
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something done every `every` steps (None: never) is due after `step` completed steps."""
+    return every is not None and step % every == 0
+
+
+def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
+    """Metrics over the first `num_examples` of the validation split (None: all of it), each counted exactly once."""
+    started = time.perf_counter()
+    batches = evaluation_batches(
+        session.validation,
+        session.prepare,
+        micro_batch_size=session.config.batch.micro_batch_size,
+        rank=session.world.rank,
+        world_size=session.world.size,
+        num_examples=num_examples,
+    )
+    sums = session.engine.evaluate(session.task, batches)
+    metrics = session.task.metrics(sums, session.validation)
+    return {f"validation/{name}": value for name, value in metrics.items()} | {
+        "validation/seconds": time.perf_counter() - started
+    }
+
+
+def refuse_divergence(done: int, stats: StepStats) -> None:
+    """Stop at the first loss that is no number: every later weight would be lost to it."""
+    if not stats.skipped and not math.isfinite(stats.loss):
+        raise RunFailed(
+            f"The loss of step {done} is {stats.loss}, so the update would destroy the weights. The last checkpoint "
+            "is from before it. Lower optimizer.lr, set optimizer.clip_grad_norm, or use precision=fp32 or bf16."
+        )
+
+
+class SaveClock:
+    """When the next checkpoint is due: every n steps, or every so many seconds since the last one."""
+
+    def __init__(self, every_steps: int | None, every_s: float | None) -> None:
+        self._every_steps = every_steps
+        self._every_s = every_s
+        self._saved_at = time.monotonic()
+
+    def due(self, done: int) -> bool:
+        """Whether this rank finds that a save is due after `done` steps; ranks' clocks differ, so it is only a vote."""
+        if self._every_s is not None:
+            return time.monotonic() - self._saved_at >= self._every_s
+        return due(done, self._every_steps)
+
+    def saved(self) -> None:
+        """Start counting anew."""
+        self._saved_at = time.monotonic()
+
+
+class Meter:
+    """Speed over the steps since it was last read, without the time of evaluation and checkpoints."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.tokens_per_s: float | None = None
+        self._mark = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._tokens = 0
+        self._step_s = 0.0
+        self._data_wait_s = 0.0
+
+    def add(self, stats: StepStats) -> None:
+        """Count a step that just ended."""
+        now = time.perf_counter()
+        self._steps += 1
+        self._step_s += now - self._mark
+        self._tokens += stats.num_tokens
+        self._data_wait_s += self._session.loader.wait_s
+        self._mark = now
+        self.tokens_per_s = self._tokens / self._step_s
+
+    def pause(self) -> None:
+        """Leave out what happened since the step ended."""
+        self._mark = time.perf_counter()
+
+    def read(self, stats: StepStats, lr: float) -> dict[str, float]:
+        """Metrics of the latest step and speeds since the last reading. Times are seconds a step."""
+        step_s = self._step_s / self._steps
+        metrics = {
+            "loss": stats.loss,
+            "lr": lr,
+            "items": float(stats.num_items),
+            "tokens_per_s": self._tokens / self._step_s,
+            "step_s": step_s,
+            "data_wait_s": self._data_wait_s / self._steps,
+            "forward_s": stats.forward_s,
+            "backward_s": stats.backward_s,
+            "optimizer_s": stats.optimizer_s,
+            "skipped": float(stats.skipped),
+        }
+        if stats.grad_norm is not None:
+            metrics["grad_norm"] = stats.grad_norm
+        metrics |= self._session.device_metrics(step_s)
+        self._reset()
+        return metrics
