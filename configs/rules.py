@@ -69,7 +69,7 @@ def _decay_is_for_wsd(decay: int | None, name: str) -> str | None:
     if decay is None or name == "wsd":
         return None
     return (
-        f"schedule.decay_steps={decay} with schedule.name={name} has no effect: only wsd has a decay of its own length. "
+        f"schedule.decay_steps={decay} with schedule.name={name} has no effect: only wsd's decay has a length. "
         "Use schedule.name=wsd, or remove schedule.decay_steps."
     )
 

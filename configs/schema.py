@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -90,8 +91,8 @@ class ScheduleConfig(Section):
 class ZeroConfig(Section):
     """What DeepSpeed's ZeRO divides among the workers."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        default=1, description="0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."
+    stage: int = Field(  # not a Literal: true and 1.0 would pass for 1
+        default=1, ge=0, le=3, description="0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."
     )
     offload_optimizer: bool = Field(default=False, description="Keep the optimizer state in CPU memory.")
 
@@ -188,15 +189,17 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Decides weights, order of the data and dropout.")
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.", examples=[1000])
     store: str = Field(default="runs", min_length=1, description="Folder, or object-store address, that holds runs.")
-    task: Plugin = Field(description="What is learned: a file of trainer/tasks.", examples=["{name: language_modeling}"])
-    model: Plugin = Field(description="What learns it: a file of trainer/models.", examples=["{name: gpt}"])
+    task: Plugin = Field(
+        description="What is learned: a file of trainer/tasks.", examples=[{"name": "language_modeling"}]
+    )
+    model: Plugin = Field(description="What learns it: a file of trainer/models.", examples=[{"name": "gpt"}])
     data: Plugin = Field(
-        description="What it learns from: a file of data_pipelines/sources.", examples=["{name: python_stdlib}"]
+        description="What it learns from: a file of data_pipelines/sources.", examples=[{"name": "python_stdlib"}]
     )
     batch: BatchConfig = Field(
-        description="Examples a step.", examples=["{global_batch_size: 32, micro_batch_size: 8}"]
+        description="Examples a step.", examples=[{"global_batch_size": 32, "micro_batch_size": 8}]
     )
-    optimizer: OptimizerConfig = Field(description="How weights follow gradients.", examples=["{lr: 0.0003}"])
+    optimizer: OptimizerConfig = Field(description="How weights follow gradients.", examples=[{"lr": 3e-4}])
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="The learning rate over the steps.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Number format of the forward and backward passes; master weights are fp32."
@@ -229,7 +232,7 @@ class RunConfig(Section):
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Leaf values by dotted key, in order. Lists and empty mappings are leaves."""
-    if not (isinstance(values, dict) and values):
+    if not (isinstance(values, Mapping) and values):
         return {prefix: values} if prefix else {}
     flat: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,7 +1,7 @@
 """YAML 1.2 in and out: values with the line of each, and text that reads back as exactly the same values.
 
-PyYAML speaks YAML 1.1, where ``1e-3`` is text and ``on`` is true. Here its scanner and composer are kept and scalars are
-resolved by the core schema of YAML 1.2.2 (https://yaml.org/spec/1.2.2/#103-core-schema). Aliases, custom tags and
+PyYAML speaks YAML 1.1, where ``1e-3`` is text and ``on`` is true. Here its scanner and composer are kept and scalars
+are resolved by the core schema of YAML 1.2.2 (https://yaml.org/spec/1.2.2/#103-core-schema). Aliases, custom tags and
 duplicate keys are refused: a run is one complete file that reads the same to everybody.
 """
 
@@ -47,8 +47,6 @@ _HINTS = (
 class _Loader(yaml.SafeLoader):
     """PyYAML's scanner, parser and composer with the resolver of YAML 1.2 and no aliases."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
@@ -56,8 +54,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-for _kind, _pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)):
-    _Loader.add_implicit_resolver(_TAG + _kind, _pattern, None)
+# Under None stand the resolvers that are tried for every first character.
+_Loader.yaml_implicit_resolvers = {
+    None: [
+        (_TAG + kind, pattern) for kind, pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT))
+    ]
+}
 
 
 @dataclass
@@ -84,7 +86,7 @@ def parse(text: str) -> Parsed:
         parsed.problems.append((mark.line + 1 if mark else 1, (), _syntax_message(error)))
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        parsed.problems.append((line, (), f"not valid YAML: character U+{ord(error.character):04X}; remove it"))
+        parsed.problems.append((line, (), f"not valid YAML: character U+{_code(error.character):04X}; remove it"))
     except RecursionError:
         parsed.problems.append((1, (), "nested too deeply to be read; write it flatter"))
     finally:
@@ -200,10 +202,14 @@ def _scalar(node: yaml.ScalarNode, path: Path, parsed: Parsed) -> Any:
         if kind == "float" and _FLOAT.match(text):
             return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".n", "n"))
     except ValueError:
-        pass
+        pass  # more digits than Python reads
     message = f"{write_value(text[:60])} cannot be read as {kind}; remove the tag, or correct the value"
     parsed.problems.append((node.start_mark.line + 1, path, message))
     return None
+
+
+def _code(character: int | str | bytes) -> int:
+    return character if isinstance(character, int) else ord(character)
 
 
 def _syntax_message(error: yaml.MarkedYAMLError) -> str:

@@ -8,10 +8,19 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from configs.errors import Interrupted, ShardyardError
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+    from trainer.loop import Outcome
+    from trainer.progress import Progress
+    from trainer.record import RunRecord
+
+NARRATION_EVERY_S = 5.0
 
 
 def main() -> int:
@@ -26,7 +35,7 @@ def main() -> int:
     except ShardyardError as error:
         if arguments.verbose:
             raise
-        print(error, file=sys.stderr)
+        print(f"trainer: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
@@ -35,17 +44,27 @@ def train(recipe: str, overrides: list[str]) -> None:
     """Train the recipe in this process, as the rank that torchrun's environment names (alone: 0 of 1).
 
     Raises:
-        Interrupted: stopped by a signal; the run is saved and the same command resumes it.
+        Interrupted: stopped by a signal; the run is saved, and the same command goes on with it.
     """
     from configs.load import load
+    from data_pipelines.storage import Store
     from trainer.distributed import all_sum, close_world, init_world
+    from trainer.progress import Progress
+    from trainer.record import RunRecord
     from trainer.validate import validate
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     resolved = load(recipe, [*overrides, f"resources.workers={world_size}"])
     config = resolved.config
     validate(resolved)
-    with stop_on_signal() as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal())
+        attempt = 0
+        if rank == 0:
+            # Before the ranks meet, so that a refusal is told at once: torchrun then ends the others.
+            record = RunRecord.create(Store(config.store), resolved)
+            stack.enter_context(record.acquire_lease())
+            attempt = record.next_attempt()
         world = init_world(
             rank,
             world_size,
@@ -55,13 +74,80 @@ def train(recipe: str, overrides: list[str]) -> None:
             threads=config.resources.threads,
             timeout_s=config.recovery.collective_timeout_s,
         )
-        try:
-            with held_record(resolved, rank) as (record, attempt):
-                # Rank 0 numbers the attempt; the others learn it, and that the record exists, from this sum.
-                attempt = int(all_sum([float(attempt)])[0])
-                outcome = train_in_record(record, resolved, attempt, world, stop)
-        finally:
-            close_world()
+        stack.callback(close_world)
+        attempt = int(all_sum([float(attempt)])[0])
+        if rank > 0:
+            record = RunRecord.open(config.store, config.name, rank=rank)
+            record.attempt = attempt
+        stack.callback(record.close)
+        progress = Progress()
+        if rank == 0:
+            stack.enter_context(narrated(progress))
+        outcome = train_recorded(record, rank, world, progress, stop)
     if outcome.outcome == "stopped":
         command = " ".join(["python -m trainer", recipe, *overrides])
         raise Interrupted(f"Stopped and saved after step {outcome.step} of {config.steps}. Go on with: {command}")
+
+
+def train_recorded(record: RunRecord, rank: int, world: World, progress: Progress, stop: threading.Event) -> Outcome:
+    """Run the loop; rank 0 records how it ended."""
+    from trainer.loop import train as run_loop
+    from trainer.session import open_session
+
+    try:
+        with open_session(record, world, progress) as session:
+            outcome = run_loop(session, stop)
+    except BaseException as error:
+        # Every rank may be the one that knows the cause.
+        record.event("failed", rank=rank, error=f"{type(error).__name__}: {error}", final=True)
+        raise
+    if rank == 0:
+        record.event(outcome.outcome, step=outcome.step)
+    return outcome
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that training saves and stops; the second ends at once."""
+    stop = threading.Event()
+
+    def request_stop(number: int, _frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        print("Saving a checkpoint, then stopping; once more ends at once.", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def narrated(progress: Progress) -> Iterator[None]:
+    """Print where training is, a line every few seconds, until the block ends."""
+    ended = threading.Event()
+
+    def narrate() -> None:
+        last = None
+        while not ended.wait(NARRATION_EVERY_S):
+            now = (progress.phase, progress.step)
+            if now != last and progress.loss is not None:
+                speed = progress.tokens_per_s or 0
+                print(f"step {progress.step}/{progress.steps}  loss {progress.loss:.4f}  {speed:,.0f} tokens/s", flush=True)
+            elif now != last:
+                print(f"{progress.phase} ...", flush=True)
+            last = now
+
+    thread = threading.Thread(target=narrate, name="narration", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from configs.duration import Interval
 from configs.errors import RunFailed
 from data_pipelines.loader import evaluation_batches
 from trainer.engine import StepStats
@@ -35,7 +36,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     """
     config, engine, progress = session.config, session.engine, session.progress
     meter = Meter(session)
-    saves = SaveClock(config.checkpoint.every_steps, config.checkpoint.every_s)
+    saves = SaveClock(config.checkpoint.interval)
     for step in range(session.start_step, config.steps):
         done = step + 1
         progress.phase = "data"
@@ -102,16 +103,15 @@ def refuse_divergence(done: int, stats: StepStats) -> None:
 class SaveClock:
     """When the next checkpoint is due: every n steps, or every so many seconds since the last one."""
 
-    def __init__(self, every_steps: int | None, every_s: float | None) -> None:
-        self._every_steps = every_steps
-        self._every_s = every_s
+    def __init__(self, every: Interval) -> None:
+        self._every = every
         self._saved_at = time.monotonic()
 
     def due(self, done: int) -> bool:
         """Whether this rank finds that a save is due after `done` steps; ranks' clocks differ, so it is only a vote."""
-        if self._every_s is not None:
-            return time.monotonic() - self._saved_at >= self._every_s
-        return due(done, self._every_steps)
+        if self._every.seconds is not None:
+            return time.monotonic() - self._saved_at >= self._every.seconds
+        return due(done, self._every.steps)
 
     def saved(self) -> None:
         """Start counting anew."""

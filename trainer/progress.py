@@ -40,7 +40,7 @@ class Progress:
         self.updated_at = time.monotonic()
 
     def snapshot(self) -> dict[str, Any]:
-        """All fields, and `silent_s`: seconds since the last sign of life (a monotonic clock means nothing elsewhere)."""
+        """All fields, and `silent_s`: seconds since the last sign of life, since this clock means nothing elsewhere."""
         return {
             "phase": self._phase,
             "step": self.step,

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.errors import UsageError
 from configs.schema import RunConfig
-from data_pipelines.build import dataset_digest, ensure_dataset
+from data_pipelines.build import ensure_dataset
 from data_pipelines.loader import Loader
 from data_pipelines.pack import PackedSplit
 from data_pipelines.shards import Dataset
@@ -66,11 +66,8 @@ class Session:
 
     def save(self, step: int) -> None:
         """Start saving a checkpoint after `step` completed steps; it is written behind the next ones."""
-        self.checkpointer.save(
-            step,
-            self.engine,
-            {"examples_seen": self.examples_seen(step), "fingerprint": self.dataset.fingerprint, "exceptions": []},
-        )
+        data_state = {"examples_seen": self.examples_seen(step), "fingerprint": self.dataset.fingerprint}
+        self.checkpointer.save(step, self.engine, data_state, {"tokenizer": self.dataset.tokenizer.to_json()})
 
     def examples_seen(self, step: int) -> int:
         """Position in the global order after `step` completed steps."""
@@ -87,8 +84,8 @@ class Session:
 
 
 @contextmanager
-def open_session(record: RunRecord, attempt: int, world: World, progress: Progress) -> Iterator[Session]:
-    """Build a Session for `attempt` of the run, at its newest good checkpoint, and close it in the end.
+def open_session(record: RunRecord, world: World, progress: Progress) -> Iterator[Session]:
+    """Build a Session for the record's attempt, at its newest good checkpoint, and close it in the end.
 
     Raises:
         ConfigError: the config names something that is not there, or does not fit.
@@ -96,7 +93,6 @@ def open_session(record: RunRecord, attempt: int, world: World, progress: Progre
     """
     config = record.config
     plan = validate(record.resolved)
-    record.attempt = attempt
     with ExitStack() as stack:
         progress.phase = "data"
         tokenizer = plan.task.config.tokenizer
@@ -149,25 +145,35 @@ def open_session(record: RunRecord, attempt: int, world: World, progress: Progre
 def _restore(record: RunRecord, engine: Engine, world: World, fingerprint: str) -> tuple[int, int]:
     """Load the run's newest good checkpoint, else its parent's; returns (completed steps, examples seen)."""
     checkpoints = record.store.child("checkpoints")
-    # Rank 0 verifies and decides, so that the ranks cannot disagree while an old checkpoint is being pruned.
-    found = checkpoint.newest(checkpoints) if world.rank == 0 else None
-    newest_step = int(all_sum([float(found[0] if found else 0)])[0])
+    reader = _newest_agreed(checkpoints, record, world)
     parent = record.config.parent
-    if newest_step:
-        reader = checkpoint.find(checkpoints, newest_step)
-    elif parent is None:
+    if reader is None and parent is None:
         return 0, 0
-    elif parent.state == "weights":
-        checkpoint.load_weights(engine, checkpoint.open_weights(parent.checkpoint))
-        return 0, 0
-    else:
+    if reader is None and parent is not None:
+        if parent.state == "weights":
+            checkpoint.load_weights(engine, checkpoint.open_weights(parent.checkpoint))
+            return 0, 0
         reader = checkpoint.open_checkpoint(parent.checkpoint)
+    assert reader is not None
     data = reader.manifest["data"]
     if data["fingerprint"] != fingerprint:
         raise UsageError(
-            f"Checkpoint {reader.name} was trained on data set {data['fingerprint']}, but the data set is now "
-            f"{fingerprint}: its position means nothing there. Restore the data, or start a new run with "
-            f"`shardyard train --from {record.name}@{newest_step}`, which takes the weights alone."
+            f"Checkpoint {reader.store.path()} was trained on data set {data['fingerprint']}, but the data set is now "
+            f"{fingerprint}: the position in the data means nothing there. Restore the data, or start a new run from "
+            f"its weights alone: shardyard train RECIPE --from {record.name}@{reader.manifest['step']} name=..."
         )
     checkpoint.load(engine, reader)
     return int(reader.manifest["step"]), int(data["examples_seen"])
+
+
+def _newest_agreed(checkpoints: Store, record: RunRecord, world: World) -> checkpoint.CheckpointReader | None:
+    """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all and decides."""
+    step = 0
+    if world.rank == 0:
+        damage: list[str] = []
+        found = checkpoint.newest(checkpoints, damage.append)
+        for message in damage:
+            record.event("checkpoint_damaged", error=message)
+        step = found[0] if found else 0
+    step = int(all_sum([float(step)])[0])
+    return checkpoint.find(checkpoints, step) if step else None

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from configs.load import ConfigError, Problem, Resolved, validate_plugin
+from configs.load import Resolved, validate_plugin
 from configs.plugins import find_plugin, plugin_names
+from configs.problems import ConfigError, Problem
 from configs.schema import RunConfig, Section
 from trainer.bound import BoundModel, BoundTask
 

@@ -29,7 +29,8 @@ def run_worker(
     from trainer.distributed import close_world, init_world
     from trainer.record import RunRecord
 
-    record = RunRecord.open(store_uri, run)
+    record = RunRecord.open(store_uri, run, rank=rank)
+    record.attempt = attempt
     config = record.config
     world = init_world(
         rank,
@@ -41,7 +42,7 @@ def run_worker(
         timeout_s=config.recovery.collective_timeout_s,
     )
     try:
-        with session.open_session(record, attempt, world, progress) as opened:
+        with session.open_session(record, world, progress) as opened:
             return asdict(loop.train(opened, stop))
     finally:
         close_world()

@@ -1,0 +1,160 @@
+"""`shardyard runs ls | show | stop | sync | resume` and `shardyard logs`: what a store knows, cluster or no cluster."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+from cluster.commands.output import age, facts, say, table
+from configs.errors import NotFound, UsageError
+from data_pipelines.storage import Store
+from trainer.record import RunRecord, attempt_folder, list_runs
+
+STOP_TIMEOUT_S = 300.0
+POLL_EVERY_S = 0.5
+
+
+def ls(arguments: Namespace) -> list[dict[str, Any]]:
+    """One line a run, the newest first."""
+    rows = [_summary(RunRecord.open(arguments.store, name)) for name in list_runs(Store(arguments.store))]
+    rows.sort(key=lambda row: row["started_at"] or 0.0, reverse=True)
+    if not rows:
+        say(arguments, f"No runs in {Store(arguments.store).uri}. Start one: shardyard train language_modeling-gpt-tiny")
+        return []
+    header = ("RUN", "STATUS", "WHERE", "STEP", "OF", "LOSS", "TOK/S", "ETA", "RESTARTS", "AGE")
+    shown = [
+        (
+            row["run"],
+            row["status"],
+            row["where"],
+            row["step"],
+            row["steps"],
+            row["loss"],
+            row["tokens_per_s"],
+            None if row["eta_s"] is None else age(row["eta_s"]),
+            row["restarts"],
+            None if row["started_at"] is None else age(time.time() - row["started_at"]),
+        )
+        for row in rows
+    ]
+    table(arguments, header, shown)
+    return rows
+
+
+def show(arguments: Namespace) -> dict[str, Any]:
+    """One run: where it stands, its attempts and checkpoints, and what failed first."""
+    record = RunRecord.open(arguments.store, arguments.run)
+    summary = _summary(record)
+    facts(arguments, {key: value for key, value in summary.items() if key not in ("started_at", "eta_s")})
+    attempts = record.attempts()
+    if attempts:
+        say(arguments)
+        table(
+            arguments,
+            ("ATTEMPT", "FROM STEP", "OUTCOME"),
+            [(row["attempt"], row["start_step"], row["outcome"]) for row in attempts],
+        )
+    checkpoints = record.checkpoints()
+    if checkpoints:
+        say(arguments)
+        table(arguments, ("CHECKPOINT", "PATH"), [(row["step"], row["path"]) for row in checkpoints])
+    failures = [event for event in record.events() if event["kind"] == "failed"]
+    for failure in failures[-1:]:
+        say(arguments, f"\nLast failure (attempt {failure['attempt']}): {failure.get('error')}")
+    return summary | {"attempts": attempts, "checkpoints": checkpoints, "failures": failures}
+
+
+def stop(arguments: Namespace) -> dict[str, Any]:
+    """Ask a run to save and stop, and wait until it has."""
+    record = RunRecord.open(arguments.store, arguments.run)
+    holder = record.holder()
+    if holder is None:
+        raise UsageError(f"The run '{record.name}' is not running: its status is {record.status()}.")
+    record.request_stop()
+    say(arguments, f"Asked '{record.name}' to save and stop.")
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while record.holder() is not None:
+        if time.monotonic() > deadline:
+            from configs.errors import TimedOut
+
+            raise TimedOut(
+                f"The run '{record.name}' has not stopped within {STOP_TIMEOUT_S:.0f} s. It stops after the step it is "
+                f"in: wait, or look at `shardyard logs {record.name}`."
+            )
+        time.sleep(POLL_EVERY_S)
+    say(arguments, f"'{record.name}' is {record.status()}. Go on with it: shardyard runs resume {record.name}")
+    return _summary(record)
+
+
+def sync(arguments: Namespace) -> dict[str, Any]:
+    """Send MLflow what it has missed of a run."""
+    from cluster.mlflow_copy import sync as sync_record
+
+    record = RunRecord.open(arguments.store, arguments.run)
+    sync_record(record)
+    say(arguments, f"MLflow has all of '{record.name}'.")
+    return {"run": record.name}
+
+
+def resume(arguments: Namespace) -> dict[str, Any]:
+    """Go on with a run, in the foreground, from its own resolved config."""
+    from cluster.commands.train import foreground
+
+    record = RunRecord.open(arguments.store, arguments.run)
+    # Its folder may have been moved since: the store is where it was found.
+    config = record.config.model_copy(update={"store": Store(arguments.store).uri, "name": arguments.run})
+    return foreground(arguments, config, [])
+
+
+def logs(arguments: Namespace) -> dict[str, Any] | None:
+    """Print a rank's log; with --follow go on as it grows, until the run is no longer running."""
+    record = RunRecord.open(arguments.store, arguments.run)
+    attempt = arguments.attempt or record.attempt
+    path = f"{attempt_folder(attempt)}/rank-{arguments.rank:05d}.log"
+    if not record.store.exists(path):
+        names = [
+            f"attempt {int(folder)}: {name}"
+            for folder in record.store.list_dirs("attempts")
+            for name in record.store.list(f"attempts/{folder}")
+            if name.endswith(".log")
+        ]
+        raise NotFound(f"There is no {record.store.path(path)}. There is: {', '.join(names) or 'no log yet'}.")
+    if arguments.json:
+        return {"path": record.store.path(path), "text": record.store.read_text(path)}
+    shown = 0
+    while True:
+        running = record.holder() is not None
+        data = record.store.read_bytes(path)
+        sys.stdout.write(data[shown:].decode("utf-8", errors="replace"))
+        sys.stdout.flush()
+        shown = len(data)
+        if not (arguments.follow and running):
+            return None
+        time.sleep(POLL_EVERY_S)
+
+
+def _summary(record: RunRecord) -> dict[str, Any]:
+    """What `runs ls` shows of a run, as plain values."""
+    rows = record.stitched()
+    trained = [row for row in rows if "loss" in row]
+    latest = trained[-1] if trained else {}
+    status = record.status()
+    step = latest.get("step", 0)
+    holder = record.holder()
+    events = record.events()
+    eta_s = (record.config.steps - step) * latest["step_s"] if status == "running" and "step_s" in latest else None
+    return {
+        "run": record.store.path().rstrip("/").rpartition("/")[2],
+        "status": status,
+        "where": holder.holder.host if holder else None,
+        "step": step,
+        "steps": record.config.steps,
+        "loss": latest.get("loss"),
+        "tokens_per_s": latest.get("tokens_per_s"),
+        "eta_s": eta_s,
+        "restarts": sum(event["kind"] == "restarted" for event in events),
+        "started_at": events[0]["time"] if events else None,
+        "folder": record.store.path(),
+    }

@@ -1,0 +1,265 @@
+"""The life of a run: place, train, notice failures, restart, stop. A state machine over a group of workers.
+
+    queued -> placing -> running -> finished
+                 ^          |-----> stopping -> stopped
+             restarting <---|-----> failed
+
+It knows neither Ray nor processes: a WorkerGroup starts, watches and kills them, policies.py decides, the run's record
+keeps what happened, and a clock tells the time. Tests drive it with fakes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from cluster.policies import Failure, GiveUp, WorkerStatus, find_silent, first_failure, is_consequence, next_action
+from configs.errors import RunFailed
+from configs.schema import RecoveryConfig
+
+POLL_S = 0.1
+CONTROL_POLL_S = 1.0
+# How long to look for the cause when all that is known is that some workers lost a peer.
+SETTLE_S = 1.0
+
+
+class State(StrEnum):
+    """Where a run's controller is."""
+
+    QUEUED = "queued"
+    PLACING = "placing"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    STOPPING = "stopping"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class WorkerGroup(Protocol):
+    """The worker processes of one attempt."""
+
+    def prepare(self, attempt: int) -> dict[str, Any]:
+        """Place the workers and let them import; returns what to record. Raises Unreachable if they do not fit."""
+
+    def start(self, cancelled: Callable[[], bool]) -> None:
+        """Wait until all have imported and tell them to train; returns early when one failed, or when cancelled."""
+
+    def poll(self, timeout_s: float) -> list[WorkerStatus]:
+        """Every worker's status, by rank; waits up to timeout_s for one to end."""
+
+    def request_stop(self) -> None:
+        """Ask every worker to save a checkpoint and return. Does not wait."""
+
+    def kill(self) -> None:
+        """End every worker at once; when it returns their processes are gone."""
+
+
+class Record(Protocol):
+    """What the controller uses of trainer.record.RunRecord."""
+
+    def next_attempt(self) -> int: ...  # noqa: D102
+    def event(self, kind: str, **fields: Any) -> None: ...  # noqa: D102
+    def stop_requested(self) -> bool: ...  # noqa: D102
+    def checkpoints(self) -> list[dict[str, Any]]: ...  # noqa: D102
+
+
+class Clock(Protocol):
+    """A monotonic clock."""
+
+    def __call__(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after which completed step, and how many restarts it took."""
+
+    outcome: Literal["finished", "stopped"]
+    step: int
+    restarts: int
+
+
+class Controller:
+    """Drives one run to its end. `run()` does it in the calling thread; other threads may request or force a stop."""
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        record: Record,
+        recovery: RecoveryConfig,
+        *,
+        name: str = "run",
+        lease_lost: Callable[[], bool] = lambda: False,
+        notice: Callable[[str], None] = lambda _: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.state = State.QUEUED
+        self.attempt = 0
+        self.workers: list[WorkerStatus] = []
+        self.failures: list[Failure] = []
+        self._group = group
+        self._record = record
+        self._recovery = recovery
+        self._name = name
+        self._lease_lost = lease_lost
+        self._notice = notice
+        self._clock = clock
+        self._stop_reason: str | None = None
+        self._aborted = threading.Event()
+        self._control_polled_at = clock()
+        self._steps_seen: dict[int, tuple[int, float]] = {}
+        self._slowest_step_s: float | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """Let the workers save a checkpoint and end. Any thread may call it; later reasons are ignored."""
+        self._stop_reason = self._stop_reason or reason
+
+    def abort(self) -> None:
+        """End at once, without a checkpoint. Any thread may call it."""
+        self._aborted.set()
+        self.request_stop("ended at once")
+
+    def prepare(self) -> None:
+        """Queue and place the first attempt, so that the workers import while the caller does something else."""
+        self.attempt = self._record.next_attempt()
+        self._record.event("queued")
+        self._place()
+
+    def run(self) -> Outcome:
+        """Train until the run has finished or stopped; `prepare` comes first.
+
+        Raises:
+            RunFailed: the run gave up; the message names the first cause, the last checkpoint, and the next command.
+            Unreachable: its workers found no place.
+        """
+        assert self.attempt > 0, "prepare() comes first"
+        try:
+            while True:
+                failure = self._run_attempt()
+                if failure is None:
+                    return self._end()
+                self._recover(failure)
+        except BaseException as error:
+            self.state = State.FAILED
+            self._group.kill()
+            if not isinstance(error, RunFailed):
+                self._record.event("failed", error=str(error) or type(error).__name__, final=True)
+            raise
+
+    def _place(self) -> None:
+        self.state = State.PLACING
+        self._record.event("placed", **self._group.prepare(self.attempt))
+
+    def _run_attempt(self) -> Failure | None:
+        """One attempt of placed workers, to its end; the failure that ended it, None if nothing did."""
+        self._steps_seen = {}
+        self._group.start(lambda: self._stop_reason is not None)
+        if self._stop_reason is not None:
+            return None  # nothing was trained yet, so there is nothing to save
+        self.state = State.RUNNING
+        while True:
+            workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
+            self.workers = workers
+            if any(worker.failed for worker in workers):
+                return self._settle(workers)
+            if all(worker.state in ("finished", "stopped") for worker in workers):
+                return None
+            self._poll_control()
+            if self._aborted.is_set():
+                return None
+            if self._stop_reason is not None and self.state is State.RUNNING:
+                self.state = State.STOPPING
+                self._notice(f"Stopping ({self._stop_reason}): saving a checkpoint first.")
+                self._group.request_stop()
+
+    def _with_silence(self, worker: WorkerStatus) -> WorkerStatus:
+        now = self._clock()
+        step, since = self._steps_seen.get(worker.rank, (worker.step, now))
+        if worker.step > step and step > 0:
+            self._slowest_step_s = max(self._slowest_step_s or 0.0, (now - since) / (worker.step - step))
+        if worker.step != step or worker.rank not in self._steps_seen:
+            self._steps_seen[worker.rank] = (worker.step, now)
+        reason = find_silent(worker, self._recovery, self._slowest_step_s if worker.step > 0 else None)
+        return worker if reason is None else replace(worker, state="silent", error=reason)
+
+    def _settle(self, workers: list[WorkerStatus]) -> Failure:
+        """Give the cause a moment to show where only its consequences are known yet."""
+        deadline = self._clock() + SETTLE_S
+        while all(is_consequence(worker) for worker in workers if worker.failed) and self._clock() < deadline:
+            workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
+        self.workers = workers
+        return first_failure(workers)
+
+    def _poll_control(self) -> None:
+        if self._clock() - self._control_polled_at < CONTROL_POLL_S:
+            return
+        self._control_polled_at = self._clock()
+        if self._lease_lost():
+            self.abort()
+            raise RunFailed(
+                f"Run '{self._name}' was taken over by another launcher, because this one was not heard of for too "
+                "long. Its workers here were ended; follow the other one."
+            )
+        if self._record.stop_requested():
+            self.request_stop("asked by `shardyard runs stop`")
+
+    def _end(self) -> Outcome:
+        """All workers returned, or they were not needed."""
+        finished = bool(self.workers) and all(worker.state == "finished" for worker in self.workers)
+        self._group.kill()
+        step = max((worker.step for worker in self.workers), default=0)
+        if not finished and not all(worker.state == "stopped" for worker in self.workers):
+            step = self._last_checkpoint()[0] or 0  # ended at once: what came after is lost
+        self.state = State.FINISHED if finished else State.STOPPED
+        reason = {} if finished else {"reason": self._stop_reason}
+        self._record.event(self.state.value, step=step, **reason)
+        return Outcome("finished" if finished else "stopped", step, len(self.failures))
+
+    def _recover(self, failure: Failure) -> None:
+        """Kill what is left and go on from the last good checkpoint, or give up."""
+        noticed_at = self._clock()
+        self.failures.append(failure)
+        self._group.kill()
+        action = next_action(self.failures, self._recovery)
+        if self._stop_reason is not None:
+            action = GiveUp("the run was stopping")
+        step, path = self._last_checkpoint()
+        self._record.event(
+            "failed",
+            rank=failure.rank,
+            node=failure.node,
+            cause=failure.kind,
+            phase=failure.phase,
+            step=failure.step,
+            error=failure.error,
+            log=failure.log,
+            detected_s=round(failure.detected_s, 3),
+            killed_s=round(self._clock() - noticed_at, 3),
+            checkpoint=path,
+            final=isinstance(action, GiveUp),
+            decision=action.reason,
+        )
+        if isinstance(action, GiveUp):
+            self.state = State.FAILED
+            raise RunFailed(self._obituary(failure, action, step))
+        self.state = State.RESTARTING
+        where = f"the checkpoint of step {step}" if step is not None else "the beginning"
+        self._notice(f"{failure.describe()}. Going on from {where}: {action.reason}.")
+        self.attempt = self._record.next_attempt()
+        self._record.event("restarted", step=step or 0, reason=action.reason)
+        self._place()
+
+    def _last_checkpoint(self) -> tuple[int | None, str | None]:
+        checkpoints: Sequence[dict[str, Any]] = self._record.checkpoints()
+        return (checkpoints[-1]["step"], str(checkpoints[-1]["path"])) if checkpoints else (None, None)
+
+    def _obituary(self, failure: Failure, action: GiveUp, step: int | None) -> str:
+        saved = f"The last good checkpoint is of step {step}." if step is not None else "There is no checkpoint yet."
+        return (
+            f"Run '{self._name}' failed: {failure.describe()} Given up, since {action.reason}. {saved} "
+            f"Log: {failure.log}. When the cause is mended, go on with: shardyard runs resume {self._name}"
+        )

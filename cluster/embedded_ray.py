@@ -1,0 +1,178 @@
+"""A Ray of our own for one run: on loopback, with a token, quiet, and gone without a trace at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import Unreachable
+
+# Ray's least. Training moves nothing through the object store.
+OBJECT_STORE_BYTES = 75 << 20
+END_TIMEOUT_S = 5.0
+_FOLDER_PREFIX = "shardyard-ray-"
+# Below it lie unix sockets, whose paths may be 107 bytes long.
+_MAX_FOLDER_BYTES = 40
+
+
+class EmbeddedRay:
+    """Ray processes started by this process; `stop()` ends them and removes their folder.
+
+    Start it in a thread that lives as long as it is needed: the kernel ends Ray's processes with the thread that
+    started them, so that they do not outlive a killed launcher.
+    """
+
+    def __init__(self, num_cpus: int, use_gpus: bool) -> None:
+        _remove_leftovers()
+        self._folder = _new_folder()
+        self._processes: list[Any] = []
+        self._environment = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(_write_token(self._folder)),
+            # Numbers that nobody reads here: they would cost a percent of a small machine.
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
+            "RAY_event_stats": "0",
+        }
+        self._previous = {name: os.environ.get(name) for name in self._environment}
+        try:
+            self._start(num_cpus, use_gpus)
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, Exception):
+                raise Unreachable(
+                    f"Ray could not be started on this machine: {error}. Look at free memory and at the space in "
+                    f"{self._folder.parent} and /dev/shm, or join a running cluster with --address."
+                ) from error
+            raise
+
+    def _start(self, num_cpus: int, use_gpus: bool) -> None:
+        os.environ.update(self._environment)
+        import ray
+
+        _forget_token()
+        with _only_needed_processes():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=None if use_gpus else 0,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self._folder),
+            )
+        self._processes = _children_of_folder(self._folder)
+
+    def stop(self) -> None:
+        """Shut down, and kill what is left. Safe to call twice and from any thread."""
+        import ray
+
+        # Taken anew: workers came since the start. Ray's own end leaves some of them behind when it is interrupted.
+        processes = [*self._processes, *_children_of_folder(self._folder)]
+        with contextlib.suppress(Exception):  # it may be half started, or its processes killed by hand
+            ray.shutdown()
+        end_processes(processes)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for name, value in self._previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _forget_token()
+
+
+def end_processes(processes: list[Any]) -> None:
+    """SIGKILL processes (psutil.Process, which tell a later process with the same pid) and wait until they are gone."""
+    import psutil
+
+    deadline = time.monotonic() + END_TIMEOUT_S
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _only_needed_processes() -> Iterator[None]:
+    """Start Ray on loopback, without autoscaler, dashboard server and log monitor.
+
+    Private API of the pinned Ray: it has no options for these. They would cost 5 s of processor time at the start, and
+    later a percent or two of a small machine. Ray takes the loopback address only where it believes that clusters of
+    several machines are not supported, as on macOS.
+    """
+    import ray._private.ray_constants as constants
+    from ray._private.node import Node
+
+    names = ("start_monitor", "start_api_server", "start_log_monitor")
+    methods = {name: getattr(Node, name) for name in names}
+    clusters = constants.ENABLE_RAY_CLUSTER
+    try:
+        constants.ENABLE_RAY_CLUSTER = False
+        for name in names:
+            setattr(Node, name, lambda *_, **__: None)
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
+        for name, method in methods.items():
+            setattr(Node, name, method)
+
+
+def _children_of_folder(folder: Path) -> list[Any]:
+    """Ray's processes below this one, known by their folder, with all that they started."""
+    import psutil
+
+    found: list[Any] = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
+
+
+def _new_folder() -> Path:
+    base = tempfile.gettempdir()
+    if len(base) > _MAX_FOLDER_BYTES and os.access("/tmp", os.W_OK):
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=base))
+
+
+def _remove_leftovers() -> None:
+    """Remove folders of launchers that were killed."""
+    import psutil
+
+    for base in {tempfile.gettempdir(), "/tmp"}:
+        for folder in Path(base).glob(f"{_FOLDER_PREFIX}*-*"):
+            pid = folder.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
+            with contextlib.suppress(OSError):
+                if pid.isdigit() and not psutil.pid_exists(int(pid)) and folder.stat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_token(folder: Path) -> Path:
+    path = folder / "token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _forget_token() -> None:
+    """Have Ray read the token file again: it keeps what it read for as long as the process lives."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")

@@ -1,0 +1,192 @@
+"""What to do about workers that die, raise or fall silent. Pure functions: facts in, a decision with its reason out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.schema import RecoveryConfig
+
+# A crash that comes back at the same step comes from the run itself, not from the machine.
+SAME_STEP_LIMIT = 3
+# A port chosen on a node may be taken before it is used; that says nothing about the run, so it costs no restart.
+PORT_RETRIES = 5
+# A step may take this many times the slowest one so far before its worker counts as hung.
+SLOW_STEP_FACTOR = 3.0
+# What a step consists of; other phases (evaluation, checkpoint, restore) have no usual length.
+STEP_PHASES = ("data", "forward", "backward", "optimizer")
+
+# What a healthy rank reports when another one has gone.
+_PEER_ERRORS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "recvbytes",
+    "sendbytes",
+    "gloo::",
+    "[gloo]",
+    "ncclremoteerror",
+    "nccl communicator was aborted",
+    "remote process exited or there was a network error",
+    "timed out waiting",
+    "wait timeout after",
+)
+_PORT_ERRORS = ("eaddrinuse", "address already in use")
+
+State = Literal["starting", "running", "finished", "stopped", "died", "raised", "silent"]
+FAILED_STATES = ("died", "raised", "silent")
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker as its group sees it now.
+
+    state: "starting" until it is told to train. "died": its process or node is gone. "raised": its training ended in an
+    error. "silent": found hung (set by `find_silent`).
+    log: path of its log. step: completed steps. phase: what it does (see trainer/progress.py).
+    unanswered_s: since it last answered a ping. quiet_s: since training last showed a sign of life.
+    failed_at: epoch seconds, by its own clock, when it raised. user_error: only the user can mend the cause.
+    """
+
+    rank: int
+    node: str
+    state: State
+    log: str = ""
+    phase: str = "starting"
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    unanswered_s: float = 0.0
+    quiet_s: float = 0.0
+    error: str | None = None
+    failed_at: float | None = None
+    user_error: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it can train no more."""
+        return self.state in FAILED_STATES
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery, at most."""
+
+    kind: State
+    rank: int
+    node: str
+    phase: str
+    step: int
+    error: str
+    log: str
+    detected_s: float
+    user_error: bool = False
+
+    def describe(self) -> str:
+        """Who failed, where, in what and why, in a sentence."""
+        return f"Worker {self.rank} on {self.node} {_VERBS[self.kind]} during {self.phase}, after step {self.step}: {self.error}"
+
+
+_VERBS = {"died": "died", "raised": "failed", "silent": "hung"}
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start a new attempt from the last good checkpoint."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End the run as failed."""
+
+    reason: str
+
+
+def next_action(failures: Sequence[Failure], recovery: RecoveryConfig) -> Restart | GiveUp:
+    """What follows the latest of all failures of this launch, oldest first."""
+    latest = failures[-1]
+    if latest.user_error:
+        return GiveUp("a restart would end in the same way")
+    if _port_was_taken(latest):
+        tries = sum(_port_was_taken(failure) for failure in failures)
+        if tries <= PORT_RETRIES:
+            return Restart(f"the port was taken in between; trying another ({tries} of {PORT_RETRIES})")
+        return GiveUp(f"{tries} ports in a row were taken by other programs between being chosen and being used")
+    counted = [failure for failure in failures if not _port_was_taken(failure)]
+    recent = counted[-SAME_STEP_LIMIT:]
+    if len(recent) == SAME_STEP_LIMIT and len({(failure.kind, failure.step) for failure in recent}) == 1:
+        return GiveUp(f"it ended {SAME_STEP_LIMIT} times in a row after the same step, {latest.step}")
+    if len(counted) > recovery.max_restarts:
+        return GiveUp(f"recovery.max_restarts={recovery.max_restarts} restarts are used up")
+    return Restart(f"restart {len(counted)} of {recovery.max_restarts}")
+
+
+def first_failure(workers: Sequence[WorkerStatus]) -> Failure:
+    """The cause among the failed workers: the others' broken connections are its consequences.
+
+    A process that is gone comes before one that raised, the earlier error before the later one, and any of them
+    before an error that only says that a peer has gone. A hung worker comes last: everyone waits for the dead.
+    """
+
+    def order(worker: WorkerStatus) -> tuple[int, int, float, float]:
+        kinds = {"died": 0, "raised": 1, "silent": 2}
+        # Of hung workers the one that does not even answer, else the one quiet for longest, keeps the others waiting.
+        return (
+            int(is_consequence(worker)),
+            kinds[worker.state],
+            worker.failed_at or 0.0,
+            -max(worker.unanswered_s, worker.quiet_s),
+        )
+
+    worker = min((worker for worker in workers if worker.failed), key=order)
+    return Failure(
+        kind=worker.state,
+        rank=worker.rank,
+        node=worker.node,
+        phase=worker.phase,
+        step=worker.step,
+        error=worker.error or "no error was reported",
+        log=worker.log,
+        detected_s=worker.quiet_s if worker.state == "silent" else worker.unanswered_s,
+        user_error=worker.user_error,
+    )
+
+
+def is_consequence(worker: WorkerStatus) -> bool:
+    """Whether a worker's error only says that another worker has gone."""
+    return worker.state == "raised" and _mentions(worker.error, _PEER_ERRORS) and not worker.user_error
+
+
+def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, slowest_step_s: float | None) -> str | None:
+    """Why a running worker counts as hung, None if it does not.
+
+    A worker that answers no ping for `silence_s` is stopped or cut off. One that answers, but shows no sign of life in
+    its training for that long, hangs too, unless its steps are known to be slow. Before its first step, and outside
+    of steps, it may load, restore, evaluate or wait for others for as long as a collective may take.
+    """
+    if worker.state != "running":
+        return None
+    if worker.unanswered_s > recovery.silence_s:
+        return f"no answer for {worker.unanswered_s:.1f} s (recovery.silence_s={recovery.silence_s:g})"
+    limit_s = max(recovery.silence_s, recovery.collective_timeout_s)
+    if slowest_step_s is not None and worker.phase in STEP_PHASES:
+        limit_s = max(recovery.silence_s, SLOW_STEP_FACTOR * slowest_step_s)
+    if worker.quiet_s > limit_s:
+        return f"no progress for {worker.quiet_s:.1f} s, where at most {limit_s:.1f} s are expected"
+    return None
+
+
+def _port_was_taken(failure: Failure) -> bool:
+    return failure.kind == "raised" and failure.step == 0 and _mentions(failure.error, _PORT_ERRORS)
+
+
+def _mentions(error: str | None, phrases: Sequence[str]) -> bool:
+    text = (error or "").lower()
+    return any(phrase in text for phrase in phrases)

@@ -1,0 +1,68 @@
+"""The source code of this machine's own Python standard library: real text that is always there.
+
+A document is a .py file below the `stdlib` path of sysconfig, in sorted order; its key is the path relative to it.
+Left out are installed packages (site-packages, dist-packages), caches, empty files, and files that are not UTF-8 or
+that this user may not read, so that it works for every user. The `test` package (half of the text where it is there)
+is part of it: some distributions ship Python without it, and the data set then holds what there is. So the data
+differs between Python installations, and its fingerprint tells which one it was.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.errors import UsageError
+from data_pipelines.near_duplicates import group_near_duplicates
+from data_pipelines.sources import Document, SourceConfig
+
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class Config(SourceConfig):
+    """It needs no settings of its own."""
+
+
+def documents(config: Config) -> Iterator[Document]:  # noqa: ARG001 - the signature of every source
+    """The files that are text, near-duplicates grouped. Raises UsageError where this Python has no source files."""
+    root = _root()
+    raw = {path.relative_to(root).as_posix(): content for path in _files(root) if (content := _read(path))}
+    if not raw:
+        raise UsageError(
+            f"There are no .py files in {root}: this Python keeps its standard library elsewhere (in an archive, or "
+            "compiled). Use a Python with its sources, or data: {name: text, paths: [...]}."
+        )
+    groups = group_near_duplicates(raw.items())
+    for key, content in raw.items():
+        yield Document(key, content.decode("utf-8"), groups[key])
+
+
+def identity(config: Config) -> list[object]:  # noqa: ARG001 - the signature of every source
+    """The Python version, and name and size of each file."""
+    root = _root()
+    sizes = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in _files(root)]
+    return [platform.python_version(), sizes]
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _files(root: Path) -> list[Path]:
+    files = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        files += [Path(parent, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in files if path.is_file())
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+        content.decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return content

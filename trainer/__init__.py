@@ -1,0 +1,1 @@
+"""One process of a training run. Knows ranks, never Ray."""

@@ -1,0 +1,172 @@
+"""A run's checkpoints: which there are, which are good, which may go."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from configs.errors import Damaged, NotFound, ShardyardError
+from data_pipelines.storage import Store
+from trainer.checkpoint_files import MANIFEST, CheckpointReader, is_later_save, read_manifest
+
+_log = logging.getLogger(__name__)
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint after `step` completed steps."""
+    return f"step-{step:08d}"
+
+
+def saved_steps(checkpoints: Store) -> list[int]:
+    """Steps that have a folder, newest first; whether they are good is another question."""
+    matches = (_STEP_FOLDER.fullmatch(name) for name in checkpoints.list_dirs())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def newest(checkpoints: Store, report: Callable[[str], None] = _log.warning) -> tuple[int, CheckpointReader] | None:
+    """(step, reader) of the newest checkpoint that verifies, every byte of it; None if there is none.
+
+    report: told of each newer one that is damaged or unfinished, and what is wrong with it.
+    """
+    for step in saved_steps(checkpoints):
+        store = checkpoints.child(folder_name(step))
+        try:
+            reader = CheckpointReader(store)
+            damage = reader.verify()
+        except NotFound:
+            damage = [f"it has no {MANIFEST}: its save was cut off."]
+        except ShardyardError as error:
+            damage = [str(error)]
+        if not damage:
+            return step, reader
+        more = f" And {len(damage) - 1} more like it." if len(damage) > 1 else ""
+        report(f"Checkpoint {store.path()} is skipped: {damage[0]}{more}")
+    return None
+
+
+def find(checkpoints: Store, step: int | None = None) -> CheckpointReader:
+    """The checkpoint after `step` completed steps; None: the newest that verifies.
+
+    Raises:
+        NotFound: there is no such checkpoint; says which there are.
+        Damaged: it, or all there are, fail their digests. With a step given only its manifest and sizes are verified
+            here, the rest as it is read.
+    """
+    if step is None:
+        return _newest_or_error(checkpoints)
+    steps = saved_steps(checkpoints)
+    try:
+        reader = CheckpointReader(checkpoints.child(folder_name(step)))
+    except NotFound as error:
+        there = f"It has steps {', '.join(map(str, reversed(steps)))}." if steps else "There is none yet."
+        raise NotFound(f"There is no finished checkpoint of step {step} in {checkpoints.uri}. {there}") from error
+    if damage := reader.verify(contents=False):
+        raise Damaged(f"{damage[0]} Use another step, or none for the newest good one.")
+    return reader
+
+
+def _newest_or_error(checkpoints: Store) -> CheckpointReader:
+    damage: list[str] = []
+    found = newest(checkpoints, damage.append)
+    if found is not None:
+        return found[1]
+    if damage:
+        raise Damaged(f"No checkpoint in {checkpoints.uri} is good. {' '.join(damage)}")
+    raise NotFound(f"There is no checkpoint in {checkpoints.uri} yet. Train until checkpoint.every is reached.")
+
+
+def open_checkpoint(uri: str) -> CheckpointReader:
+    """The checkpoint in a folder given by path or URI; NotFound if there is none."""
+    try:
+        return CheckpointReader(Store(uri))
+    except NotFound as error:
+        raise NotFound(f"{uri} is no checkpoint: it has no {MANIFEST}. Give the path of a step-... folder.") from error
+
+
+def open_weights(uri: str) -> CheckpointReader | Mapping[str, Tensor]:
+    """Weights to start from: a checkpoint's folder, or a Hugging Face Llama folder on a local disk."""
+    store = Store(uri)
+    folder = store.local_path()
+    if folder is not None and not store.exists(MANIFEST) and store.exists("config.json"):
+        from trainer.huggingface import import_llama
+
+        _, weights = import_llama(folder)
+        return weights
+    return open_checkpoint(uri)
+
+
+# --- what may go
+
+
+def delete_checkpoint(checkpoints: Store, step: int) -> None:
+    """Delete a checkpoint, the manifest first: at no moment does it look whole."""
+    checkpoints.delete(f"{folder_name(step)}/{MANIFEST}")
+    checkpoints.delete_dir(folder_name(step))
+
+
+def delete_leftovers(checkpoints: Store) -> None:
+    """Delete the files of saves that were cut off, while no save is under way.
+
+    A folder whose manifest is damaged stays as it is, for whoever looks into it.
+    """
+    for step in saved_steps(checkpoints):
+        folder = checkpoints.child(folder_name(step))
+        try:
+            delete_unlisted(folder, read_manifest(folder))
+        except NotFound:
+            folder.delete_dir()
+        except ShardyardError:
+            continue
+
+
+def delete_unlisted(folder: Store, manifest: Mapping[str, Any]) -> None:
+    """Delete what a checkpoint's manifest does not list: parts, and the files of earlier saves of the same step.
+
+    The files of a later save by the same attempt stay: another rank may already be writing them.
+    """
+    listed = {MANIFEST, *(entry["name"] for entry in manifest["files"])}
+    for name in folder.list():
+        if name not in listed and not is_later_save(name, manifest["save"]):
+            folder.delete(name)
+
+
+class Retention:
+    """Keeps the newest `keep` checkpoints that verify (None: all), and deletes those older than them.
+
+    Each is verified once: every byte on a local disk, sizes in a remote store. A damaged one does not count, and goes
+    when it is older than `keep` good ones, so the last good one is never deleted.
+    """
+
+    def __init__(self, checkpoints: Store, keep: int | None) -> None:
+        assert keep is None or keep >= 1
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._good: set[str] = set()  # sha256 of manifests
+
+    def apply(self) -> None:
+        """Delete what may go."""
+        if self._keep is None:
+            return
+        num_good = 0
+        for step in saved_steps(self._checkpoints):
+            if num_good >= self._keep:
+                delete_checkpoint(self._checkpoints, step)
+            elif self._is_good(step):
+                num_good += 1
+
+    def _is_good(self, step: int) -> bool:
+        try:
+            reader = CheckpointReader(self._checkpoints.child(folder_name(step)))
+            digest = reader.manifest["sha256"]
+            known = digest in self._good
+            if reader.verify(contents=self._checkpoints.is_local and not known):
+                return False
+        except ShardyardError:
+            return False
+        self._good.add(digest)
+        return True

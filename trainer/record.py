@@ -1,0 +1,309 @@
+"""A run's folder: the truth about the run, readable long after the cluster is gone.
+
+    run.yaml        resolved config, where each value came from       lineage.json  code, packages, machine, command
+    events/         what happened                                     metrics/      numbers by step
+    attempts/0001/  logs and a note for each lifetime of the workers  lease/        who runs it now
+    stop.json       somebody asked the run to stop                    checkpoints/  see trainer/checkpoint.py
+
+Events and metrics only grow: each writer (the launcher, or one rank) appends to files of its own, for each attempt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from configs.load import Resolved, dump, load_resolved
+from configs.schema import RunConfig, flatten
+from data_pipelines.storage import Store
+from trainer import history, lineage
+from trainer.lease import Claim, Holder, Lease, current_claim
+from trainer.record_rows import RowWriter, decode_value, read_rows
+from trainer.redact import Redactor
+
+_CONFIG, _LINEAGE, _STOP = "run.yaml", "lineage.json", "stop.json"
+_LOCAL_FLUSH_EVERY_S = 1.0
+_REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
+_OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, "mlflow.json", "events", "metrics", "attempts", "lease", "checkpoints"}
+_RESERVED_NAMES = {"datasets"}
+
+
+class RunRecord:
+    """One run's folder. Open it with `create` (a launcher) or `open` (a worker, a reader).
+
+    attempt: what this process writes belongs to it; 0 before the first. Set by `next_attempt`, or by hand in a worker.
+    Writing never stops training: what the store refuses is kept in memory, tried again, and complained of once.
+    """
+
+    def __init__(self, store: Store, resolved: Resolved, *, attempt: int = 0, rank: int | None = None) -> None:
+        self.store = store
+        self.resolved = resolved
+        self.attempt = attempt
+        self._writer = "launcher" if rank is None else f"rank-{rank:05d}"
+        self._redactor = Redactor(os.environ)
+        self._rows: dict[tuple[str, int], RowWriter] = {}
+        self._flush_lock = threading.Lock()
+        self._flusher: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._complained = False
+
+    # --- opening
+
+    @classmethod
+    def create(cls, store: Store, resolved: Resolved) -> RunRecord:
+        """Begin a run in `store`, or go on with the one of this name if its config is the same.
+
+        Raises:
+            UsageError: the name is taken by a run with another config, or by a folder that is no run's.
+        """
+        redactor = Redactor(os.environ)
+        folder = store.child(resolved.config.name)
+        written = replace(resolved, config=_redacted(resolved.config, redactor))
+        started = lineage.collect(sys.argv, os.environ, Path.cwd())
+        if folder.exists(_CONFIG):
+            _refuse_other_config(folder, written.config)
+            record = cls(folder, resolved, attempt=_latest_attempt(folder))
+            folder.write_atomic(f"lineage-{record.attempt + 1:04d}.json", json.dumps(started, indent=1))
+            return record
+        _refuse_foreign_folder(folder)
+        folder.write_atomic(_LINEAGE, json.dumps(started, indent=1))
+        folder.write_atomic(_CONFIG, dump(written))  # last: from now on it is a run
+        record = cls(folder, resolved)
+        record.event("created")
+        return record
+
+    @classmethod
+    def open(cls, store_uri: str, name: str, *, rank: int | None = None) -> RunRecord:
+        """An existing run; `rank` for a worker that will write, None for a launcher or a reader.
+
+        Raises:
+            NotFound: no run of this name, with the nearest one. Damaged: its run.yaml cannot be read.
+        """
+        store = Store(store_uri)
+        folder = store.child(name)
+        if not name or not folder.exists(_CONFIG):
+            near = difflib.get_close_matches(name, list_runs(store), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else " `shardyard runs ls` lists the runs of a store."
+            raise NotFound(f"There is no run '{name}' in {store.uri}.{hint}")
+        return cls(folder, _read_config(folder), attempt=_latest_attempt(folder), rank=rank)
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config; read back from the folder, its secrets are "[redacted]"."""
+        return self.resolved.config
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.config.name
+
+    # --- control
+
+    def acquire_lease(self, holder: Holder | None = None) -> Lease:
+        """Become the run's one launcher; forgets what an earlier launcher was asked.
+
+        Raises:
+            UsageError: another process runs it; or it was begun with another config in the same moment.
+        """
+        lease = Lease.acquire(self.store, holder)
+        try:
+            _refuse_other_config(self.store, _redacted(self.config, self._redactor))
+            self.store.delete(_STOP)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def next_attempt(self) -> int:
+        """Number a new attempt (from 1) and make its folder. Only for the lease's holder."""
+        self.attempt = _latest_attempt(self.store) + 1
+        note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.store.write_atomic(f"{attempt_folder(self.attempt)}/attempt.json", json.dumps(note))
+        return self.attempt
+
+    def request_stop(self) -> None:
+        """Ask whoever runs it, anywhere, to save a checkpoint and stop."""
+        note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        self.store.write_atomic(_STOP, json.dumps(note))
+
+    def stop_requested(self) -> bool:
+        """Whether the present launcher has been asked to stop."""
+        return self.store.exists(_STOP)
+
+    # --- writing
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record that something happened; it is on disk when this returns (secrets in `fields` are redacted)."""
+        shown = fields if kind == "sample" else self._redactor.value(fields)
+        self._append("events", {"kind": kind, **shown})
+        self.flush()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers after `step` completed steps. Costs the caller microseconds: a thread writes them, once a second."""
+        self._append("metrics", {"step": step, "values": dict(values)})
+        if self._flusher is None:
+            self._flusher = threading.Thread(target=self._keep_flushing, name="record", daemon=True)
+            self._flusher.start()
+
+    def sample(self, step: int, text: str) -> None:
+        """What the model generated after `step` completed steps."""
+        self.event("sample", step=step, text=text)
+
+    def update_lineage(self, **fields: Any) -> None:
+        """Add what becomes known later, such as data_fingerprint, to lineage.json."""
+        self.store.write_atomic(_LINEAGE, json.dumps(self.lineage() | self._redactor.value(fields), indent=1))
+
+    def flush(self) -> bool:
+        """Write what is kept; False if the store refused (it stays kept)."""
+        with self._flush_lock:
+            try:
+                for writer in list(self._rows.values()):
+                    writer.flush()
+            except ShardyardError as error:
+                self._complain(error)
+                return False
+        return True
+
+    def close(self) -> None:
+        """Write what is kept and let go of the files; the record can still be read."""
+        self._closing.set()
+        if self._flusher is not None:
+            self._flusher.join()
+            self._flusher = None
+        with self._flush_lock:
+            for writer in self._rows.values():
+                try:
+                    writer.close()
+                except ShardyardError as error:
+                    self._complain(error)
+            self._rows.clear()
+        self._closing.clear()
+
+    def _append(self, folder: str, row: dict[str, Any]) -> None:
+        key = (folder, self.attempt)
+        writer = self._rows.get(key)
+        if writer is None:  # two threads may come here at once: setdefault keeps one writer for both
+            writer = self._rows.setdefault(key, RowWriter(self.store, folder, self.attempt, self._writer))
+        writer.append({"time": time.time(), "attempt": self.attempt, **row})
+
+    def _keep_flushing(self) -> None:
+        every_s = _LOCAL_FLUSH_EVERY_S if self.store.is_local else _REMOTE_FLUSH_EVERY_S
+        while not self._closing.wait(every_s):
+            self.flush()
+
+    def _complain(self, error: ShardyardError) -> None:
+        if not self._complained:
+            print(f"The record of run '{self.name}' is behind, training goes on: {error}", file=sys.stderr, flush=True)
+        self._complained = True
+
+    # --- reading
+
+    def events(self) -> list[dict[str, Any]]:
+        """Everything that happened: {time (epoch seconds), attempt, kind, ...}, in order."""
+        rows, _ = read_rows(self.store, "events")
+        return sorted(rows, key=lambda row: (row["attempt"], row["time"]))
+
+    def metrics_table(self) -> list[dict[str, Any]]:
+        """All rows ever recorded, those that were rolled back too: {attempt, step, time, <metric>: value}."""
+        rows, _ = read_rows(self.store, "metrics")
+        return [
+            {"attempt": row["attempt"], "step": row["step"], "time": row["time"]}
+            | {key: decode_value(value) for key, value in row["values"].items()}
+            for row in rows
+        ]
+
+    def stitched(self) -> list[dict[str, Any]]:
+        """The curve of the weights that survive, one row a step (see history.stitched)."""
+        return history.stitched(self.metrics_table())
+
+    def status(self) -> history.Status:
+        """queued, running, finished, stopped, failed, or lost: its launcher died without a word."""
+        claim = current_claim(self.store)
+        return history.status(self.events(), lease=None if claim is None else "live" if claim.is_live() else "stale")
+
+    def holder(self) -> Claim | None:
+        """The live launcher's claim, None if nobody runs it."""
+        claim = current_claim(self.store)
+        return claim if claim is not None and claim.is_live() else None
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """One row an attempt (see history.attempts)."""
+        return history.attempts(self.events())
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Complete checkpoints still there: {step, path (of its folder or its URI)}, oldest first."""
+        folders = [name for name in self.store.list_dirs("checkpoints") if name.removeprefix("step-").isdigit()]
+        return [
+            {"step": int(name.removeprefix("step-")), "path": self.store.path(f"checkpoints/{name}")}
+            for name in folders
+            if self.store.exists(f"checkpoints/{name}/manifest.json")
+        ]
+
+    def lineage(self) -> dict[str, Any]:
+        """lineage.json: git, packages, machine and command of the first launch."""
+        fields: dict[str, Any] = json.loads(self.store.read_text(_LINEAGE))
+        return fields
+
+
+def list_runs(store: Store) -> list[str]:
+    """Names of the runs in a store."""
+    return [name for name in store.list_dirs() if store.exists(f"{name}/{_CONFIG}")]
+
+
+def attempt_folder(attempt: int) -> str:
+    """Where an attempt's logs lie, in the run's folder."""
+    return f"attempts/{attempt:04d}"
+
+
+def _latest_attempt(folder: Store) -> int:
+    return max((int(name) for name in folder.list_dirs("attempts") if name.isdigit()), default=0)
+
+
+def _read_config(folder: Store) -> Resolved:
+    text = folder.read_text(_CONFIG)
+    try:
+        return load_resolved(text)
+    except (ShardyardError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{folder.path(_CONFIG)} cannot be read: {error}. Restore it, or start again under another name."
+        ) from error
+
+
+def _redacted(config: RunConfig, redactor: Redactor) -> RunConfig:
+    return RunConfig.model_validate(redactor.value(config.model_dump()) | {"name": config.name})
+
+
+def _refuse_other_config(folder: Store, config: RunConfig) -> None:
+    # Not the store, nor the name: they are where it was found, and the folder may have been moved.
+    stored = flatten(_read_config(folder).config.model_dump(exclude={"store", "name"}))
+    given = flatten(config.model_dump(exclude={"store", "name"}))
+    differing = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
+    if differing:
+        shown = ", ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in differing[:8])
+        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise UsageError(
+            f"The name '{config.name}' belongs to a run with another config ({shown}{more}), in {folder.uri}. "
+            f"Use another name (name=...), or start a new run from this one's checkpoint: "
+            f"`shardyard train RECIPE --from {config.name} name=...`."
+        )
+
+
+def _refuse_foreign_folder(folder: Store) -> None:
+    name = folder.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    names = {*folder.list(), *folder.list_dirs()}
+    foreign = sorted(entry for entry in names - _OWN_NAMES if not entry.startswith("lineage-"))
+    if name in _RESERVED_NAMES or foreign:
+        held = f"it holds {foreign[0]}" if foreign else "data sets are kept there"
+        raise UsageError(
+            f"The folder {folder.uri} is not a run's: {held}. Use another name (name=...) or another store (store=...)."
+        )

@@ -1,0 +1,112 @@
+"""Rows that only grow, on disk: JSON lines in numbered segments, a writer's own for each attempt.
+
+`<folder>/0002-rank-00000-000001.jsonl` is attempt 2, writer "rank-00000", segment 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipelines.storage import Store
+
+Cursor = dict[str, list[int]]  # writer's prefix -> [number of the segment read last, bytes read of it]
+
+_SEGMENT_NAME = re.compile(r"(?P<prefix>\d{4,}-.+)-(?P<number>\d{6,})\.jsonl")
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RowWriter:
+    """Appends rows to one writer's segments. `append` only keeps the row; `flush` encodes and writes.
+
+    Rows that could not be written stay kept for the next flush, so one failed flush loses nothing.
+    """
+
+    def __init__(self, store: Store, folder: str, attempt: int, writer: str) -> None:
+        self._rows: deque[dict[str, Any]] = deque()
+        self._segments = store.appender(f"{folder}/{attempt:04d}-{writer}")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Keep a row for the next flush; the caller gives it away."""
+        self._rows.append(row)
+
+    def flush(self) -> None:
+        """Write what was appended until now. Raises ShardyardError; what was not written stays kept."""
+        lines = [encode_row(self._rows.popleft()) for _ in range(len(self._rows))]
+        if lines:
+            self._segments.write("".join(lines).encode())
+        self._segments.flush()
+
+    def close(self) -> None:
+        """Flush and close the file. Raises ShardyardError."""
+        self.flush()
+        self._segments.close()
+
+
+def read_rows(store: Store, folder: str, cursor: Cursor | None = None) -> tuple[list[dict[str, Any]], Cursor]:
+    """Whole rows written to a folder since `cursor` (None: since the beginning), and the cursor to go on from.
+
+    In the order of writing within a writer's attempt. A torn last line is left for later, and for ever if its writer
+    was killed; a line that is no JSON is skipped.
+    """
+    reached: Cursor = {prefix: list(position) for prefix, position in (cursor or {}).items()}
+    rows: list[dict[str, Any]] = []
+    for name in store.list(folder):
+        match = _SEGMENT_NAME.fullmatch(name)
+        if match is None:
+            continue
+        prefix, number = match["prefix"], int(match["number"])
+        last_number, offset = reached.get(prefix, [0, 0])
+        if number < last_number:
+            continue
+        if number > last_number:
+            offset = 0
+        with store.open_input(f"{folder}/{name}") as file:
+            file.seek(offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        rows.extend(row for line in whole.splitlines() if (row := _decode_row(line)) is not None)
+        reached[prefix] = [number, offset + len(whole)]
+    return rows, reached
+
+
+def encode_row(row: Mapping[str, Any]) -> str:
+    """One JSON line. Numbers that JSON lacks become the strings "NaN", "Infinity", "-Infinity"."""
+    try:
+        return json.dumps(row, allow_nan=False, separators=(",", ":"), default=_plain) + "\n"
+    except ValueError:
+        return json.dumps(_finite(row), separators=(",", ":"), default=_plain) + "\n"
+
+
+def decode_value(value: float | str) -> float:
+    """A metric's value as it was before `encode_row`."""
+    return _NOT_FINITE[value] if isinstance(value, str) else float(value)
+
+
+def _decode_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    # NumPy's scalars know how to become Python's; anything else is worth recording as its text.
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
