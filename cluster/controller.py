@@ -92,7 +92,7 @@ class Controller:
         record: Record,
         recovery: RecoveryConfig,
         *,
-        name: str = "run",
+        resume_command: str = "shardyard runs resume",
         lease_lost: Callable[[], bool] = lambda: False,
         notice: Callable[[str], None] = lambda _: None,
         clock: Clock = time.monotonic,
@@ -104,7 +104,7 @@ class Controller:
         self._group = group
         self._record = record
         self._recovery = recovery
-        self._name = name
+        self._resume_command = resume_command
         self._lease_lost = lease_lost
         self._notice = notice
         self._clock = clock
@@ -113,6 +113,11 @@ class Controller:
         self._control_polled_at = clock()
         self._steps_seen: dict[int, tuple[int, float]] = {}
         self._slowest_step_s: float | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._stop_reason is not None
 
     def request_stop(self, reason: str) -> None:
         """Let the workers save a checkpoint and end. Any thread may call it; later reasons are ignored."""
@@ -134,21 +139,21 @@ class Controller:
 
         Raises:
             RunFailed: the run gave up; the message names the first cause, the last checkpoint, and the next command.
-            Unreachable: its workers found no place.
+            Unreachable: its workers found no place. After any error call `fail`.
         """
         assert self.attempt > 0, "prepare() comes first"
-        try:
-            while True:
-                failure = self._run_attempt()
-                if failure is None:
-                    return self._end()
-                self._recover(failure)
-        except BaseException as error:
+        while True:
+            failure = self._run_attempt()
+            if failure is None:
+                return self._end()
+            self._recover(failure)
+
+    def fail(self, error: BaseException) -> None:
+        """Leave no worker behind, and record an end that is not recorded yet."""
+        self._group.kill()
+        if self.state is not State.FAILED:
             self.state = State.FAILED
-            self._group.kill()
-            if not isinstance(error, RunFailed):
-                self._record.event("failed", error=str(error) or type(error).__name__, final=True)
-            raise
+            self._record.event("failed", error=str(error) or type(error).__name__, final=True)
 
     def _place(self) -> None:
         self.state = State.PLACING
@@ -164,8 +169,8 @@ class Controller:
         while True:
             workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
             self.workers = workers
-            if any(worker.failed for worker in workers):
-                return self._settle(workers)
+            if any(worker.failed for worker in workers) and (failure := self._settle(workers)) is not None:
+                return failure
             if all(worker.state in ("finished", "stopped") for worker in workers):
                 return None
             self._poll_control()
@@ -186,23 +191,23 @@ class Controller:
         reason = find_silent(worker, self._recovery, self._slowest_step_s if worker.step > 0 else None)
         return worker if reason is None else replace(worker, state="silent", error=reason)
 
-    def _settle(self, workers: list[WorkerStatus]) -> Failure:
-        """Give the cause a moment to show where only its consequences are known yet."""
+    def _settle(self, workers: list[WorkerStatus]) -> Failure | None:
+        """Give the cause a moment to show where only its consequences are known yet; None if all was well after all."""
         deadline = self._clock() + SETTLE_S
-        while all(is_consequence(worker) for worker in workers if worker.failed) and self._clock() < deadline:
-            workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
-        self.workers = workers
-        return first_failure(workers)
+        failed = [worker for worker in workers if worker.failed]
+        while failed and all(is_consequence(worker) for worker in failed) and self._clock() < deadline:
+            self.workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
+            failed = [worker for worker in self.workers if worker.failed]
+        return first_failure(failed) if failed else None
 
     def _poll_control(self) -> None:
         if self._clock() - self._control_polled_at < CONTROL_POLL_S:
             return
         self._control_polled_at = self._clock()
         if self._lease_lost():
-            self.abort()
             raise RunFailed(
-                f"Run '{self._name}' was taken over by another launcher, because this one was not heard of for too "
-                "long. Its workers here were ended; follow the other one."
+                "Another launcher took the run over, because this one was not heard of for too long. The workers here "
+                "were ended; follow the other one."
             )
         if self._record.stop_requested():
             self.request_stop("asked by `shardyard runs stop`")
@@ -248,7 +253,7 @@ class Controller:
             raise RunFailed(self._obituary(failure, action, step))
         self.state = State.RESTARTING
         where = f"the checkpoint of step {step}" if step is not None else "the beginning"
-        self._notice(f"{failure.describe()}. Going on from {where}: {action.reason}.")
+        self._notice(f"{failure.describe().rstrip('.')}. Going on from {where}: {action.reason}.")
         self.attempt = self._record.next_attempt()
         self._record.event("restarted", step=step or 0, reason=action.reason)
         self._place()
@@ -260,6 +265,6 @@ class Controller:
     def _obituary(self, failure: Failure, action: GiveUp, step: int | None) -> str:
         saved = f"The last good checkpoint is of step {step}." if step is not None else "There is no checkpoint yet."
         return (
-            f"Run '{self._name}' failed: {failure.describe()} Given up, since {action.reason}. {saved} "
-            f"Log: {failure.log}. When the cause is mended, go on with: shardyard runs resume {self._name}"
+            f"{failure.describe().rstrip('.')}. Given up, since {action.reason}. {saved} Log: {failure.log}. When the "
+            f"cause is mended, go on with: {self._resume_command}"
         )

@@ -30,14 +30,14 @@ class EmbeddedRay:
     started them, so that they do not outlive a killed launcher.
     """
 
-    def __init__(self, num_cpus: int, use_gpus: bool) -> None:
+    def __init__(self, num_cpus: int, use_gpus: bool, import_paths: list[str]) -> None:
         _remove_leftovers()
-        self._folder = _new_folder()
+        self.folder = _new_folder()
         self._processes: list[Any] = []
         self._environment = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(_write_token(self._folder)),
+            "RAY_AUTH_TOKEN_PATH": str(_write_token(self.folder)),
             # Numbers that nobody reads here: they would cost a percent of a small machine.
             "RAY_enable_metrics_collection": "0",
             "RAY_task_events_report_interval_ms": "0",
@@ -45,17 +45,17 @@ class EmbeddedRay:
         }
         self._previous = {name: os.environ.get(name) for name in self._environment}
         try:
-            self._start(num_cpus, use_gpus)
+            self._start(num_cpus, use_gpus, import_paths)
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
                 raise Unreachable(
                     f"Ray could not be started on this machine: {error}. Look at free memory and at the space in "
-                    f"{self._folder.parent} and /dev/shm, or join a running cluster with --address."
+                    f"{self.folder.parent} and /dev/shm, or join a running cluster with --address."
                 ) from error
             raise
 
-    def _start(self, num_cpus: int, use_gpus: bool) -> None:
+    def _start(self, num_cpus: int, use_gpus: bool, import_paths: list[str]) -> None:
         os.environ.update(self._environment)
         import ray
 
@@ -70,20 +70,21 @@ class EmbeddedRay:
                 configure_logging=False,
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self._folder),
+                job_config=ray.job_config.JobConfig(_py_driver_sys_path=import_paths),
+                _temp_dir=str(self.folder),
             )
-        self._processes = _children_of_folder(self._folder)
+        self._processes = _children_of_folder(self.folder)
 
     def stop(self) -> None:
         """Shut down, and kill what is left. Safe to call twice and from any thread."""
         import ray
 
         # Taken anew: workers came since the start. Ray's own end leaves some of them behind when it is interrupted.
-        processes = [*self._processes, *_children_of_folder(self._folder)]
+        processes = [*self._processes, *_children_of_folder(self.folder)]
         with contextlib.suppress(Exception):  # it may be half started, or its processes killed by hand
             ray.shutdown()
         end_processes(processes)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         for name, value in self._previous.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -172,7 +173,8 @@ def _write_token(folder: Path) -> Path:
 
 def _forget_token() -> None:
     """Have Ray read the token file again: it keeps what it read for as long as the process lives."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    import ray._raylet
 
-    AuthenticationTokenLoader.instance().reset_cache()
-    Config.initialize("")
+    raylet: Any = ray._raylet
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")

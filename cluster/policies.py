@@ -75,7 +75,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery, at most."""
+    """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery."""
 
     kind: State
     rank: int
@@ -89,7 +89,8 @@ class Failure:
 
     def describe(self) -> str:
         """Who failed, where, in what and why, in a sentence."""
-        return f"Worker {self.rank} on {self.node} {_VERBS[self.kind]} during {self.phase}, after step {self.step}: {self.error}"
+        what = f"{_VERBS[self.kind]} during {self.phase}, after step {self.step}"
+        return f"Worker {self.rank} on {self.node} {what}: {self.error}"
 
 
 _VERBS = {"died": "died", "raised": "failed", "silent": "hung"}
@@ -131,19 +132,13 @@ def next_action(failures: Sequence[Failure], recovery: RecoveryConfig) -> Restar
 def first_failure(workers: Sequence[WorkerStatus]) -> Failure:
     """The cause among the failed workers: the others' broken connections are its consequences.
 
-    A process that is gone comes before one that raised, the earlier error before the later one, and any of them
-    before an error that only says that a peer has gone. A hung worker comes last: everyone waits for the dead.
+    A process that is gone comes before one that raised, the earlier error before the later one, a stopped process
+    before one that only waits, and any of them before what may be a consequence.
     """
 
-    def order(worker: WorkerStatus) -> tuple[int, int, float, float]:
+    def order(worker: WorkerStatus) -> tuple[bool, int, float, float]:
         kinds = {"died": 0, "raised": 1, "silent": 2}
-        # Of hung workers the one that does not even answer, else the one quiet for longest, keeps the others waiting.
-        return (
-            int(is_consequence(worker)),
-            kinds[worker.state],
-            worker.failed_at or 0.0,
-            -max(worker.unanswered_s, worker.quiet_s),
-        )
+        return is_consequence(worker), kinds[worker.state], worker.failed_at or 0.0, -worker.quiet_s
 
     worker = min((worker for worker in workers if worker.failed), key=order)
     return Failure(
@@ -160,7 +155,9 @@ def first_failure(workers: Sequence[WorkerStatus]) -> Failure:
 
 
 def is_consequence(worker: WorkerStatus) -> bool:
-    """Whether a worker's error only says that another worker has gone."""
+    """Whether a worker may only suffer from another one's end: its peer has gone, or it answers but waits."""
+    if worker.state == "silent":
+        return worker.unanswered_s < worker.quiet_s / 2
     return worker.state == "raised" and _mentions(worker.error, _PEER_ERRORS) and not worker.user_error
 
 

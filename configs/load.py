@@ -126,7 +126,7 @@ def _find(recipe: str | Path) -> Path:
 
 def _read(file: Path, place: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8")
     except IsADirectoryError:
         raise UsageError(f"{place} is a folder. Give the path of a YAML file, for example {place}/run.yaml.") from None
     except UnicodeDecodeError as error:

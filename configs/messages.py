@@ -73,10 +73,10 @@ def shown(value: object) -> str:
 def _path(details: ErrorDetails, values: Any) -> list[str | int]:
     """The finding's place in the values, without the names pydantic puts in for the branches of a union."""
     path: list[str | int] = []
-    for part in details["loc"]:
+    for depth, part in enumerate(details["loc"], start=1):
         if isinstance(values, Mapping):
-            last = part == details["loc"][-1]
-            if part not in values and not last:
+            absent = details["type"] == "missing" and depth == len(details["loc"])
+            if part not in values and not absent:
                 continue
             values = values.get(part)
         elif isinstance(values, (list, tuple)) and isinstance(part, int):

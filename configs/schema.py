@@ -184,7 +184,9 @@ class RunConfig(Section):
     """One run, complete."""
 
     name: Annotated[str, BeforeValidator(_checked_name)] = Field(
-        description="The run's name and folder.", examples=["my-run"], json_schema_extra={"pattern": RUN_NAME.pattern}
+        description="The run's name and folder.",
+        examples=["my-run"],
+        json_schema_extra={"pattern": f"^{RUN_NAME.pattern}$"},
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Decides weights, order of the data and dropout.")
     steps: int = Field(ge=1, description="Optimizer steps of the whole run.", examples=[1000])

@@ -18,14 +18,14 @@ import yaml
 Path = tuple[str, ...]
 
 _TAG = "tag:yaml.org,2002:"
-_NULL = re.compile(r"^(?:null|Null|NULL|~|)$")
-_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-_INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]{1,60}|0x[0-9a-fA-F]{1,60})$")
+_NULL = re.compile(r"^(?:null|Null|NULL|~|)\Z")
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)\Z")
+_INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]{1,60}|0x[0-9a-fA-F]{1,60})\Z")
 _FLOAT = re.compile(
-    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
 )
-_PLAIN_TEXT = re.compile(r"^[A-Za-z_/][A-Za-z0-9_./+-]*$")
-_TIGHT_COLON = re.compile(r"^[A-Za-z_/][A-Za-z0-9_./+:-]*[A-Za-z0-9_/]$")
+_PLAIN_TEXT = re.compile(r"^[A-Za-z_/][A-Za-z0-9_./+-]*\Z")
+_TIGHT_COLON = re.compile(r"^[A-Za-z_/][A-Za-z0-9_./+:-]*[A-Za-z0-9_/]\Z")
 
 # What PyYAML says -> what to do about it. The first entry found in its text is used.
 _HINTS = (

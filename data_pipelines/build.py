@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def dataset_digest(data: Plugin, tokenizer: TokenizerConfig) -> str:
         source.identity(config),
         tokenizer.model_dump(),
     ]
-    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
 
 def ensure_dataset(store: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
@@ -194,14 +195,13 @@ def build(folder: Path, data: Plugin, tokenizer_config: TokenizerConfig, progres
     store = Store(folder)
     progress("reading", 0)
     documents = (document for document in source.documents(config) if document.text)
-    held_back = list(_until_bytes(documents, _HELD_BACK_BYTES))
-    validation_groups = _forced_validation(held_back, config.validation_fraction, data.name)
-
-    def is_validation(document: Document) -> bool:
-        return document.group in validation_groups or _share(document.group) < config.validation_fraction
+    held_back = _hold_back(documents)
+    split = Split.of(held_back, config.validation_fraction, data.name)
 
     progress("training the tokenizer", len(held_back))
-    sample = _spread([document.text for document in held_back if not is_validation(document)], _TOKENIZER_SAMPLE_BYTES)
+    sample = _spread(
+        [document.text for document in held_back if not split.is_validation(document)], _TOKENIZER_SAMPLE_BYTES
+    )
     tokenizer = train_tokenizer(tokenizer_config, sample)
     tokenizer_json = tokenizer.to_json()
     store.write_atomic(TOKENIZER_FILE, tokenizer_json)
@@ -210,7 +210,7 @@ def build(folder: Path, data: Plugin, tokenizer_config: TokenizerConfig, progres
     with contextlib.ExitStack() as stack:
         for writer in writers.values():
             stack.enter_context(writer)
-        _encode(chain(held_back, documents), tokenizer, writers, is_validation, progress)
+        _encode(chain(held_back, documents), tokenizer, writers, split, progress)
     index = Index(
         name=data.name,
         source=data.model_dump(mode="json"),
@@ -228,7 +228,7 @@ def _encode(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     writers: dict[str, SplitWriter],
-    is_validation: Callable[[Document], bool],
+    split: Split,
     progress: Progress,
 ) -> None:
     remaining = iter(documents)
@@ -236,46 +236,66 @@ def _encode(
     while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
         encoded = tokenizer.encode([document.text for document in batch])
         for document, tokens in zip(batch, encoded, strict=True):
-            writer = writers["validation" if is_validation(document) else "train"]
+            writer = writers["validation" if split.is_validation(document) else "train"]
             writer.add(document.key, tokens, len(document.text.encode("utf-8")))
         done += len(batch)
         progress("tokenizing", done)
 
 
-def _until_bytes(documents: Iterator[Document], limit_bytes: int) -> Iterator[Document]:
-    """The first documents, until their texts exceed the limit."""
+def _hold_back(documents: Iterator[Document]) -> list[Document]:
+    """The first documents: until their texts exceed the limit, and there are two groups to split."""
+    held_back = []
+    groups = set()
     size = 0
     for document in documents:
-        yield document
+        held_back.append(document)
+        groups.add(document.group)
         size += len(document.text)
-        if size > limit_bytes:
-            return
+        if size > _HELD_BACK_BYTES and len(groups) > 1:
+            break
+    return held_back
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents are held out: those whose group hashes to less than `fraction` of the range of the hash.
+
+    So that a small source has both sides, the group of the lowest hash is always held out, that of the highest never.
+    """
+
+    fraction: float
+    lowest: str
+    highest: str
+
+    @classmethod
+    def of(cls, documents: list[Document], fraction: float, name: str) -> Split:
+        """The split of a source that begins with (or is) `documents`.
+
+        Raises UsageError for a source with no documents, or with too few to hold one out.
+        """
+        groups = sorted({document.group for document in documents}, key=_share)
+        if not groups:
+            raise UsageError(
+                f"The source {name} has no text: it has no documents, or all are empty. Check what it is given in data."
+            )
+        if len(groups) == 1 and fraction > 0:
+            raise UsageError(
+                f"The source {name} has {len(documents)} document(s), all nearly the same, so none can be held out for "
+                "validation. Give it more documents (for the source text, data.separator cuts a file into several), or "
+                "set data.validation_fraction=0."
+            )
+        return cls(fraction, groups[0], groups[-1])
+
+    def is_validation(self, document: Document) -> bool:
+        """Whether the document is held out."""
+        if self.fraction == 0 or document.group == self.highest:
+            return False
+        return document.group == self.lowest or _share(document.group) < self.fraction
 
 
 def _share(group: str) -> float:
-    """Where a group stands in [0, 1): those below validation_fraction are held out."""
-    return xxhash.xxh3_64_intdigest(group) / 2**64
-
-
-def _forced_validation(documents: list[Document], fraction: float, name: str) -> set[str]:
-    """Groups to hold out whatever their hash, so that a small source has both a train and a validation split.
-
-    Raises UsageError for a source with no documents, or with too few to hold one out.
-    """
-    groups = sorted({document.group for document in documents}, key=_share)
-    if not groups:
-        raise UsageError(
-            f"The source {name} has no text: every document in it is empty, or there is none. Check its paths."
-        )
-    if fraction == 0:
-        return set()
-    if len(groups) == 1:
-        raise UsageError(
-            f"The source {name} has {len(documents)} document(s), all nearly the same, so none can be held out for "
-            "validation. Give it more documents (data.separator cuts a text file into several), or set "
-            "data.validation_fraction=0."
-        )
-    return set(groups[:1])
+    """Where a group's hash stands in its range, in [0, 1)."""
+    return xxhash.xxh3_64_intdigest(group.encode("utf-8")) / 2**64
 
 
 def _spread(texts: list[str], limit_bytes: int) -> Iterator[str]:

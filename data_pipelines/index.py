@@ -55,7 +55,7 @@ class Index:
                 for split, blocks in self.splits.items()
             },
         ]
-        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True))
+        return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
     def to_json(self) -> str:
         """The text of index.json."""
@@ -105,4 +105,4 @@ def _block_from_json(values: Mapping[str, Any]) -> Block:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -15,6 +15,8 @@ from data_pipelines.mixing import mix
 
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIER = np.uint64(0x94D049BB133111EB)
+_HALF = np.uint64(32)
 
 
 def sample_ids(seed: int, num_examples: int, positions: np.ndarray) -> np.ndarray:
@@ -29,19 +31,26 @@ def sample_ids(seed: int, num_examples: int, positions: np.ndarray) -> np.ndarra
     ids = places.astype(np.uint64)
     keys = _keys(seed, epochs)
     base = np.uint64(max(1, math.isqrt(num_examples - 1) + 1))  # base ** 2 >= num_examples
-    walking = np.arange(len(ids))
-    while len(walking):
-        ids[walking] = _permute(ids[walking], keys[:, walking], base)
-        walking = walking[ids[walking] >= num_examples]
+    ids = _permute(ids, keys, base)
+    while len(outside := np.flatnonzero(ids >= num_examples)):
+        ids[outside] = _permute(ids[outside], keys[:, outside], base)
     return ids.astype(np.int64)
 
 
 def _permute(values: np.ndarray, keys: np.ndarray, base: np.uint64) -> np.ndarray:
-    """One bijection of [0, base ** 2) a column: (n,) uint64 with keys (rounds, n) uint64."""
+    """One bijection of [0, base ** 2) for each value: (n,) uint64 with keys (rounds, n) uint64."""
     left, right = np.divmod(values, base)
     for key in keys:
-        left, right = right, (left + mix(right ^ key) % base) % base
-    return left * base + right
+        scattered = (right ^ key) * _MULTIPLIER
+        scattered ^= scattered >> _HALF
+        scattered *= _MULTIPLIER
+        scattered >>= _HALF
+        scattered += left
+        scattered %= base
+        left, right = right, scattered
+    left *= base
+    left += right
+    return left
 
 
 def _keys(seed: int, epochs: np.ndarray) -> np.ndarray:

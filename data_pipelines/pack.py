@@ -66,14 +66,16 @@ class PackedSplit:
 
 def _cut(data: BlockData, start: int, seq_len: int, eos_id: int) -> PackedSequence:
     """The stream's tokens start .. start + seq_len, both included, padded with documents of their own."""
-    offsets = data.offsets
-    marks = offsets + np.arange(len(offsets), dtype=offsets.dtype)  # (D + 1,): where the end marks stand in the stream
-    stop = min(start + seq_len + 1, int(marks[-1]) + 1)
-    first, last = np.searchsorted(marks, (start, stop))  # end marks first .. last - 1 lie within
+    stop = min(start + seq_len + 1, int(data.marks[-1]) + 1)
+    first, last = data.marks.searchsorted((start, stop)).tolist()  # end marks first .. last - 1 lie within
     size = stop - start
+    index = np.arange(seq_len + 1, dtype=np.int32)
+    if first == last:  # inside one document: the common case where documents are long (the last cut holds an end mark)
+        tokens = data.tokens[start - first : stop - last].astype(np.int32)
+        return {"tokens": tokens, "document": np.zeros(seq_len + 1, np.int32), "position": index, "valid": seq_len}
 
     is_mark = np.zeros(seq_len + 1, bool)
-    is_mark[marks[first:last] - start] = True
+    is_mark[data.marks[first:last] - start] = True
     is_mark[size : size + 1] = True  # padding begins a document of its own
     tokens = np.full(seq_len + 1, eos_id, np.int32)
     # Of the `start` tokens of the stream before the cut, `first` are end marks.
@@ -81,6 +83,5 @@ def _cut(data: BlockData, start: int, seq_len: int, eos_id: int) -> PackedSequen
 
     document = np.cumsum(is_mark, dtype=np.int32)
     document -= document[0]
-    index = np.arange(seq_len + 1, dtype=np.int32)
     position = index - np.maximum.accumulate(np.where(is_mark, index, np.int32(0)))
     return {"tokens": tokens, "document": document, "position": position, "valid": size - 1}

@@ -34,11 +34,12 @@ _MAX_REMOTE_BLOCKS = 64
 
 
 class BlockData(NamedTuple):
-    """The content of one block of D documents: views of the mapped file."""
+    """The content of one block of D documents: views of the mapped file (but for the marks)."""
 
     keys: pa.StringArray  # (D,)
     tokens: np.ndarray  # all documents in a row, uint16 or uint32
     offsets: np.ndarray  # (D + 1,) int32: document d is tokens[offsets[d]:offsets[d + 1]]
+    marks: np.ndarray  # (D + 1,) int64: where the end marks stand in the block's stream (pack.py)
     num_bytes: np.ndarray  # (D,) int64
 
 
@@ -75,8 +76,8 @@ class Dataset:
         folder = store if isinstance(store, Store) else Store(store)
         if not folder.exists(INDEX_FILE):
             raise NotFound(
-                f"There is no data set in {folder.path()}: it has no {INDEX_FILE}, which a build writes last. Build the "
-                "data set again (shardyard data build), or check the path."
+                f"There is no data set in {folder.path()}: it has no {INDEX_FILE}, which a build writes last. Build "
+                "the data set again (shardyard data build), or check the path."
             )
         return cls(folder, Index.from_json(folder.read_bytes(INDEX_FILE), folder.path(INDEX_FILE), REBUILD))
 
@@ -158,7 +159,8 @@ class Dataset:
             mapped = self._files.get(block.file)
             if mapped is None:
                 self._files[block.file] = mapped = self._map(block.file)
-            raw = mapped.slice(block.start, max(0, min(block.stop, mapped.size) - block.start))
+            start, stop = (min(place, mapped.size) for place in (block.start, block.stop))
+            raw = mapped.slice(start, stop - start)
         if raw.size != block.stop - block.start:
             raise Damaged(
                 f"{path} is truncated: block {block.number} ({_documents(block, None)}) should end at byte "
@@ -177,10 +179,12 @@ class Dataset:
     def _view(self, raw: pa.Buffer) -> BlockData:
         batch = pa.ipc.read_record_batch(raw, arrow_schema(self.index.token_dtype))
         tokens = batch.column("tokens")
+        offsets = tokens.offsets.to_numpy(zero_copy_only=True)
         return BlockData(
             keys=batch.column("key"),
             tokens=tokens.values.to_numpy(zero_copy_only=True),
-            offsets=tokens.offsets.to_numpy(zero_copy_only=True),
+            offsets=offsets,
+            marks=offsets + np.arange(len(offsets)),
             num_bytes=batch.column("num_bytes").to_numpy(zero_copy_only=True),
         )
 

@@ -69,7 +69,7 @@ def train(recipe: str, overrides: list[str]) -> None:
             rank,
             world_size,
             int(os.environ.get("LOCAL_RANK", 0)),
-            "env://" if world_size > 1 else None,
+            "env://" if world_size > 1 else "tcp://127.0.0.1:0",
             use_gpu=config.resources.gpus_per_worker > 0,
             threads=config.resources.threads,
             timeout_s=config.recovery.collective_timeout_s,

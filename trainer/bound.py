@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BoundTask:
-    """A file of trainer/tasks and its validated config. A batch is a mapping of tensors whose first axis is the example."""
+    """A file of trainer/tasks and its config. A batch is a mapping of tensors whose first axis is the example."""
 
     module: ModuleType
     config: Section

@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from trainer.record import RunRecord
 
 __all__ = [
-    "Checkpointer",
     "CheckpointReader",
+    "Checkpointer",
     "find",
     "load",
     "load_weights",

@@ -162,8 +162,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
 class CheckpointReader:
     """A checkpoint folder open for reading, with neither DeepSpeed nor a process group.
 
-    Files are opened, and blocks verified, when they are first needed, so that a rank reads what it asks for and no more.
-    Opening verifies the manifest alone.
+    Opening verifies the manifest alone. Files are opened, and blocks verified, when they are first needed, so that a
+    rank reads what it asks for and no more.
 
     Raises:
         NotFound: no checkpoint is there. Damaged: from here or from any method; names the file, and the block.
@@ -206,7 +206,7 @@ class CheckpointReader:
         return ["master", *self.manifest["scalars"]["kinds"]]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened parameter or buffer, in the dtype stored; 1-D, not shared with a file."""
+        """Elements [start, stop) of a flattened parameter or buffer, in the dtype stored; 1-D, a copy."""
         if start == stop:
             return torch.empty(0)
         ranges = self.manifest["ranges"][name]
@@ -221,7 +221,7 @@ class CheckpointReader:
     def _file(self, index: int, key: str) -> TensorFile:
         if index not in self._files:
             self._files[index] = TensorFile(self.store, self.manifest["files"][index])
-        if key not in self._files[index].keys():
+        if key not in self._files[index]:
             raise Damaged(f"{self.store.path(self.manifest['files'][index]['name'])} lacks the fragment '{key}'.")
         return self._files[index]
 
@@ -230,7 +230,7 @@ class CheckpointReader:
         return tuple((self.manifest["parameters"] | self.manifest["buffers"])[name]["shape"])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of everything in the module's state_dict: trained parameters in fp32, tied ones by each name."""
+        """(name, full tensor) of the module's whole state_dict; trained parameters in fp32, tied ones by each name."""
         for name in [*self.manifest["parameters"], *self.manifest["buffers"]]:
             shape = self.shape(name)
             tensor = self.read(name, self.kinds(name)[0], 0, math.prod(shape)).view(shape)

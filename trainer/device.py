@@ -69,3 +69,8 @@ def unsupported(device: torch.device, precision: str) -> str | None:
         # The same test as DeepSpeed's CPU accelerator, so that its own refusal never comes first.
         return "This processor has no fp16 arithmetic (avx512_fp16 or amx_fp16). Use precision=bf16 or precision=fp32."
     return None
+
+
+def supported_precisions(device: torch.device) -> list[str]:
+    """The precisions that the device can train in."""
+    return [precision for precision in ("fp32", "bf16", "fp16") if unsupported(device, precision) is None]

@@ -3,8 +3,9 @@
 DeepSpeed keeps masters in flat tensors, differently at each ZeRO stage:
 
     stage 0 (fp32)  the parameters themselves, replicated
-    stages 1, 2     a parameter group is flattened and cut into world_size equal pieces: single_partition_of_fp32_groups,
-                    or fp32_groups_flat_partition in BF16_Optimizer (stage 1 with bf16 and fp32 accumulation)
+    stages 1, 2     a parameter group is flattened and cut into world_size equal pieces:
+                    single_partition_of_fp32_groups, or fp32_groups_flat_partition in BF16_Optimizer (stage 1 with
+                    bf16 and fp32 accumulation)
     stage 3         each parameter is cut into world_size equal pieces; a rank's pieces of a sub-group lie one after
                     the other in fp32_partitioned_groups_flat
 
@@ -14,6 +15,7 @@ by that flat tensor and laid out like it. Reads DeepSpeed's attributes (0.19) wi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank holds of one trainable parameter: `numel` elements at `offset` of `flat`, which the optimizer steps."""
+    """What this rank holds of one trainable parameter.
+
+    It is elements [start, start + numel) of the flattened parameter (of full shape `shape`), and lies at `offset` of
+    `flat`, the tensor that the optimizer steps.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -51,25 +57,37 @@ def parts_of(engine: Engine) -> list[Part]:
     if hasattr(zero, "fp32_partitioned_groups_flat"):
         return _stage_3_parts(zero, names)
     if hasattr(zero, "single_partition_of_fp32_groups"):
-        return _flattened_group_parts(zero.bit16_groups, zero.single_partition_of_fp32_groups, names)
+        # Not by the parameters' _hp_mapping: it is wrong with round_robin_gradients, which reorders a group.
+        groups = [
+            list(zip(group, offsets, strict=True))
+            for group, offsets in zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+        ]
+        return _flattened_group_parts(zero, groups, zero.single_partition_of_fp32_groups, names)
     if hasattr(zero, "fp32_groups_flat_partition"):
-        return _flattened_group_parts(zero.bf16_groups, zero.fp32_groups_flat_partition, names)
+        groups = [
+            list(zip(group, itertools.accumulate((p.numel() for p in group), initial=0), strict=False))
+            for group in zero.bf16_groups
+        ]
+        return _flattened_group_parts(zero, groups, zero.fp32_groups_flat_partition, names)
     raise UsageError(
         f"DeepSpeed's {type(zero).__name__} keeps no state that a checkpoint can hold. Use zero.stage 1, 2 or 3, "
         "or zero.stage 0 with precision fp32."
     )
 
 
-def _flattened_group_parts(groups: list[list[nn.Parameter]], flats: list[Tensor], names: dict[int, str]) -> list[Part]:
+def _flattened_group_parts(
+    zero: Any, groups: list[list[tuple[nn.Parameter, int]]], flats: list[Tensor], names: dict[int, str]
+) -> list[Part]:
+    """groups: (parameter, its offset in the flattened group). flats: this rank's equal piece of each flattened group."""
     parts = []
-    for group, flat in zip(groups, flats, strict=True):
-        for parameter in group:
-            mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009 - DeepSpeed's; None: nothing of it is here
-            if mapping is None:
-                continue
-            start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            offset = mapping.hp_fragment_address.start
-            parts.append(Part(names[id(parameter)], parameter, tuple(parameter.shape), start, numel, flat, offset))
+    for group, flat, process_group in zip(groups, flats, zero.real_dp_process_group, strict=True):
+        first = torch.distributed.get_rank(process_group) * flat.numel()
+        for parameter, offset in group:
+            start = max(first - offset, 0)
+            numel = min(first + flat.numel() - offset, parameter.numel()) - start
+            if numel > 0:
+                shape, place = tuple(parameter.shape), offset + start - first
+                parts.append(Part(names[id(parameter)], parameter, shape, start, numel, flat, place))
     return parts
 
 
@@ -100,6 +118,7 @@ def share(offset: int, numel: int, total: int, rank: int, size: int) -> tuple[in
 
 
 def share_of_parts(parts: list[Part], rank: int, size: int) -> list[Part]:
+    """What rank of size is to write of parts that every rank holds: contiguous, of equal length to one element."""
     total, offset, shares = sum(part.numel for part in parts), 0, []
     for part in parts:
         start, stop = share(offset, part.numel, total, rank, size)
@@ -123,6 +142,7 @@ def frozen_parts(engine: Engine) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Of the whole parameter, also where stage 3 keeps a partition in its place."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import ShardyardError, UsageError
 from trainer.engine_layout import (
@@ -40,7 +40,7 @@ _SAME_STATE = {"Adam", "AdamW"}  # optimizers that may take over each other's st
 class Fragment:
     """Elements [start, start + len(tensor)) of a flattened parameter's state, or of a buffer.
 
-    kind: "master" (fp32 weights), a key of the optimizer's state ("exp_avg", "momentum_buffer", ...), "frozen", "buffer".
+    kind: "master" (fp32 weights), "frozen", "buffer", or a key of the optimizer's state ("exp_avg", ...).
     shape: of the whole. tensor: 1-D, this rank's part; a view of live memory where that is possible.
     """
 
@@ -55,7 +55,7 @@ class Fragment:
 
 
 def describe(engine: Engine) -> dict[str, Any]:
-    """Shapes and dtypes of all parameters and buffers, and the other names of tied parameters. The same on all ranks."""
+    """Shapes and dtypes of all parameters and buffers, and the other names of tied parameters; alike on all ranks."""
     named = engine.module.named_parameters(remove_duplicate=False)
     names: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
@@ -64,10 +64,13 @@ def describe(engine: Engine) -> dict[str, Any]:
         if first != name:
             aliases.setdefault(first, []).append(name)
     parameters = {
-        name: {"shape": list(full_shape(p)), "dtype": dtype_name(p), "frozen": not is_trained(p)}
+        name: {"shape": list(full_shape(p)), "dtype": _dtype_name(p), "frozen": not is_trained(p)}
         for name, p in engine.module.named_parameters()
     }
-    buffers = {name: {"shape": list(b.shape), "dtype": dtype_name(b)} for name, b in persistent_buffers(engine.module).items()}
+    buffers = {
+        name: {"shape": list(buffer.shape), "dtype": _dtype_name(buffer)}
+        for name, buffer in persistent_buffers(engine.module).items()
+    }
     return {"parameters": parameters, "buffers": buffers, "aliases": aliases}
 
 
@@ -205,7 +208,7 @@ def _assert_restored(engine: Engine, parts: list[Part]) -> None:
         master = _slice(part.flat, part)
         if not _same_bits(weights[start : start + part.numel], master.to(weights.device, weights.dtype)):
             raise ShardyardError(
-                f"Parameter '{part.name}' was not set by the load: the weights of forward differ from the checkpoint's. "
+                f"Parameter '{part.name}' was not set by the load: forward's weights differ from the checkpoint's. "
                 "This is a mismatch with the installed DeepSpeed; install the pinned version."
             )
     held = torch.tensor([sum(part.numel for part in parts)], dtype=torch.int64, device=engine.world.device)
@@ -282,7 +285,5 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.contiguous().view(as_integer), right.contiguous().view(as_integer))
 
 
-def dtype_name(tensor: Tensor) -> str:
+def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-

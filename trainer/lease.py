@@ -76,6 +76,7 @@ class Claim:
 
     @property
     def path(self) -> str:
+        """Its file in the run's folder."""
         return f"{_FOLDER}/{self.id}.json"
 
 

@@ -63,7 +63,7 @@ def packages() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         try:
             name, version = distribution.metadata["Name"], distribution.version
-        except Exception:  # noqa: BLE001, S112 - a half-removed package has no readable metadata
+        except Exception:  # a half-removed package has no readable metadata
             continue
         if name:
             found.setdefault(str(name), str(version))

@@ -28,6 +28,7 @@ class Progress:
 
     @property
     def phase(self) -> str:
+        """What the worker does now; setting it counts as a sign of life."""
         return self._phase
 
     @phase.setter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -18,7 +19,7 @@ _SECRET_WORDS = {"secret", "secrets", "password", "passwd", "pwd", "passphrase",
     "apikey",
     "cookie",
 }
-_KEY_WORDS = {"api", "access", "private", "secret", "account", "encryption", "signing", "ssh"}  # before "key"
+_KEY_WORDS = {"api", "auth", "access", "refresh", "private", "account", "encryption", "signing", "ssh"}  # before "key"
 _TEXT_WORDS = {"eos", "bos", "pad", "unk", "mask", "sep", "cls", "special", "end", "start", "next", "per"}
 _HARMLESS_ENDS = {"path", "file", "dir", "url", "uri", "mode", "id", "ids", "type", "count", "expiry"}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
@@ -46,14 +47,15 @@ def is_secret_name(name: str) -> bool:
     words = [word.lower() for word in _WORD.findall(name)]
     if words and words[-1] in _HARMLESS_ENDS:
         return False
-    before = ["", *words[:-1]]
-    return any(
-        word in _SECRET_WORDS
-        or (word == "token" and previous not in _TEXT_WORDS)
-        or (word in {"key", "token", "tokens"} and previous in _KEY_WORDS)
-        or (word in {"tokens"} and previous == "auth")
-        for word, previous in zip(words, before, strict=True)
-    )
+    return any(_is_secret_word(word, previous) for previous, word in pairwise(["", *words]))
+
+
+def _is_secret_word(word: str, previous: str) -> bool:
+    if word in _SECRET_WORDS:
+        return True
+    if word == "token":
+        return previous not in _TEXT_WORDS
+    return word in ("key", "keys", "tokens") and previous in _KEY_WORDS
 
 
 class Redactor:

@@ -123,7 +123,13 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         stack.callback(loader.close)
         progress.step, progress.steps = start_step, config.steps
         if world.rank == 0:
-            record.event("started", step=start_step, world_size=world.size, parameters=plan.num_parameters)
+            record.event(
+                "started",
+                step=start_step,
+                world_size=world.size,
+                parameters=plan.num_parameters,
+                data_fingerprint=dataset.fingerprint,
+            )
         yield Session(
             config=config,
             world=world,

@@ -74,7 +74,8 @@ def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
         if tensor.numel() > 0:
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+            yield memoryview(raw)
 
 
 class _BlockDigests:
@@ -149,9 +150,8 @@ class TensorFile:
             raise Damaged(f"{self._path} has a header that points outside the file.")
         return start, tensors
 
-    def keys(self) -> set[str]:
-        """Names of the tensors."""
-        return set(self._header)
+    def __contains__(self, key: str) -> bool:
+        return key in self._header
 
     def read(self, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop), at least one, of a flattened tensor; 1-D, a view of the file where it is mapped."""

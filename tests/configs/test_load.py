@@ -224,7 +224,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(CONFIGS, st.data())
 def test_a_resolved_config_is_written_and_read_back_exactly(changes: dict[str, Any], data: st.DataObject) -> None:
     resolved = load(minimal(**changes))
@@ -257,6 +257,26 @@ def test_values_added_by_hand_to_a_dump_get_their_line(recipe: Path) -> None:
     assert load_resolved(text.replace("seed: 0  # default", "seed: 1")).origins["seed"] == f"run.yaml:{number}"
 
 
+def test_one_fault_is_told_once(recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace("400", "!!int many"))
+    assert problems_of(recipe) == [
+        "demo.yaml:2 steps: many cannot be read as int; remove the tag, or correct the value"
+    ]
+
+
+def test_a_replaced_section_is_the_command_lines(recipe: Path) -> None:
+    assert problems_of(recipe, "batch={micro_batch_size: 1}") == [
+        "command line batch.global_batch_size: missing; add it, for example: global_batch_size: 32 "
+        "(Examples a step, over all workers)"
+    ]
+
+
+def test_origins_of_our_recipes_do_not_tell_where_they_are_installed(recipe: Path) -> None:
+    resolved = load("language_modeling-gpt-tiny")
+    assert resolved.origins["seed"].startswith("configs/recipes/language_modeling-gpt-tiny.yaml:")
+    assert resolved.path is not None and load(resolved.path) == resolved
+
+
 class Tokenizer(Section):
     """Part of an example of a plug-in's settings."""
 
@@ -272,13 +292,13 @@ class PluginConfig(Section):
 
 
 def test_plugin_settings_give_the_same_messages(recipe: Path) -> None:
-    recipe.write_text(RECIPE.replace("seq_len: 256", "seqlen: 256, mode: [1]"))
+    recipe.write_text(RECIPE.replace("seq_len: 256", "seqlen: 256, mode: {a: 1}"))
     resolved = load(recipe, ["task.tokenizer={vocab_sise: 4}"])
     section, problems = validate_plugin(PluginConfig, resolved.config.task, "task", resolved.origins)
     assert section is None
     assert sorted(str(problem) for problem in problems) == [
         "command line task.tokenizer.vocab_sise: unknown key; did you mean 'vocab_size'?",
-        "demo.yaml:4 task.mode: [1] is a list; a whole number is needed; or: [1] is a list; text is needed",
+        "demo.yaml:4 task.mode: {a: 1} is a mapping; a whole number is needed; or: {a: 1} is a mapping; text is needed",
         "demo.yaml:4 task.seq_len: missing; add it, for example: seq_len: 256 (Tokens of one example)",
         "demo.yaml:4 task.seqlen: unknown key; did you mean 'seq_len'?",
     ]

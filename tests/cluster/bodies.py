@@ -1,0 +1,71 @@
+"""What workers run in these tests instead of training: seconds of a run without torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.progress import Progress
+
+STEP_S = 0.02
+
+
+def steps(
+    store_uri: str,
+    run: str,
+    attempt: int,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    init_method: str,
+    stop: threading.Event,
+    progress: Progress,
+    num_steps: int = 20,
+) -> dict[str, Any]:
+    """Count steps and show them; the attempt's later ranks write what they were given into the run's folder."""
+    facts = [rank, world_size, local_rank, os.getpid(), os.environ["OMP_NUM_THREADS"], init_method.partition(":")[0]]
+    (Path(store_uri) / run / f"facts-{attempt}-{rank}").write_text(" ".join(map(str, facts)))
+    print(f"worker {rank} of attempt {attempt}")
+    progress.steps = num_steps
+    for step in range(1, num_steps + 1):
+        progress.phase = "forward"
+        time.sleep(STEP_S)
+        progress.step = step
+        if stop.is_set():
+            return {"outcome": "stopped", "step": step}
+    return {"outcome": "finished", "step": num_steps}
+
+
+def endless_first_attempt(**arguments: Any) -> dict[str, Any]:
+    """Something to kill; the second attempt finishes."""
+    return steps(**arguments, num_steps=1_000_000 if arguments["attempt"] == 1 else 20)
+
+
+def endless(**arguments: Any) -> dict[str, Any]:
+    """Runs until it is stopped."""
+    return steps(**arguments, num_steps=1_000_000)
+
+
+def deaf(**arguments: Any) -> dict[str, Any]:
+    """Does not stop when asked to."""
+    arguments["stop"] = threading.Event()
+    return steps(**arguments, num_steps=1_000_000)
+
+
+def raising(**arguments: Any) -> dict[str, Any]:
+    """Rank 1 fails after some steps, the other goes on."""
+    steps(**arguments, num_steps=5)
+    if arguments["rank"] == 1:
+        raise ValueError("a bad example")
+    return steps(**arguments, num_steps=1_000_000)
+
+
+def exiting(**arguments: Any) -> dict[str, Any]:
+    """Rank 1 leaves in a way that no `except Exception` sees."""
+    steps(**arguments, num_steps=1)
+    if arguments["rank"] == 1:
+        raise SystemExit(3)
+    return steps(**arguments, num_steps=1_000_000)

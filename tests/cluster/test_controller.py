@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from cluster.controller import SETTLE_S, Controller, Outcome, State
+from cluster.policies import WorkerStatus
+from configs.errors import RunFailed, Unreachable
+from configs.schema import RecoveryConfig
+
+STEPS = 50
+SAVE_EVERY = 10
+SILENCE_S = 5.0
+
+
+@dataclass
+class FakeClock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class FakeRecord:
+    attempt: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    stop_file: bool = False
+
+    def next_attempt(self) -> int:
+        self.attempt += 1
+        return self.attempt
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.rows.append({"kind": kind, "attempt": self.attempt, **fields})
+
+    def stop_requested(self) -> bool:
+        return self.stop_file
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        return [{"step": step, "path": f"checkpoints/step-{step:08d}"} for step in self.saved]
+
+    @property
+    def kinds(self) -> list[str]:
+        return [row["kind"] for row in self.rows]
+
+
+class FakeGroup:
+    """Workers that take one step a poll; `script` maps (attempt, step) to what befalls them then."""
+
+    def __init__(self, record: FakeRecord, clock: FakeClock, script: dict[tuple[int, int], str], size: int = 2) -> None:
+        self.record, self.clock, self.script, self.size = record, clock, script, size
+        self.alive = False
+        self.attempt = 0
+        self.prepared = 0
+        self.kills = 0
+        self.stopping = False
+        self.workers: list[WorkerStatus] = []
+        self.befallen: str | None = None
+
+    def prepare(self, attempt: int) -> dict[str, Any]:
+        assert not self.alive, "the attempt before was not killed"
+        if self.script.get((attempt, -1)) == "no room":
+            raise Unreachable("needs 4 CPUs, the cluster has 2")
+        self.attempt, self.alive, self.befallen, self.stopping = attempt, True, None, False
+        self.prepared += 1
+        start = self.record.saved[-1] if self.record.saved else 0
+        self.workers = [
+            WorkerStatus(rank, "node-a", "starting", log=f"rank-{rank:05d}.log", step=start, steps=STEPS)
+            for rank in range(self.size)
+        ]
+        return {"workers": []}
+
+    def start(self, cancelled: Callable[[], bool]) -> None:
+        if not cancelled():
+            self.workers = [replace(worker, state="running", phase="forward") for worker in self.workers]
+
+    def poll(self, timeout_s: float) -> list[WorkerStatus]:
+        self.clock.now += timeout_s
+        if self.befallen is None and all(worker.state == "running" for worker in self.workers):
+            self._advance()
+        elif self.befallen is not None and self.befallen.startswith("hang"):
+            self._hang(timeout_s)
+        elif self.befallen == "peer first":
+            self.workers[0] = replace(self.workers[0], state="died", error="the process is gone")
+        return list(self.workers)
+
+    def _advance(self) -> None:
+        step = self.workers[0].step + 1
+        happens = self.script.get((self.attempt, step))
+        if happens is not None:
+            self.befallen = happens
+            self._befall(happens)
+            return
+        self.workers = [replace(worker, step=step) for worker in self.workers]
+        if step % SAVE_EVERY == 0 or self.stopping or step == STEPS:
+            self.record.saved.append(step)
+        if step == STEPS or self.stopping:
+            state = "finished" if step == STEPS else "stopped"
+            self.workers = [replace(worker, state=state) for worker in self.workers]  # type: ignore[arg-type]
+
+    def _befall(self, happens: str) -> None:
+        victim = self.workers[-1]
+        if happens == "kill":
+            self.workers[-1] = replace(victim, state="died", error="the process is gone", unanswered_s=0.3)
+        elif happens in ("raise", "user error"):
+            mine = happens == "user error"
+            self.workers[-1] = replace(victim, state="raised", error="ValueError: x", failed_at=1.0, user_error=mine)
+        elif happens == "peer first":
+            error = "RuntimeError: Connection closed by peer"
+            self.workers[-1] = replace(victim, state="raised", error=error, failed_at=1.0)
+
+    def _hang(self, seconds: float) -> None:
+        answers = self.befallen == "hang in python"
+        for i, worker in enumerate(self.workers):
+            is_victim = i == len(self.workers) - 1
+            unanswered_s = worker.unanswered_s + seconds if is_victim and not answers else 0.0
+            self.workers[i] = replace(worker, quiet_s=worker.quiet_s + seconds, unanswered_s=unanswered_s)
+
+    def request_stop(self) -> None:
+        self.stopping = True
+
+    def kill(self) -> None:
+        self.kills += 1
+        self.alive = False
+
+
+class Bench:
+    def __init__(self, script: dict[tuple[int, int], str] | None = None, **recovery: Any) -> None:
+        self.clock, self.record, self.notices = FakeClock(), FakeRecord(), []  # type: ignore[var-annotated]
+        self.group = FakeGroup(self.record, self.clock, script or {})
+        settings = {"silence_s": SILENCE_S, "collective_timeout_s": 100.0, **recovery}
+        self.controller = Controller(
+            self.group,
+            self.record,
+            RecoveryConfig(**settings),
+            resume_command="shardyard runs resume demo",
+            notice=self.notices.append,
+            clock=self.clock,
+        )
+
+    def run(self) -> Outcome:
+        try:
+            self.controller.prepare()
+            return self.controller.run()
+        except BaseException as error:
+            self.controller.fail(error)
+            raise
+        finally:
+            assert not self.group.alive
+
+
+def test_a_quiet_run_finishes() -> None:
+    bench = Bench()
+    assert bench.run() == Outcome("finished", STEPS, 0)
+    assert bench.controller.state is State.FINISHED
+    assert bench.record.kinds == ["queued", "placed", "finished"]
+
+
+@pytest.mark.parametrize("what", ["kill", "raise", "hang", "hang in python"])
+def test_a_failure_is_named_and_the_run_goes_on(what: str) -> None:
+    bench = Bench({(1, 27): what})
+    assert bench.run() == Outcome("finished", STEPS, 1)
+    assert bench.record.kinds == ["queued", "placed", "failed", "restarted", "placed", "finished"]
+    failed = bench.record.rows[2]
+    kind = {"kill": "died", "raise": "raised"}.get(what, "silent")
+    assert failed["cause"] == kind
+    assert (failed["node"], failed["phase"], failed["step"]) == ("node-a", "forward", 26)
+    if what != "hang in python":  # there both hang in the same way
+        assert failed["rank"] == 1
+        assert failed["log"] == "rank-00001.log"
+    assert failed["checkpoint"] == "checkpoints/step-00000020"
+    assert failed["final"] is False
+    assert failed["attempt"] == 1
+    assert bench.record.rows[3]["attempt"] == 2
+    assert bench.record.rows[3]["step"] == 20
+    assert "checkpoint of step 20" in bench.notices[0]
+    if kind == "silent":
+        assert SILENCE_S < failed["detected_s"] < SILENCE_S + 2 * SETTLE_S
+
+
+def test_the_cause_is_awaited_when_only_a_consequence_is_seen() -> None:
+    bench = Bench({(1, 27): "peer first"})
+    bench.run()
+    assert (bench.record.rows[2]["cause"], bench.record.rows[2]["rank"]) == ("died", 0)
+
+
+def test_a_worker_that_comes_back_in_time_is_left_alone() -> None:
+    bench = Bench({(1, 27): "hang in python"})
+    poll = bench.group.poll
+
+    def waking_poll(timeout_s: float) -> list[WorkerStatus]:
+        if bench.group.workers[0].quiet_s > SILENCE_S + SETTLE_S / 2:
+            bench.group.befallen, bench.group.script = None, {}
+            bench.group.workers = [replace(worker, quiet_s=0.0) for worker in bench.group.workers]
+        return poll(timeout_s)
+
+    bench.group.poll = waking_poll  # type: ignore[method-assign]
+    assert bench.run() == Outcome("finished", STEPS, 0)
+
+
+def test_it_gives_up_with_cause_checkpoint_log_and_command() -> None:
+    script = {(attempt, 21 + attempt): "kill" for attempt in range(1, 9)}
+    bench = Bench(script, max_restarts=2)
+    with pytest.raises(RunFailed) as caught:
+        bench.run()
+    for part in ("Worker 1 on node-a died", "step 20", "rank-00001.log", "shardyard runs resume demo", "max_restarts=2"):
+        assert part in str(caught.value)
+    assert bench.group.prepared == 3
+    assert bench.controller.state is State.FAILED
+    assert bench.record.kinds.count("failed") == 3
+    assert [row["final"] for row in bench.record.rows if row["kind"] == "failed"] == [False, False, True]
+
+
+def test_the_same_step_again_and_again() -> None:
+    bench = Bench({(attempt, 27): "raise" for attempt in range(1, 99)}, max_restarts=50)
+    with pytest.raises(RunFailed, match="3 times in a row after the same step, 26"):
+        bench.run()
+    assert bench.group.prepared == 3
+
+
+def test_an_error_of_the_user_ends_the_run_at_once() -> None:
+    bench = Bench({(1, 3): "user error"}, max_restarts=50)
+    with pytest.raises(RunFailed):
+        bench.run()
+    assert bench.group.prepared == 1
+
+
+def test_no_room_is_recorded_as_the_end() -> None:
+    bench = Bench({(1, -1): "no room"})
+    with pytest.raises(Unreachable):
+        bench.run()
+    assert bench.record.rows[-1] == {
+        "kind": "failed",
+        "attempt": 1,
+        "error": "needs 4 CPUs, the cluster has 2",
+        "final": True,
+    }
+
+
+def test_no_room_after_a_failure() -> None:
+    bench = Bench({(1, 27): "kill", (2, -1): "no room"})
+    with pytest.raises(Unreachable):
+        bench.run()
+    assert bench.record.rows[-1]["final"] is True
+
+
+def at_step(bench: Bench, step: int, act: Callable[[], None]) -> None:
+    poll = bench.group.poll
+
+    def acting_poll(timeout_s: float) -> list[WorkerStatus]:
+        if bench.group.workers[0].step == step:
+            act()
+        return poll(timeout_s)
+
+    bench.group.poll = acting_poll  # type: ignore[method-assign]
+
+
+def test_a_stop_saves_first() -> None:
+    bench = Bench()
+    at_step(bench, 13, lambda: bench.controller.request_stop("Ctrl-C"))
+    outcome = bench.run()
+    assert outcome.outcome == "stopped"
+    assert outcome.step == bench.record.saved[-1] == 15
+    assert bench.record.rows[-1]["kind"] == "stopped"
+    assert bench.record.rows[-1]["reason"] == "Ctrl-C"
+
+
+def test_the_stop_file_is_seen() -> None:
+    bench = Bench()
+    at_step(bench, 13, lambda: setattr(bench.record, "stop_file", True))
+    assert bench.run().outcome == "stopped"
+    assert "runs stop" in bench.record.rows[-1]["reason"]
+
+
+def test_an_abort_does_not_wait() -> None:
+    bench = Bench()
+    at_step(bench, 13, bench.controller.abort)
+    outcome = bench.run()
+    assert (outcome.outcome, outcome.step) == ("stopped", 10)
+    assert bench.record.saved[-1] == 10
+
+
+def test_a_stop_before_training_began() -> None:
+    bench = Bench()
+    bench.controller.request_stop("Ctrl-C")
+    assert bench.run() == Outcome("stopped", 0, 0)
+    assert bench.group.kills == 1
+
+
+def test_a_stop_during_recovery_does_not_start_over() -> None:
+    bench = Bench({(1, 27): "kill"})
+    at_step(bench, 26, lambda: bench.controller.request_stop("Ctrl-C"))
+    with pytest.raises(RunFailed, match="stopping"):
+        bench.run()
+
+
+def test_a_lost_lease_ends_the_workers() -> None:
+    bench = Bench()
+    bench.controller._lease_lost = lambda: bench.group.workers[0].step > 20
+    with pytest.raises(RunFailed, match="Another launcher"):
+        bench.run()
+
+
+def test_random_schedules_end_as_they_must() -> None:
+    for seed in range(300):
+        chance = random.Random(seed)
+        what = ["kill", "raise", "hang", "hang in python", "peer first"]
+        script = {(a, chance.randint(1, STEPS)): chance.choice(what) for a in range(1, chance.randint(1, 6))}
+        max_restarts = chance.randint(0, 5)
+        bench = Bench(script, max_restarts=max_restarts)
+        try:
+            outcome = bench.run()
+            assert outcome.outcome == "finished"
+            assert outcome.restarts == bench.group.prepared - 1 <= max_restarts
+        except RunFailed:
+            assert bench.record.kinds.count("failed") == bench.group.prepared <= max_restarts + 1
+            assert bench.record.rows[-1]["final"] is True

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policies import (
+    PORT_RETRIES,
+    Failure,
+    GiveUp,
+    Restart,
+    WorkerStatus,
+    find_silent,
+    first_failure,
+    is_consequence,
+    next_action,
+)
+from configs.schema import RecoveryConfig
+
+PEER_ERROR = "RuntimeError: [../gloo/transport/tcp/pair.cc:598] Connection closed by peer [127.0.0.1]:1234"
+
+
+def failure(step: int = 10, kind: str = "died", error: str = "gone", user_error: bool = False) -> Failure:
+    return Failure(kind, 0, "node-a", "forward", step, error, "rank-00000.log", 0.1, user_error)  # type: ignore[arg-type]
+
+
+def worker(rank: int = 0, state: str = "running", **fields: object) -> WorkerStatus:
+    return WorkerStatus(rank, f"node-{rank}", state, **fields)  # type: ignore[arg-type]
+
+
+def decide(failures: list[Failure], max_restarts: int = 3) -> Restart | GiveUp:
+    return next_action(failures, RecoveryConfig(max_restarts=max_restarts))
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1, 3, 7])
+def test_restarts_as_often_as_allowed(max_restarts: int) -> None:
+    failures: list[Failure] = []
+    for i in range(max_restarts):
+        failures.append(failure(step=100 * i))
+        assert isinstance(decide(failures, max_restarts), Restart)
+    failures.append(failure(step=9999))
+    decision = decide(failures, max_restarts)
+    assert isinstance(decision, GiveUp)
+    assert f"max_restarts={max_restarts}" in decision.reason
+
+
+def test_the_same_step_three_times_in_a_row_ends_the_run_early() -> None:
+    assert isinstance(decide([failure(7), failure(7)], 100), Restart)
+    decision = decide([failure(7), failure(7), failure(7)], 100)
+    assert isinstance(decision, GiveUp)
+    assert "same step, 7" in decision.reason
+    assert isinstance(decide([failure(7), failure(7), failure(8)], 100), Restart)
+    assert isinstance(decide([failure(7), failure(8), failure(7), failure(7)], 100), Restart)
+
+
+def test_an_error_of_the_user_is_not_retried() -> None:
+    assert isinstance(decide([failure(user_error=True)], 100), GiveUp)
+
+
+def test_a_port_taken_in_between_costs_no_restart() -> None:
+    taken = failure(0, "raised", "DistNetworkError: The server socket has failed ... EADDRINUSE")
+    assert isinstance(decide([taken] * PORT_RETRIES, 0), Restart)
+    assert isinstance(decide([taken] * (PORT_RETRIES + 1), 0), GiveUp)
+    assert isinstance(decide([taken, failure(5)], 1), Restart)
+    assert isinstance(decide([taken, failure(5), taken, failure(9)], 1), GiveUp)
+
+
+def test_the_first_cause_is_the_one_that_was_not_caused() -> None:
+    peer = worker(0, "raised", error=PEER_ERROR, failed_at=1.0)
+    cause = worker(1, "raised", error="ValueError: boom", failed_at=2.0, phase="forward", step=5)
+    later = worker(2, "raised", error="ValueError: later", failed_at=3.0)
+    dead = worker(3, "died", error="the process is gone")
+    running = worker(4)
+    assert is_consequence(peer)
+    assert not is_consequence(cause)
+    assert first_failure([peer, running, cause, later]).rank == 1
+    assert first_failure([peer, cause, dead]).rank == 3
+    assert first_failure([peer]).rank == 0
+
+
+def test_of_hung_workers_the_one_that_does_not_answer_is_named() -> None:
+    waiting = worker(0, "silent", unanswered_s=0.2, quiet_s=60.5, error="no progress")
+    stopped = worker(1, "silent", unanswered_s=61.0, quiet_s=61.0, error="no answer")
+    found = first_failure([waiting, stopped])
+    assert (found.rank, found.kind, found.detected_s) == (1, "silent", 61.0)
+
+
+@given(st.permutations(range(4)))
+def test_the_order_of_the_workers_does_not_matter(order: list[int]) -> None:
+    workers = [
+        worker(0, "raised", error=PEER_ERROR, failed_at=1.0),
+        worker(1, "died", error="gone"),
+        worker(2),
+        worker(3, "raised", error="late", failed_at=9.0),
+    ]
+    assert first_failure([workers[i] for i in order]).rank == 1
+
+
+def test_silence() -> None:
+    recovery = RecoveryConfig(silence_s=10.0, collective_timeout_s=100.0)
+
+    def silent(slowest_step_s: float | None = 1.0, phase: str = "forward", **fields: float) -> bool:
+        status = replace(worker(phase=phase), **fields)  # type: ignore[arg-type]
+        return find_silent(status, recovery, slowest_step_s) is not None
+
+    assert not silent(unanswered_s=9.9, quiet_s=9.9)
+    assert silent(unanswered_s=10.1)
+    assert silent(quiet_s=10.1)
+    assert not silent(quiet_s=29.0, slowest_step_s=10.0), "its steps are slow"
+    assert silent(quiet_s=31.0, slowest_step_s=10.0)
+    assert not silent(quiet_s=99.0, slowest_step_s=None), "before the first step it may load"
+    assert silent(quiet_s=101.0, slowest_step_s=None)
+    assert not silent(quiet_s=99.0, phase="evaluation"), "an evaluation has no usual length"
+    assert find_silent(worker(state="starting", unanswered_s=1e9), recovery, None) is None

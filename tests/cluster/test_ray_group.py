@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import embedded_ray, ray_placement
+from cluster.controller import Controller, Outcome
+from cluster.embedded_ray import EmbeddedRay
+from cluster.policies import WorkerStatus
+from cluster.ray_cluster import join
+from cluster.ray_group import RayWorkerGroup, import_paths
+from configs.errors import RunFailed, Unreachable
+from configs.schema import RecoveryConfig, ResourcesConfig
+from tests.cluster.test_controller import FakeRecord
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "demo"
+NEVER_S = 600.0
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[EmbeddedRay]:
+    """One Ray for all tests of this file; groups use the one that is connected."""
+    embedded = EmbeddedRay(4, False, import_paths())
+    yield embedded
+    embedded.stop()
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+    return found
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def make_group(store: Path, body: str, workers: int = 2, threads: int = 1) -> RayWorkerGroup:
+    (store / RUN).mkdir(exist_ok=True)
+    resources = ResourcesConfig(workers=workers, threads=threads)
+    return RayWorkerGroup(resources, str(store), RUN, body=f"tests.cluster.bodies:{body}", imports=["psutil"])
+
+
+class Launched:
+    """A group with its controller in a thread, as a launcher has them."""
+
+    def __init__(self, store: Path, body: str, **recovery: Any) -> None:
+        self.store = store
+        self.group = make_group(store, body)
+        self.record = FakeRecord()
+        settings = RecoveryConfig(**{"silence_s": NEVER_S, "collective_timeout_s": NEVER_S, **recovery})
+        self.controller = Controller(self.group, self.record, settings)
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.group.open()
+            self.controller.prepare()
+            self.outcome = self.controller.run()
+        except BaseException as error:
+            self.error = error
+            self.controller.fail(error)
+        finally:
+            self.group.close()
+
+    def worker(self, rank: int) -> WorkerStatus | None:
+        workers = self.controller.workers
+        return workers[rank] if len(workers) > rank else None
+
+    def wait_for_step(self, step: int) -> None:
+        def there() -> bool:
+            seen = self.worker(1)
+            return not self.thread.is_alive() or (seen is not None and seen.step >= step)
+
+        wait_for(there, f"step {step}")
+
+    def pids(self, attempt: int = 1) -> list[int]:
+        return [int(facts(self.store, attempt, rank)[3]) for rank in range(2)]
+
+    def join(self) -> None:
+        self.thread.join(90)
+        assert not self.thread.is_alive()
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.record.rows if row["kind"] == kind]
+
+
+def facts(store: Path, attempt: int, rank: int) -> list[str]:
+    return (store / RUN / f"facts-{attempt}-{rank}").read_text().split()
+
+
+def test_workers_finish_with_ranks_threads_and_logs(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    group = make_group(tmp_path, "steps", threads=2)
+    group.open()
+    try:
+        placed = group.prepare(1)
+        assert len({where["pid"] for where in placed["workers"]}) == 2
+        group.start(lambda: False)
+        statuses = wait_for(
+            lambda: (found := group.poll(0.1)) and all(status.state == "finished" for status in found) and found, "the end"
+        )
+        assert [(status.rank, status.step, status.steps) for status in statuses] == [(0, 20, 20), (1, 20, 20)]
+        for rank in range(2):
+            assert facts(tmp_path, 1, rank)[:3] == [str(rank), "2", str(rank)]
+            assert facts(tmp_path, 1, rank)[4:] == ["2", "tcp"]
+            assert f"worker {rank} of attempt 1" in Path(statuses[rank].log).read_text()
+    finally:
+        group.close()
+    assert sorted(path.name for path in (tmp_path / RUN / "attempts/0001").iterdir()) == [
+        "rank-00000.log",
+        "rank-00001.log",
+    ]
+    for where in placed["workers"]:
+        assert not alive(where["pid"])
+
+
+def test_a_killed_worker_is_noticed_at_once_and_the_run_goes_on(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "endless_first_attempt")
+    run.wait_for_step(5)
+    killed_at = time.monotonic()
+    os.kill(run.pids()[1], signal.SIGKILL)
+    wait_for(lambda: run.events("failed"), "the failure's discovery")
+    noticed_s = time.monotonic() - killed_at
+    run.join()
+    assert run.outcome == Outcome("finished", 20, 1)
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"], failed["phase"]) == ("died", 1, "forward")
+    assert failed["step"] >= 5
+    assert "gone" in failed["error"]
+    assert not any(alive(pid) for pid in run.pids(1))
+    assert not any(alive(pid) for pid in run.pids(2))
+    print(f"noticed and killed the rest after {noticed_s:.2f} s")
+    assert noticed_s < NEVER_S / 10  # by its death, not by its silence
+
+
+def test_a_stopped_worker_is_named_and_killed(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "endless_first_attempt", silence_s=3.0)
+    run.wait_for_step(5)
+    os.kill(run.pids()[1], signal.SIGSTOP)
+    run.join()
+    assert run.outcome == Outcome("finished", 20, 1)
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"]) == ("silent", 1)
+    assert failed["detected_s"] > 3.0
+    assert not any(alive(pid) for pid in run.pids(1))
+
+
+@pytest.mark.parametrize(("body", "error"), [("raising", "ValueError: a bad example"), ("exiting", "SystemExit: 3")])
+def test_an_error_is_named_with_its_log(ray_here: EmbeddedRay, tmp_path: Path, body: str, error: str) -> None:
+    run = Launched(tmp_path, body, max_restarts=0)
+    run.join()
+    assert isinstance(run.error, RunFailed)
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"], failed["error"]) == ("raised", 1, error)
+    assert error.partition(":")[0] in Path(failed["log"]).read_text()
+    assert failed["log"] in str(run.error)
+    assert not any(alive(pid) for pid in run.pids())
+
+
+def test_a_stop_reaches_the_workers(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "endless")
+    run.wait_for_step(5)
+    run.controller.request_stop("asked")
+    run.join()
+    assert run.outcome is not None
+    assert run.outcome.outcome == "stopped"
+    assert run.outcome.step >= 5
+
+
+def test_an_abort_does_not_wait_for_deaf_workers(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "deaf")
+    run.wait_for_step(5)
+    run.controller.request_stop("asked")
+    run.controller.abort()
+    run.join()
+    assert not any(alive(pid) for pid in run.pids())
+
+
+def test_a_module_that_is_missing_is_named(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    (tmp_path / RUN).mkdir()
+    group = RayWorkerGroup(ResourcesConfig(), str(tmp_path), RUN, imports=["no_such_module"])
+    group.open()
+    try:
+        group.prepare(1)
+        group.start(lambda: False)
+        (status,) = group.poll(0)
+        assert status.state == "raised"
+        assert status.user_error
+        assert "No module named 'no_such_module'" in str(status.error)
+    finally:
+        group.close()
+
+
+def test_more_than_the_cluster_has(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    group = make_group(tmp_path, "steps", workers=33, threads=3)
+    group.open()
+    with pytest.raises(Unreachable) as caught:
+        group.prepare(1)
+    group.close()
+    assert "needs 99 CPUs (resources.workers=33, each with 3 CPUs)" in str(caught.value)
+    assert "it has 4 CPUs" in str(caught.value)
+
+
+def test_places_that_others_hold(ray_here: EmbeddedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_placement, "PLACE_TIMEOUT_S", 1.0)
+    holder = ray_placement.Placement(ResourcesConfig(workers=3))
+    holder.reserve()
+    waiting = ray_placement.Placement(ResourcesConfig(workers=2))
+    try:
+        with pytest.raises(Unreachable, match="needs 2 CPUs .* did not come free .* 4 CPUs, of which 1 free"):
+            waiting.reserve()
+        holder.release()
+        waiting.reserve()
+    finally:
+        holder.release()
+        waiting.release()
+
+
+def test_ray_listens_on_loopback_alone(ray_here: EmbeddedRay) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 3
+    assert all(is_loopback(address) for address in listening), listening
+
+
+def is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+DRIVER = """
+    import sys
+    from cluster.ray_group import RayWorkerGroup
+    from configs.schema import ResourcesConfig
+    store, address = sys.argv[1], sys.argv[2] or None
+    body = "tests.cluster.bodies:endless"
+    group = RayWorkerGroup(ResourcesConfig(workers=2), store, "demo", address=address, body=body, imports=[])
+    group.open()
+    group.prepare(1)
+    group.start(lambda: False)
+    while True:
+        group.poll(0.1)
+"""
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["own Ray", "joined cluster"])
+def test_no_worker_outlives_a_killed_driver(ray_here: EmbeddedRay, tmp_path: Path, joined: bool) -> None:
+    import ray
+
+    (tmp_path / RUN).mkdir()
+    address = ray.get_runtime_context().gcs_address if joined else ""
+    command = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), address]
+    driver = subprocess.Popen(command, cwd=ROOT)
+    try:
+        written = [tmp_path / RUN / f"facts-1-{rank}" for rank in range(2)]
+        wait_for(lambda: all(path.exists() and path.read_text() for path in written), "training")
+        workers = [int(facts(tmp_path, 1, rank)[3]) for rank in range(2)]
+        below = [process.pid for process in psutil.Process(driver.pid).children(recursive=True)]
+        if not joined:
+            os.kill(workers[1], signal.SIGSTOP)  # not even one that cannot notice
+    finally:
+        driver.kill()
+        driver.wait()
+    wait_for(lambda: not any(map(alive, [*workers, *below])), "the end of all its processes")
+
+
+def test_what_a_killed_driver_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_ray.tempfile, "gettempdir", lambda: str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f"shardyard-ray-{dead.pid}-abc"
+    mine = tmp_path / f"shardyard-ray-{os.getpid()}-abc"
+    for folder in (left, mine):
+        (folder / "session").mkdir(parents=True)
+    embedded_ray._remove_leftovers()
+    assert not left.exists()
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:10001"])
+def test_a_cluster_that_is_not_there(address: str) -> None:
+    with pytest.raises(Unreachable) as caught:
+        join(address)
+    assert address in str(caught.value)

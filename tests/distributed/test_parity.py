@@ -1,0 +1,272 @@
+"""The engine against a plain PyTorch loop that runs the same global micro-batches in one process.
+
+Whatever the ZeRO stage, the number of workers, idle slots, accumulation, clipping, dropout, and however unevenly valid
+tokens lie on the ranks: the same losses, gradient norms and final weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.schema import RunConfig
+from tests.configs.minimal import minimal
+from tests.distributed.language_batches import SEQ_LEN, VOCAB_SIZE, global_micro_batches, rank_micro_batches
+from tests.pool import run_workers
+from trainer import device
+from trainer.bound import BoundModel, BoundTask
+from trainer.distributed import World
+from trainer.initialization import materialize
+from trainer.models import gpt
+from trainer.rng import seed_forward
+from trainer.tasks import language_modeling
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 50
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ZERO_CLASSES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+STATE_KINDS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """7 examples in micro-batches of 2 are K = 4, the last with one example: at 3 workers 2 of 6 slots are idle."""
+
+    stage: int = 0
+    optimizer: str = "adamw"
+    precision: str = "fp32"
+    tied: bool = False
+    offload: bool = False
+    checkpointing: bool = False
+    clip: float | None = 0.5
+    micro_batch_size: int = 2
+    steps: int = STEPS
+
+    def config(self) -> RunConfig:
+        lr = {"sgd": 0.3, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
+        momentum = 0.9 if self.optimizer in ("sgd", "rmsprop") else 0.0
+        return RunConfig.model_validate(
+            minimal(
+                seed=11,
+                steps=self.steps,
+                batch={"global_batch_size": 7, "micro_batch_size": self.micro_batch_size},
+                precision=self.precision,
+                zero={"stage": self.stage, "offload_optimizer": self.offload},
+                optimizer={
+                    "name": self.optimizer,
+                    "lr": lr,
+                    "momentum": momentum,
+                    "weight_decay": 0.1,
+                    "clip_grad_norm": self.clip,
+                },
+            )
+        )
+
+    def model(self) -> BoundModel:
+        sizes = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
+        options = {"dropout": 0.1, "tie_embeddings": self.tied, "activation_checkpointing": self.checkpointing}
+        return BoundModel(gpt, gpt.Config(**sizes, **options), *task().io())
+
+    def plain(self) -> Case:
+        """The same training without what must make no difference."""
+        return Case(
+            optimizer=self.optimizer, precision=self.precision, tied=self.tied, clip=self.clip, steps=self.steps
+        )
+
+
+def task() -> BoundTask:
+    tokenizer = {"name": "bytes", "vocab_size": VOCAB_SIZE}
+    return BoundTask(
+        language_modeling, language_modeling.Config.model_validate({"seq_len": SEQ_LEN, "tokenizer": tokenizer})
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to. weights: the fp32 masters in full, by name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+
+
+# --- the oracle
+
+
+@functools.cache
+def plain_training(case: Case) -> Trained:
+    """Forward in the low precision, everything else in fp32, by nothing but PyTorch."""
+    torch.set_num_threads(1)
+    config, model, dtype = case.config(), case.model(), DTYPES[case.precision]
+    with torch.device("meta"):
+        module = model.build()
+    materialize(module, model.init_parameter, seed=config.seed)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    masters = [nn.Parameter(parameter.detach().float()) for parameter in module.parameters()]
+    optimizer = plain_optimizer(config, masters)
+    trained = Trained([], [], {})
+    for step in range(config.steps):
+        micro_batches = global_micro_batches(config, step)
+        count = sum(task().num_items(batch) for batch in micro_batches)
+        total = 0.0
+        for k, batch in enumerate(micro_batches):
+            seed_forward(config.seed, step, k)
+            loss = task().loss(module, batch)
+            total += loss.item()
+            scale = 2.0**16 if case.precision == "fp16" else 1.0
+            gradients = torch.autograd.grad(loss / count * scale, list(module.parameters()))
+            for master, gradient in zip(masters, gradients, strict=True):
+                gradient = gradient.float() / scale
+                master.grad = gradient if master.grad is None else master.grad + gradient
+        clip = math.inf if case.clip is None else case.clip
+        trained.grad_norms.append(nn.utils.clip_grad_norm_(masters, clip).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter, master in zip(module.parameters(), masters, strict=True):
+            parameter.data.copy_(master)
+        trained.losses.append(total / count)
+    names = [name for name, _ in module.named_parameters()]
+    trained.weights.update(zip(names, [master.detach() for master in masters], strict=True))
+    return trained
+
+
+def plain_optimizer(config: RunConfig, masters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [master for master in masters if master.ndim > 1], "weight_decay": 0.1},
+        {"params": [master for master in masters if master.ndim == 1], "weight_decay": 0.0},
+    ]
+    settings = config.optimizer
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+    if settings.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=settings.lr, eps=settings.eps, momentum=0.9)
+    rule = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
+    return rule(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+# --- in the workers
+
+
+def train(world: World, case: Case, emulate_fp16: bool = False) -> Trained | None:
+    """Train as one rank; asserts what ZeRO did; the weights come from rank 0."""
+    from trainer.engine import Engine
+
+    if emulate_fp16:
+        allow_emulated_fp16()
+    config = case.config()
+    engine = Engine(case.model(), config, world)
+    trained = Trained([], [], {})
+    for step in range(config.steps):
+        micro_batches = rank_micro_batches(config, step, world.rank, world.size)
+        votes = (step == 3 and world.rank == world.size - 1, False)
+        stats = engine.train_step(task(), micro_batches, lr=config.optimizer.lr, step=step, votes=votes)
+        assert stats.votes == (step == 3, False)
+        assert stats.num_items == sum(task().num_items(batch) for batch in global_micro_batches(config, step))
+        assert stats.num_tokens == config.batch.global_batch_size * SEQ_LEN
+        assert not stats.skipped and stats.grad_norm is not None
+        trained.losses.append(stats.loss)
+        trained.grad_norms.append(stats.grad_norm)
+    assert_divided(engine, case)
+    trained.weights.update(full_masters(engine))
+    return trained if world.rank == 0 else None
+
+
+def assert_divided(engine: Any, case: Case) -> None:
+    """That the optimizer is the ZeRO class of its stage, and that this rank holds its share of masters and state."""
+    zero, size = engine.deepspeed.optimizer, engine.world.size
+    total = case.model().num_parameters()
+    if case.stage == 0:
+        assert isinstance(zero, torch.optim.Optimizer)
+        optimizer, share, padding = zero, total, 0
+    else:
+        bf16_stage_1 = case.stage == 1 and case.precision == "bf16" and not case.offload
+        assert type(zero).__name__ == ("BF16_Optimizer" if bf16_stage_1 else ZERO_CLASSES[case.stage])
+        assert engine.deepspeed.zero_optimization_stage() == case.stage
+        assert getattr(zero, "partition_gradients", case.stage == 2) == (case.stage == 2)
+        optimizer, share = zero.optimizer, total / size
+        padding = len(list(engine.module.parameters())) if case.stage == 3 else 4
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if case.stage == 3:  # they are in the optimizer only while it steps
+        held = zero.fp32_partitioned_groups_flat
+    assert all(parameter.dtype == torch.float32 for parameter in held)
+    assert share - padding * size <= sum(parameter.numel() for parameter in held) <= share + padding * size
+    state = [value for values in optimizer.state.values() for value in values.values() if value.ndim > 0]
+    kinds = STATE_KINDS[case.optimizer]
+    assert kinds * (share - padding * size) <= sum(map(torch.numel, state)) <= kinds * (share + padding * size)
+    if case.stage == 3:
+        cut = [parameter for parameter in engine.module.parameters() if not parameter.ds_persist]
+        assert {name for name, p in engine.module.named_parameters() if len(p.ds_shape) > 1 and p.ds_persist} == set()
+        assert all(parameter.ds_tensor.numel() == -(-parameter.ds_numel // size) for parameter in cut)
+
+
+def full_masters(engine: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if engine.zero_stage == 0:
+        return {name: parameter.detach() for name, parameter in engine.module.named_parameters()}
+    return {name: safe_get_full_fp32_param(p).cpu() for name, p in engine.module.named_parameters()}
+
+
+def allow_emulated_fp16() -> None:
+    """PyTorch computes fp16 on any CPU, slowly; lets a test see the path of processors that have it."""
+    import deepspeed
+
+    import trainer.engine
+
+    type(deepspeed.get_accelerator()).is_fp16_supported = lambda self: True
+    trainer.engine.unsupported = lambda device, precision: None  # type: ignore[assignment]
+
+
+def initial_weights(world: World, stages: list[int], case: Case) -> list[str]:
+    """A hash of the full weights before the first step, at each stage."""
+    import deepspeed
+
+    from trainer.engine import Engine
+
+    hashes = []
+    for stage in stages:
+        engine = Engine(case.model(), Case(stage=stage, tied=case.tied).config(), world)
+        digest = hashlib.sha256()
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+                digest.update(name.encode() + parameter.detach().numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    return hashes
+
+
+# --- the tests
+
+
+def assert_same_training(
+    case: Case, world_size: int, *, loss: float, weights: float, **options: Any
+) -> dict[str, float]:
+    """Compare with the plain loop; returns the largest differences."""
+    trained = run_workers(train, world_size, case, *options.values())[0]
+    plain = plain_training(case.plain())
+    assert trained.weights.keys() == plain.weights.keys()
+    differences = {
+        "loss": max(abs(a - b) for a, b in zip(trained.losses, plain.losses, strict=True)),
+        "grad_norm": max(abs(a - b) / b for a, b in zip(trained.grad_norms, plain.grad_norms, strict=True)),
+        "weights": max((trained.weights[name] - weight).abs().max().item() for name, weight in plain.weights.items()),
+    }
+    print(case, world_size, {name: f"{value:.1e}" for name, value in differences.items()})
+    assert plain.losses[-1] < plain.losses[0] - 0.1, "the plain loop must learn, or the comparison says little"
+    assert differences["loss"] <= loss, differences
+    assert differences["grad_norm"] <= 100 * loss, differences
+    assert differences["weights"] <= weights, differences
+    return differences
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp32(stage: int, world_size: int) -> None:
+    assert_same_training(Case(stage=stage), world_size, loss=5e-6, weights=1e-4)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import cross_entropy
+from trainer.cross_entropy import IGNORED, summed_cross_entropy
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 12), classes=st.integers(2, 40), ignored=st.floats(0, 1), seed=st.integers(0, 99))
+def test_agrees_with_pytorch_in_double_precision(rows: int, classes: int, ignored: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = (10 * torch.randn(rows, classes, generator=generator)).requires_grad_()
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = IGNORED
+    exact = logits.detach().double().requires_grad_()
+    expected = 3 * F.cross_entropy(exact, labels, reduction="sum")
+    expected.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 3 * classes)  # several chunks, the last one shorter
+        loss = summed_cross_entropy(logits, labels)
+        (3 * loss).backward()
+    assert loss.dtype == torch.float32
+    assert float(3 * loss) == pytest.approx(float(expected), rel=1e-5, abs=1e-4)
+    torch.testing.assert_close(logits.grad, exact.grad.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_ignored_rows_are_exactly_zero_whatever_they_hold() -> None:
+    logits = torch.randn(4, 7)
+    logits[1], logits[3, 2] = float("nan"), float("inf")
+    logits.requires_grad_()
+    loss = summed_cross_entropy(logits, torch.tensor([2, IGNORED, 5, IGNORED]))
+    loss.backward()
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits[[0, 2]], torch.tensor([2, 5]), reduction="sum")))
+    assert torch.equal(logits.grad[[1, 3]], torch.zeros(2, 7))
+    assert (logits.grad[[0, 2]] != 0).all()
+
+
+def test_low_precision_logits_are_summed_in_fp32() -> None:
+    logits = torch.randn(300, 16).bfloat16().requires_grad_()
+    labels = torch.randint(0, 16, (300,))
+    loss = summed_cross_entropy(logits, labels)
+    loss.backward()
+    assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits.double(), labels, reduction="sum")), rel=1e-6)
+
+
+def test_the_forward_pass_keeps_one_number_a_row() -> None:
+    logits = torch.randn(64, 512, requires_grad=True)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
+        summed_cross_entropy(logits, torch.zeros(64, dtype=torch.int64))
+    assert sum(saved) <= logits.nbytes + 64 * (8 + 4)

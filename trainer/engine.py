@@ -1,0 +1,250 @@
+"""The step: forward, backward and update of a model sharded by DeepSpeed. The only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.errors import UsageError
+from configs.schema import RunConfig
+from trainer import optimizers
+from trainer.bound import BoundModel, BoundTask
+from trainer.deepspeed_config import deepspeed_config
+from trainer.device import unsupported
+from trainer.distributed import World, all_sum
+from trainer.initialization import materialize
+from trainer.progress import Progress
+from trainer.rng import seed_forward
+
+if TYPE_CHECKING:
+    from data_pipelines.loader import MicroBatch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did, the same on every rank but for the times.
+
+    loss: mean over all valid items of the global batch. grad_norm: before clipping, infinite where a gradient is not
+    finite (then the weights stay as they were). num_items, num_tokens: over all ranks.
+    skipped: fp16 overflowed and its scaler took the update back. votes: whether any rank said yes to each.
+    forward_s, backward_s, optimizer_s: this rank's, by the host's clock; a GPU may still be working.
+    """
+
+    loss: float
+    grad_norm: float | None
+    num_items: int
+    num_tokens: int
+    skipped: bool
+    votes: tuple[bool, ...]
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+
+
+class Engine:
+    """A model with its optimizer, as one of `world.size` workers.
+
+    module: the model. deepspeed: DeepSpeed's engine around it. zero_stage: what ZeRO divides.
+
+    Initial weights depend on the seed and each parameter's name alone. At ZeRO-3 they are cut module by module as
+    they are made, so that no process ever holds the whole.
+
+    Raises:
+        UsageError: the device does not know the precision.
+    """
+
+    def __init__(self, model: BoundModel, config: RunConfig, world: World, progress: Progress | None = None) -> None:
+        reason = unsupported(world.device, config.precision)
+        if reason is not None:
+            raise UsageError(f"precision={config.precision}: {reason}")
+        assert config.zero.stage > 0 or config.precision == "fp32", "stage 0 keeps no fp32 masters"
+        deepspeed = _import_deepspeed()
+        with torch.device("meta"):
+            self.module = model.build()
+        for parameter in self.module.parameters():  # no tensor is ever larger than it has to be; buffers stay as they are
+            parameter.data = parameter.data.to(_DTYPES[config.precision])
+        self.config = config
+        self.world = world
+        self.zero_stage = config.zero.stage
+        self._progress = progress or Progress()
+        shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
+        on_gpu = world.device.type == "cuda"
+        num_parameters = sum(shape.numel() for shape in shapes.values())
+        settings = deepspeed_config(config, world.size, num_parameters, on_gpu=on_gpu)
+
+        def partition(submodule: nn.Module) -> None:
+            deepspeed.zero.Init(module=submodule, config_dict_or_path=settings)
+
+        # DeepSpeed prints its memory use at times.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            materialize(
+                self.module,
+                model.init_parameter,
+                seed=config.seed,
+                device=world.device,
+                partition=partition if self.zero_stage == 3 else None,
+            )
+            optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes)
+            self.deepspeed = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)[0]
+
+    def train_step(
+        self, task: BoundTask, micro_batches: Sequence[MicroBatch], *, lr: float, step: int, votes: Sequence[bool] = ()
+    ) -> StepStats:
+        """Forward and backward over this rank's micro-batches of `step`, then one update with learning rate `lr`.
+
+        The result is that of one process running all global micro-batches: the gradient of sum(losses) / number of
+        valid items over all ranks. Every rank calls it with as many micro-batches; idle ones contribute exactly zero.
+        """
+        engine, progress = self.deepspeed, self._progress
+        batches = [task.idle(each.tensors) if each.idle else each.tensors for each in micro_batches]
+        tokens = sum(task.num_tokens(each.tensors) for each in micro_batches if not each.idle)
+        counts = _Sum([sum(task.num_items(batch) for batch in batches), tokens, *votes], torch.device("cpu"))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        forward_s = backward_s = 0.0
+        for index, batch in enumerate(batches):
+            started = time.perf_counter()
+            progress.phase = "forward"
+            seed_forward(self.config.seed, step, micro_batches[index].index)
+            loss = task.loss(engine, self._to_device(batch))
+            loss_sum += loss.detach()
+            forward_done = time.perf_counter()
+            progress.phase = "backward"
+            self._backward(loss, counts.wait()[0])
+            backward_done = time.perf_counter()
+            if index < len(batches) - 1:
+                engine.step()  # not yet an update: counts the micro-batch
+            forward_s += forward_done - started
+            backward_s += backward_done - forward_done
+        progress.phase = "optimizer"
+        started = time.perf_counter()
+        loss_total = _Sum(loss_sum, self.world.device)
+        grad_norm = self._update()
+        items, num_tokens, *ayes = counts.wait()
+        loss_mean = loss_total.wait()[0] / max(items, 1)
+        return StepStats(
+            loss=loss_mean,
+            grad_norm=grad_norm,
+            num_items=int(items),
+            num_tokens=int(num_tokens),
+            skipped=self.config.precision == "fp16" and not engine.was_step_applied(),
+            votes=tuple(aye > 0 for aye in ayes),
+            forward_s=forward_s,
+            backward_s=backward_s,
+            optimizer_s=time.perf_counter() - started,
+        )
+
+    def evaluate(self, task: BoundTask, batches: Iterable[MicroBatch]) -> dict[str, float]:
+        """Sums of `task.evaluate` over all batches of all ranks, without dropout and gradients.
+
+        Every rank calls it with as many batches. Idle ones are not counted, but run where weights are gathered.
+        """
+        sums: dict[str, float] = {}
+        with self.inference():
+            for batch in batches:
+                self._progress.touch()
+                if batch.idle and sums and self.zero_stage < 3:
+                    continue
+                for name, value in task.evaluate(self.module, self._to_device(batch.tensors)).items():
+                    sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else value)
+        names = sorted(sums)
+        return dict(zip(names, all_sum([sums[name] for name in names]), strict=True))
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode, without gradients. At ZeRO-3 every rank must call it as many times."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield self.module
+        finally:
+            self.module.train()
+
+    def _backward(self, loss: Tensor, num_items: float) -> None:
+        """Add this micro-batch's gradients of its part of the global mean."""
+        items = max(num_items, 1)
+        if self.zero_stage == 3 and self.world.size > 1:  # its mean over the ranks cannot be turned off
+            loss = loss * (self.world.size / items)
+        else:
+            loss = loss / items
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def _update(self) -> float:
+        """Clip and update; returns the global gradient norm before clipping. Non-finite gradients leave the weights."""
+        engine = self.deepspeed
+        if self.zero_stage > 0:
+            engine.step()
+            return float(engine.get_global_grad_norm())
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        grad_norm = norm.item()
+        if not _finite(grad_norm):
+            engine.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient
+            engine.step()
+            return float("inf")
+        clip = self.config.optimizer.clip_grad_norm
+        if clip is not None and grad_norm > clip:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        engine.step()
+        return grad_norm
+
+    def _to_device(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.world.device.type == "cpu":
+            return batch
+        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+class _Sum:
+    """Elementwise sum over all ranks that goes on while other work is done; fp64."""
+
+    def __init__(self, values: Sequence[float] | Tensor, device: torch.device) -> None:
+        self._tensor = torch.as_tensor(values, dtype=torch.float64, device=device).reshape(-1)
+        self._work = dist.all_reduce(self._tensor, async_op=True) if dist.get_world_size() > 1 else None
+        self._values: list[float] | None = None
+
+    def wait(self) -> list[float]:
+        if self._values is None:
+            if self._work is not None:
+                self._work.wait()
+            self._values = self._tensor.tolist()
+        return self._values
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _import_deepspeed() -> ModuleType:
+    """DeepSpeed, silent but for warnings, and never compiling anything.
+
+    It builds native operators when first used: 100 to 230 s each, with ninja and g++, and a process killed meanwhile
+    leaves a lock that every later one waits for. Here none is declared compatible before anything asks
+    (private: `deepspeed.ops.__compatible_ops__`, 0.19); torch's optimizers and gloo take their place.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+    # Renamed in torch 2.13; one warning for each collective.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)  # stdout belongs to the command
+    return deepspeed
