@@ -7,12 +7,15 @@ import logging
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster.reaper import start_ticks
 from configs.errors import Unreachable
 
 # Ray's least. Training moves nothing through the object store.
@@ -33,6 +36,7 @@ class EmbeddedRay:
     def __init__(self, num_cpus: int, use_gpus: bool, import_paths: list[str]) -> None:
         _remove_leftovers()
         self.folder = _new_folder()
+        self._reaper = _start_reaper(self.folder)
         self._processes: list[Any] = []
         self._environment = {
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -60,7 +64,7 @@ class EmbeddedRay:
         import ray
 
         _forget_token()
-        with _only_needed_processes():
+        with loopback(), _only_needed_processes():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -74,6 +78,8 @@ class EmbeddedRay:
                 _temp_dir=str(self.folder),
             )
         self._processes = _children_of_folder(self.folder)
+        for process in self._processes:
+            _tell(self._reaper, f"{process.pid} {start_ticks(process.pid) or 0}")
 
     def stop(self) -> None:
         """Shut down, and kill what is left. Safe to call twice and from any thread."""
@@ -84,7 +90,7 @@ class EmbeddedRay:
         with contextlib.suppress(Exception):  # it may be half started, or its processes killed by hand
             ray.shutdown()
         end_processes(processes)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._reaper.communicate()  # it removes the folder
         for name, value in self._previous.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -108,26 +114,38 @@ def end_processes(processes: list[Any]) -> None:
 
 
 @contextlib.contextmanager
-def _only_needed_processes() -> Iterator[None]:
-    """Start Ray on loopback, without autoscaler, dashboard server and log monitor.
+def loopback() -> Iterator[None]:
+    """Let Ray's address of this machine be 127.0.0.1, to listen and to connect there.
 
-    Private API of the pinned Ray: it has no options for these. They would cost 5 s of processor time at the start, and
-    later a percent or two of a small machine. Ray takes the loopback address only where it believes that clusters of
-    several machines are not supported, as on macOS.
+    Private API of the pinned Ray: otherwise it replaces that address by another one of the machine, unless it believes
+    that clusters of several machines are not supported, as on macOS.
     """
     import ray._private.ray_constants as constants
+
+    clusters = constants.ENABLE_RAY_CLUSTER
+    try:
+        constants.ENABLE_RAY_CLUSTER = False
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
+
+
+@contextlib.contextmanager
+def _only_needed_processes() -> Iterator[None]:
+    """Start Ray without autoscaler, dashboard server and log monitor.
+
+    Private API of the pinned Ray: it has no options for these. They would cost 5 s of processor time at the start, and
+    later a percent or two of a small machine.
+    """
     from ray._private.node import Node
 
     names = ("start_monitor", "start_api_server", "start_log_monitor")
     methods = {name: getattr(Node, name) for name in names}
-    clusters = constants.ENABLE_RAY_CLUSTER
     try:
-        constants.ENABLE_RAY_CLUSTER = False
         for name in names:
             setattr(Node, name, lambda *_, **__: None)
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = clusters
         for name, method in methods.items():
             setattr(Node, name, method)
 
@@ -151,8 +169,22 @@ def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=base))
 
 
+def _start_reaper(folder: Path) -> subprocess.Popen[str]:
+    # -I -S: the standard library alone, started in 20 ms. A session of its own: Ctrl-C in the terminal is not for it.
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("reaper.py"))]
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    _tell(reaper, f"{folder}")
+    return reaper
+
+
+def _tell(reaper: subprocess.Popen[str], line: str) -> None:
+    assert reaper.stdin is not None
+    reaper.stdin.write(f"{line}\n")
+    reaper.stdin.flush()
+
+
 def _remove_leftovers() -> None:
-    """Remove folders of launchers that were killed."""
+    """Remove folders of launchers that were killed together with their reaper."""
     import psutil
 
     for base in {tempfile.gettempdir(), "/tmp"}:

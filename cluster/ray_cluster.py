@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
+from cluster.embedded_ray import loopback
 from configs.errors import Unreachable
 
 CONNECT_TIMEOUT_S = 5.0
@@ -27,27 +29,49 @@ def join(address: str) -> None:
             f"{address} is Ray's client protocol, which cannot watch workers. Give the head's own address instead "
             "(--address HOST:6379, or auto on one of its nodes)."
         )
-    host, colon, port = address.rpartition(":")
-    if address != "auto":
-        if not colon or not port.isdigit():
-            raise Unreachable(f"--address {address} is not understood. Use auto or HOST:PORT (usually port 6379).")
+    with _network_of(address):
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        except OSError as error:
+            ray.init(
+                address=address,
+                job_config=ray.job_config.JobConfig(_py_driver_sys_path=import_paths()),
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises ConnectionError, RuntimeError, AuthenticationError, ...
             raise Unreachable(
-                f"No Ray answers at {address}: {error}. Start one there with `ray start --head --port={port}`, or "
-                "leave --address out to train on this machine."
+                f"The Ray cluster at {address} could not be joined: {error} It needs the same versions of Ray and "
+                "Python, and the same token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH) as here."
             ) from error
+
+
+def _network_of(address: str) -> contextlib.AbstractContextManager[None]:
+    """See that something answers, which Ray would try for more than a minute, and on which of our addresses."""
+    if address == "auto":
+        return contextlib.nullcontext()
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise Unreachable(f"--address {address} is not understood. Use auto or HOST:PORT (usually port 6379).")
+    host = host.strip("[]")
     try:
-        job = ray.job_config.JobConfig(_py_driver_sys_path=import_paths())
-        ray.init(
-            address=address, job_config=job, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR
-        )
-    except Exception as error:  # Ray raises ConnectionError, RuntimeError, AuthenticationError, ...
+        _knock(host, int(port))
+    except OSError as error:
         raise Unreachable(
-            f"The Ray cluster at {address} could not be joined: {error} It needs the same versions of Ray and Python, "
-            "and the same token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH) as here."
+            f"No Ray answers at {address}: {error}. Start one there with `ray start --head --port={port}`, or "
+            "leave --address out to train on this machine."
         ) from error
+    if host in ("127.0.0.1", "localhost", "::1"):
+        import ray
+
+        try:
+            _knock(ray.util.get_node_ip_address(), int(port))
+        except OSError:
+            return loopback()
+    return contextlib.nullcontext()
+
+
+def _knock(host: str, port: int) -> None:
+    socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
 
 
 def import_paths() -> list[str]:

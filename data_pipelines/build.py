@@ -61,13 +61,17 @@ def dataset_digest(data: Plugin, tokenizer: TokenizerConfig) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
 
+def dataset_name(data: Plugin, tokenizer: TokenizerConfig) -> str:
+    """The name of the data set's folder in <store>/datasets/."""
+    return f"{data.name.replace('.', '-')}-{dataset_digest(data, tokenizer)[:16]}"
+
+
 def ensure_dataset(store: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
     """The data set of a source, opened from <store>/datasets/; built first where it is not there.
 
     Raises ShardyardErrors: a source that is missing, empty or not readable, a full disk.
     """
-    name = f"{data.name.replace('.', '-')}-{dataset_digest(data, tokenizer)[:16]}"
-    folder = store.child("datasets", name)
+    folder = store.child("datasets", dataset_name(data, tokenizer))
     if not folder.exists(INDEX_FILE):
         if folder.is_local:
             _build_locally(folder, data, tokenizer, progress or _silent)

@@ -24,7 +24,7 @@ class CompressedBits(TypedDict):
 def summary(dataset: Dataset) -> dict[str, Any]:
     """Counts and lengths of each split, the tokenizer's size, the source; plain JSON values."""
     return {
-        "path": dataset.store.path(),
+        "path": dataset.path,
         "name": dataset.index.name,
         "source": dict(dataset.index.source),
         "fingerprint": dataset.fingerprint,

@@ -45,7 +45,7 @@ class SegmentWriter:
             if not pending:
                 return
             try:
-                with self._store._explained("write", self._prefix):
+                with self._store.explained("write", self._prefix):
                     self._append(b"".join(pending))
             except BaseException:
                 with self._pending_lock:

@@ -84,6 +84,11 @@ class Dataset:
     def __reduce__(self) -> tuple[Any, tuple[Store]]:
         return Dataset.open, (self.store,)
 
+    @property
+    def path(self) -> str:
+        """The folder, or its URI."""
+        return self.store.path()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer whose ids the data set holds. Raises Damaged."""
@@ -95,7 +100,7 @@ class Dataset:
     def blocks(self, split: str) -> tuple[Block, ...]:
         """The blocks of a split, in order. Raises NotFound for a split it has not."""
         if split not in self.index.splits:
-            raise NotFound(f"The data set {self.store.path()} has no split '{split}'; it has {', '.join(self.splits)}.")
+            raise NotFound(f"The data set {self.path} has no split '{split}'; it has {', '.join(self.splits)}.")
         return self.index.splits[split]
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
@@ -173,7 +178,7 @@ class Dataset:
             raise Damaged(f"{self.store.path(name)} is missing, though the index names it. {REBUILD}")
         if self.store.size(name) == 0:
             return pa.py_buffer(b"")
-        with self.store._explained("read", name):
+        with self.store.explained("read", name):
             return pa.memory_map(self.store.path(name)).read_buffer()
 
     def _view(self, raw: pa.Buffer) -> BlockData:

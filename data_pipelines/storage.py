@@ -87,7 +87,8 @@ class Store:
         return None if self._root is None else self._root / path
 
     @contextlib.contextmanager
-    def _explained(self, action: str, path: str) -> Iterator[None]:
+    def explained(self, action: str, path: str) -> Iterator[None]:
+        """Make ShardyardErrors of the OSErrors of a block that does `action` ("read", "write", ...) to `path`."""
         try:
             yield
         except OSError as error:
@@ -97,7 +98,7 @@ class Store:
 
     def read_bytes(self, path: str) -> bytes:
         """The whole file."""
-        with self._explained("read", path):
+        with self.explained("read", path):
             if self._root is not None:
                 return (self._root / path).read_bytes()
             file_system, root = self._remote
@@ -111,7 +112,7 @@ class Store:
     def write_atomic(self, path: str, data: bytes | bytearray | memoryview | str) -> None:
         """Replace a file as a whole: a reader, or a crash at any moment, sees the old bytes or the new ones."""
         raw = data.encode("utf-8") if isinstance(data, str) else data
-        with self._explained("write", path):
+        with self.explained("write", path):
             if self._root is not None:
                 replace_file(self._root / path, raw)
                 return
@@ -121,7 +122,7 @@ class Store:
 
     def exists(self, path: str = "") -> bool:
         """Whether there is a file or a folder of this name."""
-        with self._explained("look up", path):
+        with self.explained("look up", path):
             if self._root is not None:
                 return (self._root / path).exists()
             from pyarrow.fs import FileType
@@ -131,7 +132,7 @@ class Store:
 
     def size(self, path: str) -> int:
         """The file's length in bytes."""
-        with self._explained("look up", path):
+        with self.explained("look up", path):
             if self._root is not None:
                 return (self._root / path).stat().st_size
             file_system, root = self._remote
@@ -142,7 +143,7 @@ class Store:
 
     def delete(self, path: str) -> None:
         """Remove a file; one that is not there is no error."""
-        with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
+        with self.explained("delete", path), contextlib.suppress(FileNotFoundError):
             if self._root is not None:
                 (self._root / path).unlink()
                 return
@@ -160,7 +161,7 @@ class Store:
         return self._names(folder, folders=True)
 
     def _names(self, folder: str, *, folders: bool) -> Names:
-        with self._explained("list", folder):
+        with self.explained("list", folder):
             if self._root is not None:
                 with contextlib.suppress(FileNotFoundError), os.scandir(self._root / folder) as entries:
                     names = [entry.name for entry in entries if entry.is_dir() == folders]
@@ -175,7 +176,7 @@ class Store:
 
     def delete_dir(self, path: str = "") -> None:
         """Remove a folder and all in it; one that is not there is no error."""
-        with self._explained("delete", path), contextlib.suppress(FileNotFoundError):
+        with self.explained("delete", path), contextlib.suppress(FileNotFoundError):
             if self._root is not None:
                 shutil.rmtree(self._root / path)
                 return
@@ -186,7 +187,7 @@ class Store:
 
     def open_input(self, path: str) -> BinaryIO:
         """A seekable binary file to read from."""
-        with self._explained("read", path):
+        with self.explained("read", path):
             if self._root is not None:
                 return open(self._root / path, "rb")
             file_system, root = self._remote
@@ -227,7 +228,7 @@ class OutputFile(io.RawIOBase):
         self._store = store
         self._path = path
         self._written_bytes = 0
-        with store._explained("write", path):
+        with store.explained("write", path):
             target = store.local_path(path)
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +244,7 @@ class OutputFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write all of `data` (bytes or a buffer); the number of bytes."""
         count = memoryview(data).nbytes
-        with self._store._explained("write", self._path):
+        with self._store.explained("write", self._path):
             self._file.write(data)
         self._written_bytes += count
         return count
@@ -257,7 +258,7 @@ class OutputFile(io.RawIOBase):
         if self.closed:
             return
         super().close()
-        with self._store._explained("write", self._path):
+        with self._store.explained("write", self._path):
             try:
                 self._file.flush()
                 if self._store.is_local:

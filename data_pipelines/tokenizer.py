@@ -5,7 +5,8 @@ Both kinds are Hugging Face `tokenizers` files (tokenizer.json). Id 0 is the end
 
 The text is first cut into words by WORDS. It uses explicit character ranges and looks neither ahead nor behind, so
 that Python's `re` and the library's engine cut alike and a word alone is cut as it is within a text. That allows the
-fast way: cut with `re`, keep the ids of each word ever seen, and ask the library about new words only.
+fast way: cut with `re`, keep the ids of each word ever seen, and ask the library about new words only. It also makes
+"<|endoftext|>" inside a text plain text, since no word holds it whole.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ class Tokenizer:
     """A trained tokenizer. Pickles; may be used from several threads."""
 
     def __init__(self, library_tokenizer: tokenizers.Tokenizer) -> None:
-        library_tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self._tokenizer = library_tokenizer
         self.vocab_size: int = library_tokenizer.get_vocab_size()
         self.eos_id: int = EOS_ID

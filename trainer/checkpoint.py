@@ -23,7 +23,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from configs.errors import ShardyardError, TimedOut, UsageError
@@ -51,10 +50,10 @@ from trainer.checkpoint_folder import (
     open_weights,
     saved_steps,
 )
+from trainer.distributed import World, all_sum
 from trainer.snapshot import Snapshot, SnapshotBuffer
 
 if TYPE_CHECKING:
-    from trainer.distributed import World
     from trainer.engine import Engine
     from trainer.progress import Progress
     from trainer.record import RunRecord
@@ -311,10 +310,10 @@ class Checkpointer:
 
 def _agreed_id(world: World) -> str:
     """Eight hexadecimal digits that no other attempt's saves have, the same on all ranks."""
-    number = torch.tensor([int.from_bytes(os.urandom(4), "little")], dtype=torch.int64, device=world.device)
+    number = float(int.from_bytes(os.urandom(4), "little")) if world.rank == 0 else 0.0
     if world.size > 1:
-        torch.distributed.broadcast(number, src=0)
-    return f"{int(number.item()):08x}"
+        number = all_sum([number])[0]
+    return f"{int(number):08x}"
 
 
 def _cause(error: Exception) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import ShardyardError, UsageError
+from trainer.distributed import all_sum
 from trainer.engine_layout import (
     Part,
     frozen_parts,
@@ -211,13 +212,13 @@ def _assert_restored(engine: Engine, parts: list[Part]) -> None:
                 f"Parameter '{part.name}' was not set by the load: forward's weights differ from the checkpoint's. "
                 "This is a mismatch with the installed DeepSpeed; install the pinned version."
             )
-    held = torch.tensor([sum(part.numel for part in parts)], dtype=torch.int64, device=engine.world.device)
-    if engine.zero_stage > 0 and engine.world.size > 1:
-        torch.distributed.all_reduce(held)
+    held = sum(part.numel for part in parts)
+    if engine.zero_stage > 0:
+        held = int(all_sum([held])[0])
     expected = sum(math.prod(full_shape(p)) for p in engine.module.parameters() if is_trained(p))
-    if held.item() != expected:
+    if held != expected:
         raise ShardyardError(
-            f"The load set {held.item():,} of the model's {expected:,} trainable elements. "
+            f"The load set {held:,} of the model's {expected:,} trainable elements. "
             "This is a mismatch with the installed DeepSpeed; install the pinned version."
         )
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -287,7 +288,9 @@ def test_no_worker_outlives_a_killed_driver(ray_here: EmbeddedRay, tmp_path: Pat
     finally:
         driver.kill()
         driver.wait()
-    wait_for(lambda: not any(map(alive, [*workers, *below])), "the end of all its processes")
+    # Ray's agents would stay for a minute.
+    wait_for(lambda: not any(map(alive, [*workers, *below])), "the end of all its processes", 30.0)
+    wait_for(lambda: not list(Path(tempfile.gettempdir()).glob(f"shardyard-ray-{driver.pid}-*")), "the end of its folder")
 
 
 def test_what_a_killed_driver_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,8 +207,10 @@ def test_a_killed_build_is_cleared_by_the_next(tmp_path: Path, source: Plugin, s
         builder.wait()
     leftovers = list((store / "datasets").iterdir())
     assert [path.name.endswith(".building") for path in leftovers] == [True]
+    (leftovers[0] / "train-00007.arrow").write_bytes(b"half")
     dataset = ensure_dataset(Store(store), source, BYTES)
     assert dataset.verify() == []
+    assert "train-00007.arrow" not in dataset.store.list()
     assert [path.name.endswith(".building") for path in (store / "datasets").iterdir()] == [False]
 
 
@@ -237,6 +240,22 @@ def test_a_waiting_builder_takes_over_when_the_first_is_killed(tmp_path: Path, s
                 builder.kill()
                 builder.wait()
     assert ensure_dataset(Store(store), source, BYTES).fingerprint == fingerprint
+
+
+def test_a_lock_on_a_folder_that_is_gone_does_not_count(
+    tmp_path: Path, source: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = module._try_lock, []
+
+    def another_builder_gives_up_first(descriptor: int) -> bool:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            shutil.rmtree(next((tmp_path / "s" / "datasets").iterdir()))
+        return real(descriptor)
+
+    monkeypatch.setattr(module, "_try_lock", another_builder_gives_up_first)
+    assert ensure_dataset(Store(tmp_path / "s"), source, BYTES).verify() == []
+    assert len(calls) == 2
 
 
 def test_a_data_set_without_its_index_is_built_again(tmp_path: Path, source: Plugin) -> None:

@@ -30,7 +30,7 @@ def test_summary_counts_what_is_there(dataset: Dataset) -> None:
 
 
 def test_compressed_bits_are_those_of_gzip_and_xz_on_each_document(tmp_path: Path) -> None:
-    texts = [*sample_texts(8), "x" * 5000, "ab\n" * 40_000]
+    texts = [*sample_texts(8), "x" * 5000, " ".join(sample_texts(200, seed=1)), "ab\n" * 40_000]
     dataset = ensure_dataset(Store(tmp_path / "s"), write_jsonl(tmp_path / "rows.jsonl", texts), BYTES)
     for split in dataset.splits:
         raw = [dataset.tokenizer.decode(tokens).encode() for _, tokens, _ in dataset.documents(split)]

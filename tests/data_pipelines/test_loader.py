@@ -88,7 +88,7 @@ def test_the_same_global_batch_at_every_world_size(
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_each_example_once_an_epoch_across_uneven_steps_and_resumes(world_size: int) -> None:
-    examples, seen, ids = Numbers(101), 0, []
+    examples, seen, ids, noise = Numbers(101), 0, [], []
     for start_step, stop_step in ((0, 7), (7, 20), (20, 31)):  # stopped and resumed twice
         batches: dict[int, list[MicroBatch]] = {step: [] for step in range(start_step, stop_step)}
         for loader in loaders(
@@ -102,9 +102,11 @@ def test_each_example_once_an_epoch_across_uneven_steps_and_resumes(world_size: 
         ):
             for step in batches:
                 batches[step] += loader.step(step)
+        noise += [row for step in batches for row in global_batch(batches[step])[1].tolist()]
         ids += [sample_id for step in batches for sample_id in global_batch(batches[step])[0]]
         seen += 10 * len(batches)
     assert ids == sample_ids(5, 101, np.arange(310)).tolist()
+    assert len({tuple(row) for row in noise}) == 310  # each position has random numbers of its own
     for epoch in range(3):
         assert sorted(ids[101 * epoch : 101 * (epoch + 1)]) == list(range(101))
 

@@ -25,7 +25,7 @@ def test_agrees_with_pytorch_in_double_precision(rows: int, classes: int, ignore
         loss = summed_cross_entropy(logits, labels)
         (3 * loss).backward()
     assert loss.dtype == torch.float32
-    assert float(3 * loss) == pytest.approx(float(expected), rel=1e-5, abs=1e-4)
+    assert 3 * loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
     torch.testing.assert_close(logits.grad, exact.grad.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -35,7 +35,7 @@ def test_ignored_rows_are_exactly_zero_whatever_they_hold() -> None:
     logits.requires_grad_()
     loss = summed_cross_entropy(logits, torch.tensor([2, IGNORED, 5, IGNORED]))
     loss.backward()
-    assert float(loss) == pytest.approx(float(F.cross_entropy(logits[[0, 2]], torch.tensor([2, 5]), reduction="sum")))
+    assert loss.item() == pytest.approx(float(F.cross_entropy(logits[[0, 2]], torch.tensor([2, 5]), reduction="sum")))
     assert torch.equal(logits.grad[[1, 3]], torch.zeros(2, 7))
     assert (logits.grad[[0, 2]] != 0).all()
 
@@ -46,7 +46,7 @@ def test_low_precision_logits_are_summed_in_fp32() -> None:
     loss = summed_cross_entropy(logits, labels)
     loss.backward()
     assert loss.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
-    assert float(loss) == pytest.approx(float(F.cross_entropy(logits.double(), labels, reduction="sum")), rel=1e-6)
+    assert loss.item() == pytest.approx(float(F.cross_entropy(logits.double(), labels, reduction="sum")), rel=1e-6)
 
 
 def test_the_forward_pass_keeps_one_number_a_row() -> None:

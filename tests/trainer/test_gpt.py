@@ -225,7 +225,12 @@ def test_sizes_that_do_not_fit_are_refused_with_a_remedy(settings: dict[str, Any
 def test_parameters_grow_with_each_recipe_size() -> None:
     sizes = [
         gpt.num_parameters(gpt.Config(num_layers=layers, hidden_size=width, num_heads=heads), Tokens(v, 64), Logits(v))
-        for layers, width, heads, v in ((2, 128, 2, 4096), (4, 256, 4, 4096), (12, 768, 12, 50304), (24, 2048, 16, 50304))
+        for layers, width, heads, v in (
+            (2, 128, 2, 4096),
+            (4, 256, 4, 4096),
+            (12, 768, 12, 50304),
+            (24, 2048, 16, 50304),
+        )
     ]
     assert 0.5e6 < sizes[0] < 1.5e6 < sizes[-1]
     assert all(small < large for small, large in pairwise(sizes))

@@ -144,7 +144,9 @@ def test_a_large_model_is_written_as_several_files(
     monkeypatch.setattr(huggingface, "MAX_FILE_BYTES", 45_000)
     model = export(tmp_path / "out", tokenizer, tie_embeddings=False)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
     assert len(files) > 2 and all(file.stat().st_size < 50_000 for file in files)
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(llama, tokens()), logits_of(model, tokens()), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,108 @@
+"""What every file of trainer/tasks must hold; a new file is tested with no edit here."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pyarrow as pa
+import pydantic
+import pytest
+import torch
+
+from configs.plugins import find_plugin
+from configs.schema import Section
+from tests.contract.examples import TASKS, batch_of, bound_task, built, example_config, example_rows, fitting_model
+from trainer import shapes
+
+each_task = pytest.mark.parametrize("name", TASKS)
+
+
+class ExampleSplit:
+    """As much of a split as metrics may ask for."""
+
+    num_tokens = 1000
+    num_bytes = 4000
+    num_documents = 10
+
+
+@each_task
+def test_it_is_described_and_its_config_is_strict(name: str) -> None:
+    module = find_plugin("trainer.tasks", name)
+    assert (module.__doc__ or "").strip()
+    assert issubclass(module.Config, Section)
+    for key, field in module.Config.model_fields.items():
+        assert field.description, key
+        assert field.examples or not field.is_required(), f"{key} needs an example"
+    with pytest.raises(pydantic.ValidationError):
+        example_config(module, no_such_setting=1)
+
+
+@each_task
+def test_shapes_and_schema(name: str) -> None:
+    task = bound_task(name)
+    known = {kind for _, kind in inspect.getmembers(shapes, inspect.isclass)}
+    assert {type(shape) for shape in task.io()} <= known
+    assert isinstance(task.schema(), pa.Schema)
+    fitting_model(task)
+
+
+@each_task
+def test_preparing_depends_on_the_row_and_its_own_generator_alone(name: str) -> None:
+    task = bound_task(name)
+    row = example_rows(task, 1)[0]
+    np.random.seed(0)
+    first = task.prepare(row, np.random.default_rng(3))
+    np.random.seed(1)
+    again = task.prepare(row, np.random.default_rng(3))
+    assert first.keys() == again.keys()
+    for key in first:
+        assert isinstance(first[key], np.ndarray), key
+        np.testing.assert_array_equal(first[key], again[key])
+
+
+@each_task
+def test_the_loss_is_a_sum_over_examples_in_fp32(name: str) -> None:
+    task = bound_task(name)
+    model = built(fitting_model(task)).eval()
+    rows = example_rows(task, 3)
+    with torch.no_grad():
+        together = task.loss(model, batch_of(task, rows))
+        apart = [task.loss(model, batch_of(task, [row])) for row in rows]
+    assert together.dtype == torch.float32 and together.shape == () and together > 0
+    assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-4)
+    batches = [batch_of(task, [row]) for row in rows]
+    for count in (task.num_items, task.num_tokens):
+        assert count(batch_of(task, rows)) == sum(count(batch) for batch in batches) > 0
+
+
+@each_task
+def test_an_idle_batch_contributes_exactly_zero(name: str) -> None:
+    task = bound_task(name)
+    model = built(fitting_model(task))
+    batch = batch_of(task, example_rows(task, 2))
+    before = {key: tensor.clone() for key, tensor in batch.items()}
+    idle = task.idle(batch)
+    assert task.num_items(idle) == 0
+    loss = task.loss(model, idle)
+    loss.backward()
+    assert loss.item() == 0
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{parameter_name} must take part, or a collective would wait for it"
+        assert not parameter.grad.any(), parameter_name
+    assert all(torch.equal(batch[key], before[key]) for key in batch)
+
+
+@each_task
+def test_evaluation_adds_up_and_gives_numbers(name: str) -> None:
+    task = bound_task(name)
+    model = built(fitting_model(task)).eval()
+    rows = example_rows(task, 3)
+    with torch.no_grad():
+        together = task.evaluate(model, batch_of(task, rows))
+        apart = [task.evaluate(model, batch_of(task, [row])) for row in rows]
+    for key, value in together.items():
+        assert isinstance(value, float)
+        assert value == pytest.approx(sum(sums[key] for sums in apart), rel=1e-4)
+    metrics = task.metrics(together, ExampleSplit())
+    assert metrics and all(np.isfinite(value) for value in metrics.values())
