@@ -38,8 +38,8 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-chaos: setup  ## kill a run at random, N schedules (make chaos N=20)
-	$(BIN)/python -m pytest tests/chaos -m "slow or not slow" --schedules=$(or $(N),20)
+chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)
+	$(BIN)/python -m pytest tests/chaos --schedules=$(or $(N),20) --first-seed=$(or $(SEED),0)
 
 bench: setup  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py

@@ -3,44 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
-from configs.errors import ShardyardError
+from configs.errors import Interrupted, ShardyardError
 
 DEFAULT_STORE = "runs"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (see DESIGN: 0 ok, 1 failed, 2 usage, 3 unreachable, 4 not found, ...)."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse(argv)
     module, _, function = arguments.handler.partition(":")
     try:
         result = getattr(importlib.import_module(f"cluster.commands.{module}"), function)(arguments)
-    except ShardyardError as error:
-        if arguments.verbose:
-            raise
-        report_error(error, arguments.json)
-        return error.exit_code
+        if arguments.json and result is not None:
+            print(json.dumps(result, default=str))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nobody is left to tell, and Python's flush at exit must not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone; there is nobody left to tell.
-        sys.stderr.close()
-        return 0
-    if arguments.json and result is not None:
-        print(json.dumps(result, default=str))
+        return Interrupted.exit_code
+    except Exception as error:
+        return report_error(error, arguments)
     return 0
 
 
-def report_error(error: ShardyardError, as_json: bool) -> None:
-    """One paragraph on stderr; with --json also an object on stdout, so that a program can read the cause."""
-    print(f"shardyard: {error}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}))
+def report_error(error: Exception, arguments: argparse.Namespace) -> int:
+    """One paragraph on stderr, with -v also the traceback, with --json also an object on stdout; the exit code."""
+    if arguments.verbose:
+        traceback.print_exception(error)
+    text, exit_code = str(error), 1
+    if isinstance(error, ShardyardError):
+        exit_code = error.exit_code
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = (
+            f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno}). This is an error in the program, not "
+            "in what you asked; -v shows all of it."
+        )
+    print(f"shardyard: {text}", file=sys.stderr)
+    if arguments.json:
+        described = {"error": text, "kind": type(error).__name__, "exit_code": exit_code}
+        print(json.dumps(described | vars(error), default=_plain))
+    return exit_code
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line as values; `key=value` may stand before or after options."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(item.startswith("-") for item in rest) or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -64,7 +64,7 @@ class EmbeddedRay:
         import ray
 
         _forget_token()
-        with loopback(), _only_needed_processes():
+        with quiet(), loopback(), _only_needed_processes():
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -111,6 +111,23 @@ def end_processes(processes: list[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
                 time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Connect to Ray without its remarks: it prints deaths of workers on stdout, which may belong to --json.
+
+    Private API of the pinned Ray: the thread that prints them cannot be left out otherwise.
+    """
+    import ray._private.worker as worker
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    listen = worker.listen_error_messages
+    try:
+        worker.listen_error_messages = lambda *_: None
+        yield
+    finally:
+        worker.listen_error_messages = listen
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import queue
 import shlex
 import signal
@@ -19,7 +20,7 @@ from cluster.controller import Controller, Outcome, State
 from cluster.mlflow_copy import MlflowCopy
 from cluster.progress_bar import Narrator, View
 from cluster.ray_group import BODY, RayWorkerGroup
-from configs.errors import Interrupted
+from configs.errors import Interrupted, UsageError
 from configs.load import load
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
@@ -30,9 +31,22 @@ from trainer.record_rows import Cursor, read_rows
 from trainer.validate import Plan, validate
 
 POLL_S = 0.2
-METRICS_POLL_S = 2.0
+RECORD_POLL_S = 2.0
 END_TIMEOUT_S = 10.0
 MLFLOW_TIMEOUT_S = 30.0
+# What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
+PHASES = {
+    "starting": "joining the other workers",
+    "data": "opening the data set",
+    "model": "building the model",
+    "restore": "looking for a checkpoint to go on from",
+    "forward": "in the first step",
+    "backward": "in the first step",
+    "optimizer": "in the first step",
+    "evaluation": "evaluating",
+    "checkpoint": "saving a checkpoint",
+}
+_one_at_a_time = threading.Lock()
 
 
 def train(
@@ -70,6 +84,9 @@ class Run:
     ) -> None:
         import ray  # noqa: F401 - in this thread: signal handlers can only be set in the main one
 
+        # It warns that it leaves our signal handlers alone, which is what we want.
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)
+
         self.record = record
         self.plan = plan
         self.outcome: Outcome | None = None
@@ -79,7 +96,14 @@ class Run:
         self._activity = "starting Ray"
         self._error: BaseException | None = None
         self._interrupts = 0
+        self._copying = False
         self._lease = record.acquire_lease()
+        if not _one_at_a_time.acquire(blocking=False):
+            self._lease.release()
+            raise UsageError(
+                "This process is training another run: Ray serves one at a time in a process. Wait for it first, or "
+                "launch this one from a process of its own."
+            )
         store_uri = Store(self._config.store).uri
         self._group = RayWorkerGroup(
             self._config.resources, store_uri, self.name, address=address, body=body, notice=self._notices.put
@@ -145,7 +169,7 @@ class Run:
             RunFailed: names the first failure, the last checkpoint and the next command.
             Interrupted: stopped by a signal. Unreachable: Ray, or room for the workers, was not to be had.
         """
-        tail = _EvaluationTail(self.record)
+        tail = _RecordTail(self.record)
         try:
             with self._signals():
                 while self._thread.is_alive() and self._interrupts < 2:
@@ -175,15 +199,18 @@ class Run:
                 return
             with self._group_of_workers():
                 self.outcome = self._train(copy)
+                self._activity = "ending the workers"
         except BaseException as error:
             self._error = error
         finally:
-            self._activity = "sending the rest to MLflow"
             self.record.close()
-            if not copy.drain(MLFLOW_TIMEOUT_S):
-                self._notices.put(f"MLflow has not got everything yet: shardyard runs sync {self.name}")
+            if self._copying:
+                self._activity = "sending the rest to MLflow"
+                if not copy.drain(MLFLOW_TIMEOUT_S):
+                    self._notices.put(f"MLflow has not got everything yet: shardyard runs sync {self.name}")
             with contextlib.suppress(Exception):  # it goes stale by itself, and must not hide how the run ended
                 self._lease.release()
+            _one_at_a_time.release()
             atexit.unregister(self._end_now)
 
     @contextlib.contextmanager
@@ -207,6 +234,7 @@ class Run:
             raise build.error
         self._activity = "importing in the workers"
         copy.start()
+        self._copying = True
         return self._controller.run()
 
     def _build(self) -> None:
@@ -220,18 +248,23 @@ class Run:
 
     # --- in the waiting thread
 
-    def _narrate(self, tail: _EvaluationTail, last: bool = False) -> None:
+    def _narrate(self, tail: _RecordTail, last: bool = False) -> None:
         if self._narrator is None:
             return
         while not self._notices.empty():
             self._narrator.notice(self._notices.get())
-        for step, values in tail.read(now=last):
+        evaluations, warnings = tail.read(now=last)
+        for warning in warnings:
+            self._narrator.notice(warning)
+        for step, values in evaluations:
             self._narrator.evaluation(step, values)
         workers = self._controller.workers
         state = self._controller.state
         if workers and state in (State.RUNNING, State.STOPPING) and not last:
             rank_0 = workers[0]
-            activity = rank_0.phase if rank_0.step == 0 or rank_0.phase in ("evaluation", "checkpoint") else ""
+            activity = PHASES.get(rank_0.phase, rank_0.phase)
+            if rank_0.step > 0 and rank_0.phase not in ("evaluation", "checkpoint"):
+                activity = ""
             activity = "stopping" if state is State.STOPPING else activity
             self._narrator.show(View(activity, rank_0.step, rank_0.steps, rank_0.loss, rank_0.tokens_per_s))
         elif not last:
@@ -300,26 +333,39 @@ class _Background:
             self.done.set()
 
 
-class _EvaluationTail:
-    """Follows a record's metrics for what evaluations found."""
+class _RecordTail:
+    """Follows a record for what is told while the run goes on: evaluations, and checkpoints that are not good."""
 
     def __init__(self, record: RunRecord) -> None:
         self._record = record
-        self._cursor: Cursor | None = None
+        self._metrics: Cursor | None = None
+        self._events: Cursor | None = None
         self._read_at = 0.0
 
-    def read(self, *, now: bool = False) -> list[tuple[int, dict[str, float]]]:
-        """New evaluations as (step, {name: value}); looks every few seconds only, unless `now`."""
-        if not now and time.monotonic() - self._read_at < METRICS_POLL_S:
-            return []
+    def read(self, *, now: bool = False) -> tuple[list[tuple[int, dict[str, float]]], list[str]]:
+        """New evaluations as (step, {name: value}), and warnings; looks every few seconds only, unless `now`."""
+        if not now and time.monotonic() - self._read_at < RECORD_POLL_S:
+            return [], []
         self._read_at = time.monotonic()
-        first = self._cursor is None
-        rows, self._cursor = read_rows(self._record.store, "metrics", self._cursor)
+        first = self._metrics is None
+        rows, self._metrics = read_rows(self._record.store, "metrics", self._metrics)
+        events, self._events = read_rows(self._record.store, "events", self._events)
         if first:
-            return []  # of earlier launches
+            return [], []  # of earlier launches
         prefix = "validation/"
         found = [
             (row["step"], {key.removeprefix(prefix): value for key, value in row["values"].items() if prefix in key})
             for row in rows
         ]
-        return [(step, values) for step, values in found if values]
+        return [(step, values) for step, values in found if values], [
+            event["error"] if event["kind"] == "checkpoint_damaged" else _not_saved(event)
+            for event in events
+            if event["kind"] in ("checkpoint_damaged", "checkpoint_failed")
+        ]
+
+
+def _not_saved(event: dict[str, Any]) -> str:
+    return (
+        f"The checkpoint of step {event['step']} was not saved: {event['error']} Training goes on; earlier "
+        "checkpoints are as they were."
+    )

@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from cluster.embedded_ray import loopback
+from cluster.embedded_ray import loopback, quiet
 from configs.errors import Unreachable
 
 CONNECT_TIMEOUT_S = 5.0
@@ -29,7 +29,7 @@ def join(address: str) -> None:
             f"{address} is Ray's client protocol, which cannot watch workers. Give the head's own address instead "
             "(--address HOST:6379, or auto on one of its nodes)."
         )
-    with _network_of(address):
+    with quiet(), _network_of(address):
         try:
             ray.init(
                 address=address,

@@ -36,7 +36,8 @@ def run_workers(
 ) -> list[Any]:
     """Run function(world, *args) in `world_size` new processes that form a world; returns the results by rank.
 
-    The first failure of any ends all of them. Ranks in `may_die` may end without a result: theirs is None.
+    The first failure of any ends all of them. Ranks in `may_die` are not waited for, and may end without a result:
+    theirs is then None. function may leave the world as it is; workers end without tidying up.
 
     Raises:
         WorkerFailed: a rank raised (with its traceback), died, or did not end within `timeout_s`.
@@ -66,7 +67,7 @@ def run_workers(
 def _collect(workers: list[tuple[Any, Connection]], deadline: float, may_die: Collection[int]) -> list[Any]:
     results: list[Any] = [None] * len(workers)
     pending = {receiver: rank for rank, (_, receiver) in enumerate(workers)}
-    while pending:
+    while set(pending.values()) - set(may_die):
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise WorkerFailed(f"ranks {sorted(pending.values())} did not end in time")
@@ -97,13 +98,12 @@ def _work(
     args: tuple[Any, ...],
 ) -> None:
     _die_with_parent()
-    from trainer.distributed import close_world, init_world
+    from trainer.distributed import init_world
 
     try:
         world = init_world(rank, world_size, rank, init_method, use_gpu=False, threads=1, timeout_s=timeout_s)
         # Pickled by value: Connection.send would pass tensors as shared memory, which ends with this process.
         message = pickle.dumps((False, function(world, *args)))
-        close_world()
     except BaseException:
         message = pickle.dumps((True, traceback.format_exc()))
     sender.send_bytes(message)

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 NARRATION_EVERY_S = 5.0
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Parse arguments, train, return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("recipe", help="a recipe file, or a name in configs/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args()
+    parsed = parser.parse_args(arguments)
     try:
-        train(arguments.recipe, arguments.overrides)
+        train(parsed.recipe, parsed.overrides)
     except ShardyardError as error:
-        if arguments.verbose:
-            raise
-        print(f"trainer: {error}", file=sys.stderr)
+        if parsed.verbose:
+            traceback.print_exception(error)
+        print(f"trainer: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 
@@ -48,64 +48,46 @@ def train(recipe: str, overrides: list[str]) -> None:
     """
     from configs.load import load
     from data_pipelines.storage import Store
-    from trainer.distributed import all_sum, close_world, init_world
-    from trainer.progress import Progress
     from trainer.record import RunRecord
     from trainer.validate import validate
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     resolved = load(recipe, [*overrides, f"resources.workers={world_size}"])
     config = resolved.config
-    validate(resolved)
+    plan = validate(resolved)
+    command = shlex.join([*_launcher(world_size), recipe, *overrides])
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
-        attempt = 0
+        attempt = _FINISHED
         if rank == 0:
             # Before the ranks meet, so that a refusal is told at once: torchrun then ends the others.
             record = RunRecord.create(Store(config.store), resolved)
             stack.enter_context(record.acquire_lease())
-            attempt = record.next_attempt()
-        world = init_world(
-            rank,
-            world_size,
-            int(os.environ.get("LOCAL_RANK", 0)),
-            "env://" if world_size > 1 else "tcp://127.0.0.1:0",
-            use_gpu=config.resources.gpus_per_worker > 0,
-            threads=config.resources.threads,
-            timeout_s=config.recovery.collective_timeout_s,
-        )
-        stack.callback(close_world)
-        attempt = int(all_sum([float(attempt)])[0])
+            stack.callback(record.close)
+            if record.status() != "finished":
+                attempt = record.next_attempt()
+            for warning in plan.warnings():
+                print(f"warning: {warning}", file=sys.stderr)
+        with record_failure(record) if rank == 0 else nullcontext():
+            world = _join(rank, world_size, config, stack)
+            attempt = int(all_sum([float(attempt)])[0])
+        if attempt == _FINISHED:
+            if rank == 0:
+                print(f"Run '{config.name}' has finished already; there is nothing left to train.")
+            return
         if rank > 0:
             record = RunRecord.open(config.store, config.name, rank=rank)
             record.attempt = attempt
-        stack.callback(record.close)
+            stack.callback(record.close)
         progress = Progress()
         if rank == 0:
+            print(_headline(plan), flush=True)
             stack.enter_context(narrated(progress))
         outcome = train_recorded(record, rank, world, progress, stop)
-    if outcome.outcome == "stopped":
-        command = " ".join(["python -m trainer", recipe, *overrides])
-        raise Interrupted(f"Stopped and saved after step {outcome.step} of {config.steps}. Go on with: {command}")
-
-
-def train_recorded(record: RunRecord, rank: int, world: World, progress: Progress, stop: threading.Event) -> Outcome:
-    """Run the loop; rank 0 records how it ended."""
-    from trainer.loop import train as run_loop
-    from trainer.session import open_session
-
-    try:
-        with open_session(record, world, progress) as session:
-            outcome = run_loop(session, stop)
-    except BaseException as error:
-        # Every rank may be the one that knows the cause.
-        record.event("failed", rank=rank, error=f"{type(error).__name__}: {error}", final=True)
-        raise
     if rank == 0:
-        record.event(outcome.outcome, step=outcome.step)
-    return outcome
-
-
+        print(_result(record, outcome))
+    if outcome.outcome == "stopped":
+        raise Interrupted(f"Stopped and saved after step {outcome.step} of {config.steps}. Go on with: {command}")
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets, so that training saves and stops; the second ends at once."""

@@ -53,6 +53,8 @@ def init_world(
         )
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
+    if not use_gpu:  # otherwise ZeRO-3 counts devices with a `numactl` process in every backward pass
+        os.environ.setdefault("LOCAL_SIZE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; saves seconds of imports
     torch.set_num_threads(threads)
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")

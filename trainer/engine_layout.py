@@ -78,7 +78,7 @@ def parts_of(engine: Engine) -> list[Part]:
 def _flattened_group_parts(
     zero: Any, groups: list[list[tuple[nn.Parameter, int]]], flats: list[Tensor], names: dict[int, str]
 ) -> list[Part]:
-    """groups: (parameter, its offset in the flattened group). flats: this rank's equal piece of each flattened group."""
+    """groups: (parameter, its offset in the flattened group). flats: this rank's equal piece of each group."""
     parts = []
     for group, flat, process_group in zip(groups, flats, zero.real_dp_process_group, strict=True):
         first = torch.distributed.get_rank(process_group) * flat.numel()

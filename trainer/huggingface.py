@@ -215,6 +215,16 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def llama_settings(folder: Path) -> dict[str, Any]:
+    """Settings of `model: {name: gpt}` for a Hugging Face Llama folder; its weights are not read.
+
+    Raises:
+        NotFound: no such folder, or no config.json in it. Damaged: it cannot be read.
+        UsageError: the model has something that the GPT has not.
+    """
+    return _gpt_settings(_read_json(Path(folder) / "config.json"), Path(folder))
+
+
 def import_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(settings of `model: {name: gpt}`, tensors by our names, in their stored dtype) of a Hugging Face Llama folder.
 
@@ -226,8 +236,7 @@ def import_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         Damaged: a file cannot be read, or does not fit config.json.
     """
     folder = Path(folder)
-    llama = _read_json(folder / "config.json")
-    settings = _gpt_settings(llama, folder)
+    settings = llama_settings(folder)
     config = gpt.Config(**settings)
     stored = _read_weights(folder)
     weights = {}

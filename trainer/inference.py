@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import Damaged, UsageError
-from configs.load import Resolved
-from configs.schema import RunConfig
+from configs.load import load
 from data_pipelines.tokenizer import Tokenizer
 from trainer.bound import BoundModel
 from trainer.checkpoint_files import CheckpointReader
+from trainer.initialization import materialize
 from trainer.validate import validate
 
 
@@ -22,17 +21,59 @@ def load_model(reader: CheckpointReader) -> tuple[nn.Module, Tokenizer]:
     """The checkpoint's model in fp32 and evaluation mode, on the CPU, and its tokenizer.
 
     Raises:
-        Damaged: the checkpoint lacks a parameter of the model.
+        UsageError: it is no language model, or its model's file is not there.
+        Damaged: a block fails its digest, or the checkpoint lacks a parameter of the model.
     """
-    model = bound_model(reader)
+    model = _bound_model(reader)
+    tokenizer = _tokenizer(reader)
     with torch.device("meta"):
         module = model.build()
-    weights = dict(reader.weights())
-    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
-    absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    if absent or unexpected:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    stored = {name: reader.shape(name) for name in reader.manifest["parameters"]}
+    differing = sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name))
+    if differing:
         raise Damaged(
-            f"Checkpoint {reader.name} does not fit its own model: missing {absent}, unknown {list(unexpected)}. "
-            "It was written by another version of the model's file; use that version, or another checkpoint."
+            f"Checkpoint {reader.store.path()} does not fit its own model: {', '.join(differing[:3])} "
+            f"{'differs' if len(differing) == 1 else 'differ'} in shape or presence. It was written by another version "
+            "of the model's file: use that version, or another checkpoint."
         )
-    return module.eval(), Tokenizer.from_json(reader.manifest["tokenizer"])
+
+    def read(name: str, tensor: Tensor, _: torch.Generator) -> None:
+        tensor.copy_(_full(reader, name))
+
+    materialize(module, read, seed=0, device="cpu")
+    module.load_state_dict({name: _full(reader, name) for name in reader.manifest["buffers"]}, strict=False)
+    return module.eval(), tokenizer
+
+
+def export_checkpoint(reader: CheckpointReader, folder: Path) -> None:
+    """Write the weights and the tokenizer as a Hugging Face Llama folder; it appears whole or not at all.
+
+    Raises:
+        UsageError: something is at `folder` already, or the model is not a GPT.
+        Damaged: a block fails its digest. ShardyardError: it cannot be written.
+    """
+    from trainer.huggingface import export_llama
+    from trainer.models import gpt
+
+    model = _bound_model(reader)
+    if not isinstance(model.config, gpt.Config):
+        name = reader.manifest["config"]["model"]["name"]
+        raise UsageError(f"Only gpt has a counterpart at Hugging Face; checkpoint {reader.name} is of a model '{name}'.")
+    export_llama(dict(reader.weights()), model.config, (model.input, model.output), _tokenizer(reader), folder)
+
+
+def _bound_model(reader: CheckpointReader) -> BoundModel:
+    """The model with the config that the checkpoint was trained with."""
+    return validate(load(reader.manifest["config"])).model
+
+
+def _full(reader: CheckpointReader, name: str) -> Tensor:
+    shape = reader.shape(name)
+    return reader.read(name, reader.kinds(name)[0], 0, math.prod(shape)).view(shape)
+
+
+def _tokenizer(reader: CheckpointReader) -> Tokenizer:
+    if "tokenizer" not in reader.manifest:
+        raise UsageError(f"Checkpoint {reader.store.path()} has no tokenizer: it is not of a language model.")
+    return Tokenizer.from_json(reader.manifest["tokenizer"])

@@ -32,7 +32,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     one rank hangs nobody. The end is always evaluated on the whole validation split and saved.
 
     Raises:
-        RunFailed: the loss is not a finite number.
+        RunFailed: the loss is not a finite number, or the last checkpoint could not be saved.
     """
     config, engine, progress = session.config, session.engine, session.progress
     meter = Meter(session)
@@ -61,10 +61,10 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             session.save(done)
             saves.saved()
         if stopping and not last:
-            session.checkpointer.wait()
+            session.wait_until_saved(done)
             return Outcome("stopped", done)
         meter.pause()
-    session.checkpointer.wait()
+    session.wait_until_saved(config.steps)
     return Outcome("finished", config.steps)
 
 
@@ -74,7 +74,7 @@ def due(step: int, every: int | None) -> bool:
 
 
 def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
-    """Metrics over the first `num_examples` of the validation split (None: all of it), each counted exactly once."""
+    """Metrics over `num_examples` of the validation split, spread over it (None: all), each counted exactly once."""
     started = time.perf_counter()
     batches = evaluation_batches(
         session.validation,

@@ -3,36 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from configs.errors import UsageError
-from configs.schema import RunConfig, flatten
+from pydantic import ValidationError
 
-# Sections that give the weights their shape; a branch also keeps what gives its state a meaning.
-SAME_FOR_WEIGHTS = ("model",)
+from configs.errors import ShardyardError, UsageError
+from configs.load import validate_plugin
+from configs.plugins import find_plugin
+from configs.schema import Plugin, RunConfig, flatten
+
+if TYPE_CHECKING:
+    from trainer.models import gpt
+
+# What gives weights their shape and token ids their meaning; a branch also keeps what gives its position in the data
+# and the optimizer's state a meaning.
+SAME_FOR_WEIGHTS = ("model", "task.name", "task.tokenizer")
 SAME_FOR_ALL = ("model", "task", "data", "seed", "optimizer.name")
+# Settings of a model that no weight depends on.
+FREE = ("model.dropout", "model.activation_checkpointing")
+
+State = Literal["weights", "all"]
 
 
-def check_parent(config: RunConfig, parent: Mapping[str, Any], state: Literal["weights", "all"]) -> None:
-    """Refuse a parent whose config (a RunConfig as plain values) differs where it must not.
+def may_change(state: State) -> str:
+    """What a run that starts from another's checkpoint is free to change, in a sentence."""
+    same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
+    return f"{', '.join(same)} must be as the parent has them (but for {' and '.join(FREE)}); every other key may change."
+
+
+def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -> None:
+    """Refuse a checkpoint (its manifest) whose run differs where it must not.
 
     Raises:
         UsageError: names the keys that differ, with both values, and says which may change.
     """
     same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
-    mine, theirs = flatten(config.model_dump(mode="json")), flatten(dict(parent))
+    mine, theirs = _resolved(config.model_dump(mode="json")), _resolved(manifest["config"])
     differing = [
-        f"{key} is {mine.get(key, 'unset')}, the parent's {theirs.get(key, 'unset')}"
-        for key in sorted({*mine, *theirs})
-        if _within(key, same) and mine.get(key) != theirs.get(key)
+        f"{key} is {_shown(mine, key)} here and {_shown(theirs, key)} there"
+        for key in dict.fromkeys([*mine, *theirs])
+        if _within(key, same) and key not in FREE and mine.get(key) != theirs.get(key)
     ]
+    what = "the weights" if state == "weights" else "the whole state"
+    source = f"{what} of {manifest['run']}@{manifest['step']}"
     if differing:
-        what = "its weights" if state == "weights" else "its whole state"
+        weights_alone = "" if state == "weights" else " To change more, take the weights alone (without --branch)."
         raise UsageError(
-            f"The run '{config.name}' cannot start from {what}: {'; '.join(differing)}. These must stay the same: "
-            f"{', '.join(same)}; every other key may change. Set them as the parent has them"
-            + ("." if state == "weights" else ", or take the weights alone (without --branch).")
+            f"Run '{config.name}' cannot start from {source}: {'; '.join(differing)}. {may_change(state)}{weights_alone}"
         )
+    if state == "all" and config.steps <= manifest["step"]:
+        raise UsageError(
+            f"Run '{config.name}' cannot start from {source}: with steps={config.steps} nothing is left to train. A "
+            f"branch goes on counting where its parent stood: set steps to more than {manifest['step']}."
+        )
+
+
+def check_llama(config: RunConfig, folder: Path) -> None:
+    """Refuse a Hugging Face folder whose model is not the config's.
+
+    Raises:
+        UsageError: names the settings that differ. NotFound, Damaged: the folder cannot be read.
+    """
+    from trainer.huggingface import llama_settings
+    from trainer.models import gpt
+
+    if config.model.name != "gpt":
+        raise UsageError(f"{folder} is a Llama, which only the model gpt can take, not {config.model.name}.")
+    mine, theirs = (_complete(gpt.Config(**settings)) for settings in (config.model.settings, llama_settings(folder)))
+    wanted = [
+        f"model.{key}={value}".lower()
+        for key, value in theirs.items()
+        if f"model.{key}" not in FREE and mine[key] != value
+    ]
+    if wanted:
+        raise UsageError(
+            f"Run '{config.name}' cannot start from the weights of {folder}, which are of another model. "
+            f"Set what differs: {' '.join(wanted)}"
+        )
+
+
+def _complete(config: gpt.Config) -> dict[str, Any]:
+    return config.model_dump() | {"num_kv_heads": config.kv_heads, "intermediate_size": config.mlp_size}
+
+
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat values of a config; the defaults of the files that its model, task and data name are filled in."""
+    packages = {"model": "trainer.models", "task": "trainer.tasks", "data": "data_pipelines.sources"}
+    filled = dict(values)
+    for key, package in packages.items():
+        if key not in values:
+            continue
+        try:
+            plugin = Plugin.model_validate(values[key])
+            settings, _ = validate_plugin(find_plugin(package, plugin.name).Config, plugin, key, {})
+        except (ShardyardError, ValidationError):  # a file of another version: compare what was written
+            continue
+        if settings is not None:
+            filled[key] = {"name": plugin.name, **settings.model_dump(mode="json")}
+    return flatten(filled)
+
+
+def _shown(values: Mapping[str, Any], key: str) -> Any:
+    return repr(values[key]) if key in values else "unset"
 
 
 def _within(key: str, sections: tuple[str, ...]) -> bool:

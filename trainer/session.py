@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import UsageError
+from configs.errors import RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
 from data_pipelines.loader import Loader
@@ -18,9 +19,10 @@ from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from trainer import checkpoint, device
 from trainer.bound import BoundModel, BoundTask
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
 from trainer.engine import Engine
+from trainer.parent import check_parent
 from trainer.progress import Progress
 from trainer.record import RunRecord
 from trainer.validate import validate
@@ -69,6 +71,20 @@ class Session:
         data_state = {"examples_seen": self.examples_seen(step), "fingerprint": self.dataset.fingerprint}
         self.checkpointer.save(step, self.engine, data_state, {"tokenizer": self.dataset.tokenizer.to_json()})
 
+    def wait_until_saved(self, step: int) -> None:
+        """Wait for the save of `step`, the last one of this attempt; all ranks call it.
+
+        Raises:
+            RunFailed: it could not be written, on any rank; without it what was trained since the one before is lost.
+        """
+        self.checkpointer.wait()
+        error = self.checkpointer.last_error
+        if all_sum([float(error is not None)])[0]:
+            raise RunFailed(
+                f"{error or f'The checkpoint of step {step} was not saved: see rank 0.'} It was the last one: the same "
+                "command goes on from the newest good checkpoint."
+            )
+
     def examples_seen(self, step: int) -> int:
         """Position in the global order after `step` completed steps."""
         return self.start_examples + (step - self.start_step) * self.config.batch.global_batch_size
@@ -89,7 +105,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
 
     Raises:
         ConfigError: the config names something that is not there, or does not fit.
-        UsageError: the data set is not the one that the checkpoint was trained on.
+        UsageError: the data set is not the one that the checkpoint was trained on, or a parent does not fit.
     """
     config = record.config
     plan = validate(record.resolved)
@@ -106,7 +122,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         checkpointer = Checkpointer(checkpoints, world, config.checkpoint.keep, progress, record)
         stack.callback(checkpointer.close)
         progress.phase = "restore"
-        start_step, start_examples = _restore(record, engine, world, dataset.fingerprint)
+        start_step, start_examples = _restore(record, engine, world, dataset)
 
         prepare = plan.task.prepare
         loader = Loader(
@@ -148,37 +164,58 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         )
 
 
-def _restore(record: RunRecord, engine: Engine, world: World, fingerprint: str) -> tuple[int, int]:
+def _restore(record: RunRecord, engine: Engine, world: World, dataset: Dataset) -> tuple[int, int]:
     """Load the run's newest good checkpoint, else its parent's; returns (completed steps, examples seen)."""
-    checkpoints = record.store.child("checkpoints")
-    reader = _newest_agreed(checkpoints, record, world)
+    reader = _newest_agreed(record, world)
+    if reader is not None:
+        return _load_all(reader, engine, dataset)
     parent = record.config.parent
-    if reader is None and parent is None:
+    if parent is None:
         return 0, 0
-    if reader is None and parent is not None:
-        if parent.state == "weights":
-            checkpoint.load_weights(engine, checkpoint.open_weights(parent.checkpoint))
-            return 0, 0
+    if parent.state == "all":
         reader = checkpoint.open_checkpoint(parent.checkpoint)
-    assert reader is not None
+        check_parent(record.config, reader.manifest, "all")
+        return _load_all(reader, engine, dataset)
+    source = checkpoint.open_weights(parent.checkpoint)
+    if isinstance(source, CheckpointReader):
+        check_parent(record.config, source.manifest, "weights")
+        _check_tokenizer(source, dataset)
+    checkpoint.load_weights(engine, source)
+    return 0, 0
+
+
+def _load_all(reader: CheckpointReader, engine: Engine, dataset: Dataset) -> tuple[int, int]:
     data = reader.manifest["data"]
-    if data["fingerprint"] != fingerprint:
+    if data["fingerprint"] != dataset.fingerprint:
         raise UsageError(
             f"Checkpoint {reader.store.path()} was trained on data set {data['fingerprint']}, but the data set is now "
-            f"{fingerprint}: the position in the data means nothing there. Restore the data, or start a new run from "
-            f"its weights alone: shardyard train RECIPE --from {record.name}@{reader.manifest['step']} name=..."
+            f"{dataset.fingerprint}: the position in the data means nothing there. Restore the data, or start a new "
+            "run from its weights alone: "
+            f"shardyard train RECIPE --from {reader.manifest['run']}@{reader.manifest['step']} name=..."
         )
     checkpoint.load(engine, reader)
     return int(reader.manifest["step"]), int(data["examples_seen"])
 
 
-def _newest_agreed(checkpoints: Store, record: RunRecord, world: World) -> checkpoint.CheckpointReader | None:
-    """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all and decides."""
+def _check_tokenizer(reader: CheckpointReader, dataset: Dataset) -> None:
+    """A BPE is trained on the data, so other data give other meanings to the same ids."""
+    if reader.manifest["tokenizer"] != dataset.tokenizer.to_json():
+        raise UsageError(
+            f"The weights of {reader.store.path()} know the token ids of another tokenizer than that of data set "
+            f"{dataset.path}: a bpe tokenizer is trained on its data. Train on the parent's data, or train both runs "
+            "with task.tokenizer.name=bytes."
+        )
+
+
+def _newest_agreed(record: RunRecord, world: World) -> CheckpointReader | None:
+    """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all, decides, names what it skips."""
+    checkpoints = record.store.child("checkpoints")
     step = 0
     if world.rank == 0:
         damage: list[str] = []
         found = checkpoint.newest(checkpoints, damage.append)
         for message in damage:
+            print(message, file=sys.stderr, flush=True)
             record.event("checkpoint_damaged", error=message)
         step = found[0] if found else 0
     step = int(all_sum([float(step)])[0])

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cluster.commands.output import say
 from configs.errors import UsageError
-from data_pipelines.storage import Store
-from trainer.checkpoint_files import CheckpointReader
+
+if TYPE_CHECKING:
+    from trainer.checkpoint_files import CheckpointReader
 
 
 def generate(arguments: Namespace) -> dict[str, Any]:
     """Continue a prompt, printing the text as it comes."""
+    reader = find_checkpoint(arguments.run, arguments.store)
+
     from trainer.generate import generate_text
     from trainer.inference import load_model
 
-    reader = find_checkpoint(arguments.run, arguments.store)
     model, tokenizer = load_model(reader)
-    pieces = []
-    if not arguments.json:
-        print(arguments.prompt, end="", flush=True)
-    for piece in generate_text(
+    pieces = generate_text(
         model,
         tokenizer,
         arguments.prompt,
@@ -31,50 +31,51 @@ def generate(arguments: Namespace) -> dict[str, Any]:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-    ):
-        pieces.append(piece)
+    )
+    text = ""
+    if not arguments.json:
+        print(arguments.prompt, end="", flush=True)
+    for piece in pieces:
+        text += piece
         if not arguments.json:
             print(piece, end="", flush=True)
     if not arguments.json:
         print()
-    return {"run": arguments.run, "checkpoint": reader.name, "prompt": arguments.prompt, "text": "".join(pieces)}
+    return {"checkpoint": reader.store.path(), "prompt": arguments.prompt, "text": text}
 
 
 def export(arguments: Namespace) -> dict[str, Any]:
     """Write the weights as a folder that `transformers` loads."""
+    reader = find_checkpoint(arguments.run, arguments.store)
+
     from trainer.inference import export_checkpoint
 
-    reader = find_checkpoint(arguments.run, arguments.store)
-    export_checkpoint(reader, arguments.folder)
+    export_checkpoint(reader, Path(arguments.folder))
     say(
         arguments,
-        f"Wrote {arguments.folder} from {reader.name}. Load it with "
-        f"transformers.AutoModelForCausalLM.from_pretrained({arguments.folder!r}).",
+        f"Wrote {arguments.folder} from {reader.store.path()}. Load it in Python: "
+        f"transformers.AutoModelForCausalLM.from_pretrained({arguments.folder!r})",
     )
-    return {"checkpoint": reader.name, "folder": arguments.folder}
+    return {"checkpoint": reader.store.path(), "folder": arguments.folder}
 
 
-def find_checkpoint(run: str, store: str) -> CheckpointReader:
-    """The checkpoint that RUN or RUN@STEP names; without a step the newest good one.
+def find_checkpoint(source: str, store: str) -> CheckpointReader:
+    """The checkpoint that RUN or RUN@STEP names; without a step the newest good one, damaged ones are named on stderr.
 
     Raises:
         NotFound: no such run, or no such checkpoint. Damaged: the one asked for fails its digests.
     """
-    from trainer import checkpoint
     from trainer.record import RunRecord
 
-    name, _, step = run.partition("@")
-    if step and not step.isdigit():
-        raise UsageError(f"'{run}' names no checkpoint: after '@' stands a step, as in {name}@100.")
-    record = RunRecord.open(store, name)
-    found = checkpoint.find(record.store.child("checkpoints"), int(step) if step else None)
-    for message in found.skipped:
-        print(message, file=sys.stderr)
-    return found
+    name, at, step = source.partition("@")
+    if at and not step.isdecimal():
+        raise UsageError(f"'{source}' names no checkpoint: after '@' stands a step, as in {name}@100.")
+    checkpoints = RunRecord.open(store, name).store.child("checkpoints")
 
+    from trainer import checkpoint
 
-def parent_folder(source: str, store: str) -> str:
-    """Where `--from` points: a checkpoint folder of a run, or a Hugging Face folder as it is."""
-    if Store(source).exists("config.json"):
-        return Store(source).uri
-    return find_checkpoint(source, store).store.uri
+    if not step:
+        found = checkpoint.newest(checkpoints, lambda message: print(message, file=sys.stderr))
+        if found is not None:
+            return found[1]
+    return checkpoint.find(checkpoints, int(step) if step else None)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from configs.errors import UsageError
-from configs.schema import RunConfig
+from cluster.commands.output import say
+from configs.errors import NotFound, UsageError
+from configs.schema import ParentConfig, RunConfig
+
+if TYPE_CHECKING:
+    from cluster.launch import Run
 
 
 def train(arguments: Namespace) -> dict[str, Any]:
@@ -19,7 +24,8 @@ def train(arguments: Namespace) -> dict[str, Any]:
     """
     overrides = list(arguments.overrides)
     if arguments.parent is not None:
-        overrides += _parent_overrides(arguments)
+        parent = _parent(arguments)
+        overrides += [f"parent.checkpoint={json.dumps(parent.checkpoint)}", f"parent.state={parent.state}"]
     elif arguments.branch:
         raise UsageError("--branch goes with --from: `shardyard train RECIPE --from RUN@STEP --branch name=...`.")
     return foreground(arguments, arguments.recipe, overrides)
@@ -30,13 +36,98 @@ def foreground(arguments: Namespace, recipe: str | Path | RunConfig, overrides: 
     from cluster.launch import train as launch
 
     run = launch(recipe, overrides, address=arguments.address, json=arguments.json)
-    return run.wait()
+    result = run.wait()
+    _farewell(arguments, run, result)
+    return result
 
 
-def _parent_overrides(arguments: Namespace) -> list[str]:
-    from cluster.commands.inference import parent_folder
+def _farewell(arguments: Namespace, run: Run, result: dict[str, Any]) -> None:
+    """What came out of it, where it is, and what can be done with it."""
+    from cluster.mlflow_copy import ui_command
+
+    store = [] if run.record.config.store == "runs" else ["--store", run.record.config.store]
+    more = " ".join([run.name, *store])
+    metrics = result["metrics"]
+    found = {name: metrics[name] for name in ("loss", "validation/loss", "validation/bits_per_byte") if name in metrics}
+    shown = "".join(f", {name} {value:.4g}" for name, value in found.items())
+    say(arguments, f"\nRun '{run.name}' has {result['outcome']} after step {result['step']:,}{shown}.")
+    say(arguments, f"  checkpoint  {result['checkpoint'] or 'none'}")
+    say(arguments, f"  record      shardyard runs show {more}")
+    if result["outcome"] == "stopped":
+        say(arguments, f"  go on       {run.resume_command}")
+    elif run.record.config.task.name == "language_modeling":
+        say(arguments, f"  write text  shardyard generate {more} --prompt '...'")
+    if (command := ui_command(run.record)) is not None:
+        say(arguments, f"  MLflow      {command}")
+
+
+def _parent(arguments: Namespace) -> ParentConfig:
+    """Where `--from` points, refused where the recipe does not fit it; says what is taken, and what may change.
+
+    RUN, RUN@STEP, the folder or URI of a checkpoint, or a Hugging Face folder with a Llama.
+    """
     from configs.load import load
+    from data_pipelines.storage import Store
+    from trainer.parent import check_llama, check_parent, may_change
 
-    store = load(arguments.recipe, arguments.overrides).config.store
+    config = load(arguments.recipe, arguments.overrides).config
+    known = _known_parent(arguments, config)
+    if known is not None:
+        return known
     state = "all" if arguments.branch else "weights"
-    return [f"parent.checkpoint={parent_folder(arguments.parent, store)}", f"parent.state={state}"]
+    source = Store(arguments.parent)
+    folder = source.local_path()
+    if folder is not None and source.exists("config.json") and not source.exists("manifest.json"):
+        if arguments.branch:
+            raise UsageError(
+                f"--branch needs a whole state, and {arguments.parent} holds weights alone. Leave --branch out."
+            )
+        check_llama(config, folder)
+        say(arguments, f"Starting from the weights of {folder}: the optimizer and the position in the data are new.")
+        return ParentConfig(checkpoint=str(folder), state="weights")
+    reader = _reader(arguments.parent, source, config)
+    manifest = reader.manifest
+    check_parent(config, manifest, state)
+    what = "the whole state" if arguments.branch else "the weights"
+    say(arguments, f"Starting from {what} of {manifest['run']}@{manifest['step']}. {may_change(state)}")
+    return ParentConfig(checkpoint=reader.store.path(), state=state)
+
+
+def _reader(parent: str, source: Any, config: RunConfig) -> Any:
+    from cluster.commands.inference import find_checkpoint
+    from trainer.checkpoint import open_checkpoint
+
+    if source.exists("manifest.json"):
+        return open_checkpoint(source.uri)
+    name = parent.partition("@")[0]
+    if name == config.name:
+        raise UsageError(
+            f"The new run would have its parent's name, '{name}'. Give it one of its own: name=... (to go on with "
+            f"'{name}' itself: shardyard runs resume {name})."
+        )
+    try:
+        return find_checkpoint(parent, config.store)
+    except NotFound as error:
+        raise NotFound(f"--from {parent}: {error}") from error
+
+
+def _known_parent(arguments: Namespace, config: RunConfig) -> ParentConfig | None:
+    """The parent that an earlier launch of the same command found.
+
+    A parent that trains on has newer checkpoints by now, or has deleted that one; the run that is resumed needs neither.
+    """
+    from data_pipelines.storage import Store
+    from trainer.record import RunRecord
+
+    try:
+        parent = RunRecord.open(config.store, config.name).config.parent
+    except NotFound:
+        return None
+    if parent is None or (parent.state == "all") != arguments.branch:
+        return None
+    if Store(arguments.parent).path() == parent.checkpoint:
+        return parent
+    name, _, step = arguments.parent.partition("@")
+    *_, run, _, folder = ["", "", *parent.checkpoint.rstrip("/").split("/")]
+    same_step = not step or folder.removeprefix("step-").lstrip("0") == step.lstrip("0")
+    return parent if run == name and same_step else None

@@ -2,9 +2,9 @@
 
 A document is a .py file below the `stdlib` path of sysconfig, in sorted order; its key is the path relative to it.
 Left out are installed packages (site-packages, dist-packages), caches, empty files, and files that are not UTF-8 or
-that this user may not read, so that it works for every user. The `test` package (half of the text where it is there)
-is part of it: some distributions ship Python without it, and the data set then holds what there is. So the data
-differs between Python installations, and its fingerprint tells which one it was.
+that this user may not read, so that it works for every user. So are the library's own tests: some distributions ship
+Python without them, and where they are there they are half of the text. What is left, 11 to 13 MB, is much the same
+everywhere; the fingerprint tells exactly which it was. Licence: PSF.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.errors import UsageError
 from data_pipelines.near_duplicates import group_near_duplicates
 from data_pipelines.sources import Document, SourceConfig
 
-_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 class Config(SourceConfig):

@@ -209,7 +209,13 @@ def test_it_gives_up_with_cause_checkpoint_log_and_command() -> None:
     bench = Bench(script, max_restarts=2)
     with pytest.raises(RunFailed) as caught:
         bench.run()
-    for part in ("Worker 1 on node-a died", "step 20", "rank-00001.log", "shardyard runs resume demo", "max_restarts=2"):
+    for part in (
+        "Worker 1 on node-a died",
+        "step 20",
+        "rank-00001.log",
+        "shardyard runs resume demo",
+        "max_restarts=2",
+    ):
         assert part in str(caught.value)
     assert bench.group.prepared == 3
     assert bench.controller.state is State.FAILED

@@ -98,8 +98,10 @@ def test_a_run_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "fingerprint" in str(record.lineage())
     assert run.dataset().splits
     assert not list(Path(tempfile.gettempdir()).glob(f"shardyard-ray-{os.getpid()}-*"))
-    assert not [name for name in os.environ if name.startswith("RAY_")]
-    capsys.readouterr()
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    printed = capsys.readouterr()
+    assert "raylet" not in printed.out
+    assert printed.err == ""
     again = train(config, body="tests.cluster.bodies:steps")
     assert again.wait()["outcome"] == "finished"
     assert "finished already" in capsys.readouterr().out

@@ -118,7 +118,8 @@ def test_workers_finish_with_ranks_threads_and_logs(ray_here: EmbeddedRay, tmp_p
         assert len({where["pid"] for where in placed["workers"]}) == 2
         group.start(lambda: False)
         statuses = wait_for(
-            lambda: (found := group.poll(0.1)) and all(status.state == "finished" for status in found) and found, "the end"
+            lambda: (found := group.poll(0.1)) and all(status.state == "finished" for status in found) and found,
+            "the end",
         )
         assert [(status.rank, status.step, status.steps) for status in statuses] == [(0, 20, 20), (1, 20, 20)]
         for rank in range(2):
@@ -228,7 +229,7 @@ def test_places_that_others_hold(ray_here: EmbeddedRay, tmp_path: Path, monkeypa
     holder.reserve()
     waiting = ray_placement.Placement(ResourcesConfig(workers=2))
     try:
-        with pytest.raises(Unreachable, match="needs 2 CPUs .* did not come free .* 4 CPUs, of which 1 free"):
+        with pytest.raises(Unreachable, match=r"needs 2 CPUs .* did not come free .* 4 CPUs, of which 1 free"):
             waiting.reserve()
         holder.release()
         waiting.reserve()
@@ -290,7 +291,9 @@ def test_no_worker_outlives_a_killed_driver(ray_here: EmbeddedRay, tmp_path: Pat
         driver.wait()
     # Ray's agents would stay for a minute.
     wait_for(lambda: not any(map(alive, [*workers, *below])), "the end of all its processes", 30.0)
-    wait_for(lambda: not list(Path(tempfile.gettempdir()).glob(f"shardyard-ray-{driver.pid}-*")), "the end of its folder")
+    wait_for(
+        lambda: not list(Path(tempfile.gettempdir()).glob(f"shardyard-ray-{driver.pid}-*")), "the end of its folder"
+    )
 
 
 def test_what_a_killed_driver_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

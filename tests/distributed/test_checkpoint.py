@@ -6,6 +6,7 @@ Each test is one or two launches of workers; a worker goes through many cells of
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Model(nn.Module):
 
 
 def make_engine(world: Any, cell: Cell, seed: int = 0) -> Any:
+    gc.freeze()  # DeepSpeed collects garbage for each engine, which walks all that the warm process imported
     deepspeed = _import_deepspeed()
     torch.manual_seed(seed)
     module = Model()
@@ -226,6 +228,7 @@ def test_fp16_resumes_with_its_loss_scaler(tmp_path: Path) -> None:
 
 
 def engine_worker(world: Any, folder: str, cases: list[Case]) -> list[dict[str, Any]]:
+    gc.freeze()
     report = []
     for index, case in enumerate(cases):
         path, config = f"{folder}/{index}", case.config()

@@ -7,9 +7,8 @@ tokens lie on the ranks: the same losses, gradient norms and final weights.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from configs.schema import RunConfig
 from tests.configs.minimal import minimal
 from tests.distributed.language_batches import SEQ_LEN, VOCAB_SIZE, global_micro_batches, rank_micro_batches
 from tests.pool import run_workers
-from trainer import device
 from trainer.bound import BoundModel, BoundTask
 from trainer.distributed import World
 from trainer.initialization import materialize
@@ -30,7 +28,6 @@ from trainer.tasks import language_modeling
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 50
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ZERO_CLASSES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 STATE_KINDS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2}
@@ -48,7 +45,8 @@ class Case:
     checkpointing: bool = False
     clip: float | None = 0.5
     micro_batch_size: int = 2
-    steps: int = STEPS
+    num_layers: int = 2
+    steps: int = 50
 
     def config(self) -> RunConfig:
         lr = {"sgd": 0.3, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
@@ -71,15 +69,13 @@ class Case:
         )
 
     def model(self) -> BoundModel:
-        sizes = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
+        sizes = {"num_layers": self.num_layers, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
         options = {"dropout": 0.1, "tie_embeddings": self.tied, "activation_checkpointing": self.checkpointing}
         return BoundModel(gpt, gpt.Config(**sizes, **options), *task().io())
 
     def plain(self) -> Case:
-        """The same training without what must make no difference."""
-        return Case(
-            optimizer=self.optimizer, precision=self.precision, tied=self.tied, clip=self.clip, steps=self.steps
-        )
+        """The same for all cases that must train alike."""
+        return replace(self, stage=1, offload=False, checkpointing=False)
 
 
 def task() -> BoundTask:
@@ -156,11 +152,11 @@ def plain_optimizer(config: RunConfig, masters: list[nn.Parameter]) -> torch.opt
 # --- in the workers
 
 
-def train(world: World, case: Case, emulate_fp16: bool = False) -> Trained | None:
+def train(world: World, case: Case) -> Trained | None:
     """Train as one rank; asserts what ZeRO did; the weights come from rank 0."""
     from trainer.engine import Engine
 
-    if emulate_fp16:
+    if case.precision == "fp16":
         allow_emulated_fp16()
     config = case.config()
     engine = Engine(case.model(), config, world)
@@ -226,47 +222,65 @@ def allow_emulated_fp16() -> None:
     trainer.engine.unsupported = lambda device, precision: None  # type: ignore[assignment]
 
 
-def initial_weights(world: World, stages: list[int], case: Case) -> list[str]:
-    """A hash of the full weights before the first step, at each stage."""
-    import deepspeed
-
-    from trainer.engine import Engine
-
-    hashes = []
-    for stage in stages:
-        engine = Engine(case.model(), Case(stage=stage, tied=case.tied).config(), world)
-        digest = hashlib.sha256()
-        for name, parameter in engine.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
-                digest.update(name.encode() + parameter.detach().numpy().tobytes())
-        hashes.append(digest.hexdigest())
-    return hashes
-
-
 # --- the tests
 
 
-def assert_same_training(
-    case: Case, world_size: int, *, loss: float, weights: float, **options: Any
-) -> dict[str, float]:
-    """Compare with the plain loop; returns the largest differences."""
-    trained = run_workers(train, world_size, case, *options.values())[0]
+def assert_same_training(case: Case, world_size: int, *, loss: float, weights: float) -> None:
+    """Compare losses, gradient norms (relative) and final masters with the plain loop's."""
+    trained = run_workers(train, world_size, case)[0]
     plain = plain_training(case.plain())
+    assert plain.losses[-1] < plain.losses[0] - 0.1, "the plain loop must learn, or the comparison says little"
     assert trained.weights.keys() == plain.weights.keys()
     differences = {
         "loss": max(abs(a - b) for a, b in zip(trained.losses, plain.losses, strict=True)),
-        "grad_norm": max(abs(a - b) / b for a, b in zip(trained.grad_norms, plain.grad_norms, strict=True)),
+        "grad_norm": max(abs(a / b - 1) for a, b in zip(trained.grad_norms, plain.grad_norms, strict=True)),
         "weights": max((trained.weights[name] - weight).abs().max().item() for name, weight in plain.weights.items()),
     }
     print(case, world_size, {name: f"{value:.1e}" for name, value in differences.items()})
-    assert plain.losses[-1] < plain.losses[0] - 0.1, "the plain loop must learn, or the comparison says little"
     assert differences["loss"] <= loss, differences
-    assert differences["grad_norm"] <= 100 * loss, differences
+    assert differences["grad_norm"] <= 10 * loss, differences
     assert differences["weights"] <= weights, differences
-    return differences
+
+
+# Largest differences measured in fp32: loss 5e-7 (tied 3e-6), weights 2e-6.
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp32(stage: int, world_size: int) -> None:
-    assert_same_training(Case(stage=stage), world_size, loss=5e-6, weights=1e-4)
+    assert_same_training(Case(stage=stage), world_size, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tied_embeddings(stage: int) -> None:
+    assert_same_training(Case(stage=stage, tied=True, num_layers=1), 2, loss=1e-5, weights=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_without_clipping_with_recomputed_activations_and_an_idle_slot_of_two(stage: int) -> None:
+    case = Case(stage=stage, clip=None, checkpointing=True, micro_batch_size=3, steps=20)
+    assert_same_training(case, 2, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_optimizers(stage: int, optimizer: str) -> None:
+    assert_same_training(Case(stage=stage, optimizer=optimizer, num_layers=1, steps=20), 2, loss=5e-6, weights=2e-5)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (1, 2), (2, 2), (3, 2), (3, 3)])
+def test_bf16(stage: int, world_size: int) -> None:
+    assert_same_training(Case(stage=stage, precision="bf16", num_layers=1), world_size, loss=3e-3, weights=2e-2)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2)])
+def test_fp16(stage: int, world_size: int) -> None:
+    assert_same_training(Case(stage=stage, precision="fp16", num_layers=1), world_size, loss=1e-3, weights=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizer(stage: int, precision: str) -> None:
+    tolerance = {"fp32": (5e-6, 2e-5), "bf16": (3e-3, 2e-2)}[precision]
+    case = Case(stage=stage, precision=precision, offload=True, num_layers=1, steps=20)
+    assert_same_training(case, 2, loss=tolerance[0], weights=tolerance[1])

@@ -138,6 +138,21 @@ def test_a_loaded_engine_goes_on_as_if_never_stopped(store: Store, optimizer: st
     assert_equal(state(other), end)
 
 
+def test_the_loss_scaler_goes_with_the_checkpoint(store: Store) -> None:
+    """DeepSpeed's dynamic fp16 scaler, by its own class's fields; a run in another precision takes no notice of it."""
+    engine, other, without = make_engine(), make_engine(), make_engine()
+    values = {"cur_scale": 512.0, "cur_iter": 9, "last_overflow_iter": 7, "cur_hysteresis": 1}
+    engine.deepspeed.optimizer.loss_scaler = SimpleNamespace(dynamic=True, **values)
+    fresh = {"cur_scale": 65536.0, "cur_iter": 0, "last_overflow_iter": -1, "cur_hysteresis": 2}
+    other.deepspeed.optimizer.loss_scaler = SimpleNamespace(dynamic=True, **fresh)
+    without.deepspeed.optimizer.loss_scaler = SimpleNamespace(dynamic=False, cur_scale=1.0)
+    save(store, engine, 1)
+    checkpoint.load(other, checkpoint.find(store))
+    assert vars(other.deepspeed.optimizer.loss_scaler) == {"dynamic": True, **values}
+    checkpoint.load(without, checkpoint.find(store))
+    assert without.deepspeed.optimizer.loss_scaler.cur_scale == 1.0
+
+
 def test_before_the_first_step_there_is_no_optimizer_state(store: Store) -> None:
     engine = make_engine()
     save(store, engine, 0)
