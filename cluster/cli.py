@@ -44,6 +44,8 @@ def report_error(error: Exception, arguments: argparse.Namespace) -> int:
     text, exit_code = str(error), 1
     if isinstance(error, ShardyardError):
         exit_code = error.exit_code
+    elif isinstance(error, ModuleNotFoundError):
+        text = f"{error}. Install what Shardyard needs (make setup), and call the shardyard of that environment."
     else:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         text = (
@@ -58,7 +60,7 @@ def report_error(error: Exception, arguments: argparse.Namespace) -> int:
 
 
 def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+    return vars(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -96,19 +98,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe_commands(commands: Any, command: Any) -> None:
-    init = command(commands, "init", "recipes:init", "write a commented recipe, and the schema that editors check it by")
+    init = command(commands, "init", "recipes:init", "write a commented recipe, and its schema for editors")
     init.add_argument("path", nargs="?", default="run.yaml", help="file to write (default: run.yaml)")
     init.add_argument("--recipe", default="language_modeling-gpt-tiny", help="recipe to start from")
-    check = command(commands, "check", "recipes:check", "validate a recipe and show what it will do, without running it")
+    check = command(commands, "check", "recipes:check", "validate a recipe and show what it will do")
     _add_recipe(check)
     train = command(commands, "train", "train:train", "train a recipe; the same name launched again resumes the run")
     _add_recipe(train)
     train.add_argument("--address", help="join this Ray cluster instead of starting one here")
     train.add_argument(
-        "--from", dest="parent", metavar="RUN@STEP", help="start from another run's checkpoint, or a Hugging Face folder"
+        "--from",
+        dest="parent",
+        metavar="RUN@STEP",
+        help="start from another run's checkpoint, or a Hugging Face folder",
     )
     train.add_argument(
-        "--branch", action="store_true", help="with --from: take the whole state (optimizer, data position), not weights"
+        "--branch",
+        action="store_true",
+        help="with --from: take the whole state, not the weights alone",
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from cluster.controller import Controller, Outcome, State
 from cluster.mlflow_copy import MlflowCopy
 from cluster.progress_bar import Narrator, View
-from cluster.ray_group import BODY, RayWorkerGroup
+from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
 from configs.errors import Interrupted, UsageError
 from configs.load import load
 from configs.schema import RunConfig
@@ -27,11 +27,9 @@ from data_pipelines.build import ensure_dataset
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
-from trainer.record_rows import Cursor, read_rows
 from trainer.validate import Plan, validate
 
 POLL_S = 0.2
-RECORD_POLL_S = 2.0
 END_TIMEOUT_S = 10.0
 MLFLOW_TIMEOUT_S = 30.0
 # What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
@@ -106,7 +104,13 @@ class Run:
             )
         store_uri = Store(self._config.store).uri
         self._group = RayWorkerGroup(
-            self._config.resources, store_uri, self.name, address=address, body=body, notice=self._notices.put
+            self._config.resources,
+            store_uri,
+            self.name,
+            address=address,
+            body=body,
+            imports=_imports(plan) if body == BODY else [],
+            notice=self._notices.put,
         )
         self._controller = Controller(
             self._group,
@@ -116,6 +120,7 @@ class Run:
             lease_lost=lambda: self._lease.lost,
             notice=self._notices.put,
         )
+        self._notices.put(plan.headline())
         for warning in plan.warnings():
             self._notices.put(warning)
         atexit.register(self._end_now)
@@ -154,7 +159,7 @@ class Run:
 
     def dataset(self) -> Dataset:
         """The data set that the run trains on, built now if it is not there yet."""
-        return ensure_dataset(Store(self._config.store), self._config.data, self.plan.task.config.tokenizer)
+        return ensure_dataset(Store(self._config.store), self._config.data, self.plan.tokenizer)
 
     def stop(self, reason: str = "asked by the launching program") -> None:
         """Let the run save a checkpoint and stop; `wait` returns then."""
@@ -169,7 +174,7 @@ class Run:
             RunFailed: names the first failure, the last checkpoint and the next command.
             Interrupted: stopped by a signal. Unreachable: Ray, or room for the workers, was not to be had.
         """
-        tail = _RecordTail(self.record)
+        tail = RecordTail(self.record)
         try:
             with self._signals():
                 while self._thread.is_alive() and self._interrupts < 2:
@@ -241,14 +246,14 @@ class Run:
         def progress(stage: str, documents: int) -> None:
             self._activity = f"building the data set: {stage}, {documents:,} documents"
 
-        tokenizer = self.plan.task.config.tokenizer
+        tokenizer = self.plan.tokenizer
         dataset = ensure_dataset(Store(self._config.store), self._config.data, tokenizer, progress)
         self.record.update_lineage(data_fingerprint=dataset.fingerprint)
         self._activity = "starting workers"
 
     # --- in the waiting thread
 
-    def _narrate(self, tail: _RecordTail, last: bool = False) -> None:
+    def _narrate(self, tail: RecordTail, last: bool = False) -> None:
         if self._narrator is None:
             return
         while not self._notices.empty():
@@ -314,6 +319,10 @@ class Run:
         }
 
 
+def _imports(plan: Plan) -> list[str]:
+    return [*IMPORTS, *(part.__name__ for part in (plan.task.module, plan.model.module, plan.source))]
+
+
 class _Background:
     """One call in a thread of its own. done: it has ended; error: what it raised."""
 
@@ -331,41 +340,3 @@ class _Background:
             self.error = error
         finally:
             self.done.set()
-
-
-class _RecordTail:
-    """Follows a record for what is told while the run goes on: evaluations, and checkpoints that are not good."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
-        self._metrics: Cursor | None = None
-        self._events: Cursor | None = None
-        self._read_at = 0.0
-
-    def read(self, *, now: bool = False) -> tuple[list[tuple[int, dict[str, float]]], list[str]]:
-        """New evaluations as (step, {name: value}), and warnings; looks every few seconds only, unless `now`."""
-        if not now and time.monotonic() - self._read_at < RECORD_POLL_S:
-            return [], []
-        self._read_at = time.monotonic()
-        first = self._metrics is None
-        rows, self._metrics = read_rows(self._record.store, "metrics", self._metrics)
-        events, self._events = read_rows(self._record.store, "events", self._events)
-        if first:
-            return [], []  # of earlier launches
-        prefix = "validation/"
-        found = [
-            (row["step"], {key.removeprefix(prefix): value for key, value in row["values"].items() if prefix in key})
-            for row in rows
-        ]
-        return [(step, values) for step, values in found if values], [
-            event["error"] if event["kind"] == "checkpoint_damaged" else _not_saved(event)
-            for event in events
-            if event["kind"] in ("checkpoint_damaged", "checkpoint_failed")
-        ]
-
-
-def _not_saved(event: dict[str, Any]) -> str:
-    return (
-        f"The checkpoint of step {event['step']} was not saved: {event['error']} Training goes on; earlier "
-        "checkpoints are as they were."
-    )

@@ -87,10 +87,14 @@ def death_of(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "raised in its creation task" in text:
         return raised_by(error)
-    if "node" in text and ("has been marked dead" in text or "node died" in text or "is dead" in text):
+    if "OutOfMemoryError" in type(error).__name__:
+        return "Ray ended it, because its node ran out of memory"
+    if "node has died" in text or "node died" in text or "marked dead" in text:
         return "its node is gone"
-    if "Worker unexpectedly exits" in text or "Worker exits unexpectedly" in text or "connection error code" in text:
+    if "unexpectedly exit" in text or "exits unexpectedly" in text:
         return "the process is gone (killed by a signal, or by the system because memory ran out)"
+    if "is unavailable" in text:
+        return "the connection to it broke: its process, its node or the network between is gone"
     return text[:300]
 
 

@@ -7,12 +7,13 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.embedded_ray import EmbeddedRay, end_processes
-from cluster.policies import State, WorkerStatus
-from cluster.ray_cluster import CONNECT_TIMEOUT_S, death_of, import_paths, join, raised_by
+from cluster.embedded_ray import EmbeddedRay
+from cluster.policies import WorkerStatus
+from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
+from cluster.ray_kill import alive_nodes, kill_everywhere
+from cluster.ray_member import Member
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
 from configs.schema import ResourcesConfig
@@ -23,30 +24,7 @@ BODY = "trainer.worker:run_worker"
 IMPORTS = ("trainer.loop", "trainer.engine", "deepspeed")
 # A bound on imports from a slow shared disk; a process that dies meanwhile is noticed at once.
 IMPORT_TIMEOUT_S = 600.0
-KILL_TIMEOUT_S = 10.0
 PING_EVERY_S = 0.5
-
-
-@dataclass
-class _Member:
-    """One worker as the driver knows it. Refs are of calls on its way; times are of this process's monotonic clock."""
-
-    actor: Any
-    where: dict[str, Any] = field(default_factory=dict)
-    log: str = ""
-    state: State = "starting"
-    error: str | None = None
-    failed_at: float | None = None
-    user_error: bool = False
-    progress: dict[str, Any] = field(default_factory=dict)
-    answered_at: float = field(default_factory=time.monotonic)
-    pinged_at: float = 0.0
-    ping_ref: Any = None
-    train_ref: Any = None
-
-    @property
-    def node(self) -> str:
-        return str(self.where.get("node", "a node that did not answer"))
 
 
 class RayWorkerGroup:
@@ -77,8 +55,9 @@ class RayWorkerGroup:
         self._embedded: EmbeddedRay | None = None
         self._joined = False
         self._placement = Placement(resources)
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._warm_refs: list[Any] = []
+        self._nodes: set[str] = set()
         self._attempt = 0
 
     # --- the cluster
@@ -138,13 +117,16 @@ class RayWorkerGroup:
         """
         started = time.monotonic()
         self._attempt = attempt
+        if not self._nodes <= alive_nodes():
+            self._placement.release()  # part of it is gone, which Ray may not have told it yet
         self._placement.reserve()
-        self._members = [_Member(self._create_actor(index)) for index in range(self._resources.workers)]
+        self._members = [Member(self._create_actor(index)) for index in range(self._resources.workers)]
         refs = [member.actor.describe.remote() for member in self._members]
         for member, where in zip(self._members, self._collect(refs, IMPORT_TIMEOUT_S), strict=True):
             member.where = where or {}
         # Ranks of one node are neighbours, whatever order Ray placed the bundles in.
         self._members.sort(key=lambda member: str(member.where.get("node_id")))
+        self._nodes = {member.where["node_id"] for member in self._members if member.where}
         gpus = self._gpus_by_node()
         self._warm_refs = [
             member.actor.warm.remote(self._imports, gpus.get(member.where.get("node_id")))
@@ -200,7 +182,7 @@ class RayWorkerGroup:
         self._read_ends(timeout_s)
         self._read_pings()
         now = time.monotonic()
-        return [self._status(rank, member, now) for rank, member in enumerate(self._members)]
+        return [member.status(rank, now) for rank, member in enumerate(self._members)]
 
     def request_stop(self) -> None:
         """Ask every worker to save a checkpoint and return. Does not wait."""
@@ -217,14 +199,7 @@ class RayWorkerGroup:
         for member in self._members:
             with contextlib.suppress(Exception):  # it is dead already, or its node is
                 ray.kill(member.actor, no_restart=True)
-        by_node: dict[str, list[tuple[int, float]]] = {}
-        for member in self._members:
-            if member.where:
-                process = (member.where["pid"], member.where["process_started_at"])
-                by_node.setdefault(member.where["node_id"], []).append(process)
-        here = ray.get_runtime_context().get_node_id()
-        kill_processes(by_node.pop(here, []))
-        self._kill_elsewhere(by_node)
+        kill_everywhere([member.where for member in self._members if member.where])
         with contextlib.suppress(ShardyardError):
             self._store.child(self._run).delete(f"attempts/{self._attempt:04d}/canary")
         self._members = []
@@ -278,7 +253,7 @@ class RayWorkerGroup:
                     results[index] = ray.get(ref)
                     self._members[index].answered_at = time.monotonic()
                 except ray.exceptions.RayError as error:
-                    self._bury(self._members[index], error)
+                    self._members[index].bury(error)
             if time.monotonic() > deadline:
                 for index in waiting.values():
                     self._members[index].state = "silent"
@@ -302,13 +277,9 @@ class RayWorkerGroup:
             try:
                 result = ray.get(ref)
             except ray.exceptions.RayError as error:
-                self._bury(member, error)
+                member.bury(error)
                 continue
-            member.state = result["outcome"]
-            member.progress = {**member.progress, **result}
-            member.error = result.get("error")
-            member.failed_at = result.get("failed_at")
-            member.user_error = result.get("user_error", False)
+            member.end(result)
 
     def _read_pings(self) -> None:
         import ray
@@ -326,62 +297,3 @@ class RayWorkerGroup:
         for member in self._members:
             if member.state == "running" and member.ping_ref is None and now - member.pinged_at >= PING_EVERY_S:
                 member.ping_ref, member.pinged_at = member.actor.ping.remote(), now
-
-    def _bury(self, member: _Member, error: Exception) -> None:
-        import ray
-
-        if isinstance(error, ray.exceptions.RayActorError):
-            member.state, member.error = "died", death_of(error)
-        else:  # raised by a call that only imports or describes
-            member.state, member.error, member.failed_at = "raised", raised_by(error), time.time()
-        member.user_error = "ModuleNotFoundError" in str(error)
-
-    def _status(self, rank: int, member: _Member, now: float) -> WorkerStatus:
-        progress = member.progress
-        unanswered_s = now - member.answered_at
-        return WorkerStatus(
-            rank=rank,
-            node=member.node,
-            state=member.state,
-            log=member.log,
-            phase=progress.get("phase", "starting"),
-            step=progress.get("step", 0),
-            steps=progress.get("steps"),
-            loss=progress.get("loss"),
-            tokens_per_s=progress.get("tokens_per_s"),
-            unanswered_s=unanswered_s,
-            quiet_s=progress.get("silent_s", 0.0) + unanswered_s,
-            error=member.error,
-            failed_at=member.failed_at,
-            user_error=member.user_error,
-        )
-
-    def _kill_elsewhere(self, by_node: dict[str, list[tuple[int, float]]]) -> None:
-        """Kill by a task on each node: Ray's own kill asks the process, which a stopped one does not hear."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        kill = ray.remote(kill_processes)
-        refs = [
-            kill.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
-                processes
-            )
-            for node_id, processes in by_node.items()
-            if node_id in alive
-        ]
-        with contextlib.suppress(ray.exceptions.RayError):  # a node that does not answer takes its workers with it
-            ray.get(refs, timeout=KILL_TIMEOUT_S)
-
-
-def kill_processes(processes: list[tuple[int, float]]) -> None:
-    """SIGKILL processes of this machine, each (pid, start time in epoch seconds), and wait until they are gone."""
-    import psutil
-
-    found = []
-    for pid, started_at in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if abs(process.create_time() - started_at) < 1.0:  # not a later process with the same pid
-                found.append(process)
-    end_processes(found)

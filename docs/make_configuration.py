@@ -46,8 +46,8 @@ def page() -> str:
     parts = [INTRODUCTION, *_sections(RunConfig, "## The run", "One run, complete.", "")]
     for key, package, title in PLUGINS:
         parts.append(
-            f"## {title}\n\n`{key}.name` is the name of a file in `{package.replace('.', '/')}/`, or the module path of "
-            "a file of your own.\nThe other keys of the section are that file's.\n"
+            f"## {title}\n\n`{key}.name` is the name of a file in `{package.replace('.', '/')}/`, or the module path "
+            "of a file of your own.\nThe other keys of the section are that file's.\n"
         )
         for name in plugin_names(package):
             config = find_plugin(package, name).Config

@@ -1,8 +1,4 @@
-"""Worker processes for tests, forked from one warm process: torch and DeepSpeed are imported once a session, not once a test.
-
-    def halve(world: World, value: float) -> float: ...      # at module level, so that workers find it
-    results = run_workers(halve, 2, 1.0)                     # by rank
-"""
+"""Worker processes for tests, forked from one warm process: torch and DeepSpeed are imported once a session."""
 
 from __future__ import annotations
 
@@ -35,6 +31,8 @@ def run_workers(
     may_die: Collection[int] = (),
 ) -> list[Any]:
     """Run function(world, *args) in `world_size` new processes that form a world; returns the results by rank.
+
+    function must be at the top of an importable module, so that workers find it.
 
     The first failure of any ends all of them. Ranks in `may_die` are not waited for, and may end without a result:
     theirs is then None. function may leave the world as it is; workers end without tidying up.
@@ -75,7 +73,7 @@ def _collect(workers: list[tuple[Any, Connection]], deadline: float, may_die: Co
             assert isinstance(receiver, Connection)
             rank = pending.pop(receiver)
             try:
-                failed, value = pickle.loads(receiver.recv_bytes())
+                failed, value = pickle.loads(receiver.recv_bytes())  # noqa: S301 - our own process
             except EOFError:
                 if rank in may_die:
                     continue

@@ -33,7 +33,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 # Folders of a checkout; what is named in them has to be there.
 FOLDERS = ("configs", "data_pipelines", "trainer", "cluster", "tests", "docs", "benchmarks", "deploy", ".ci")
 SOURCE_SUFFIXES = (".py", ".md", ".svg", ".toml")
-PLACEHOLDER = re.compile(r"[<>{}*]|[A-Z]{3,}(?=/|$)|\.\.\.")
+PLACEHOLDER = re.compile(r"[<>{}*]|\.\.\.|\b(NAME|TASK|RUN|STORE|KIND)\b")
 
 
 def text_of(page: str) -> str:

@@ -48,7 +48,7 @@ def init_world(
     """
     if use_gpu and torch.cuda.device_count() <= local_rank:
         raise UsageError(
-            f"Worker {rank} is number {local_rank} on its node, but torch finds {torch.cuda.device_count()} GPUs there. "
+            f"Worker {rank} is number {local_rank} on its node, where torch finds {torch.cuda.device_count()} GPUs. "
             "Set resources.gpus_per_worker=0 to train on CPUs, or start fewer workers a node."
         )
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from it

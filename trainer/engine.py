@@ -75,7 +75,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         with torch.device("meta"):
             self.module = model.build()
-        for parameter in self.module.parameters():  # no tensor is ever larger than it has to be; buffers stay as they are
+        for parameter in self.module.parameters():  # not module.to(): it would round the buffers too
             parameter.data = parameter.data.to(_DTYPES[config.precision])
         self.config = config
         self.world = world
@@ -191,8 +191,8 @@ class Engine:
         if self.zero_stage > 0:
             engine.step()
             return float(engine.get_global_grad_norm())
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        parameters = list(self.module.parameters())
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         grad_norm = norm.item()
         if not _finite(grad_norm):
             engine.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient

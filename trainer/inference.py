@@ -59,7 +59,9 @@ def export_checkpoint(reader: CheckpointReader, folder: Path) -> None:
     model = _bound_model(reader)
     if not isinstance(model.config, gpt.Config):
         name = reader.manifest["config"]["model"]["name"]
-        raise UsageError(f"Only gpt has a counterpart at Hugging Face; checkpoint {reader.name} is of a model '{name}'.")
+        raise UsageError(
+            f"Only gpt has a counterpart at Hugging Face; checkpoint {reader.name} is of a model '{name}'."
+        )
     export_llama(dict(reader.weights()), model.config, (model.input, model.output), _tokenizer(reader), folder)
 
 

@@ -29,7 +29,9 @@ State = Literal["weights", "all"]
 def may_change(state: State) -> str:
     """What a run that starts from another's checkpoint is free to change, in a sentence."""
     same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
-    return f"{', '.join(same)} must be as the parent has them (but for {' and '.join(FREE)}); every other key may change."
+    return (
+        f"{', '.join(same)} must be as the parent has them (but for {' and '.join(FREE)}); every other key may change."
+    )
 
 
 def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -> None:
@@ -50,7 +52,8 @@ def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -
     if differing:
         weights_alone = "" if state == "weights" else " To change more, take the weights alone (without --branch)."
         raise UsageError(
-            f"Run '{config.name}' cannot start from {source}: {'; '.join(differing)}. {may_change(state)}{weights_alone}"
+            f"Run '{config.name}' cannot start from {source}: {'; '.join(differing)}. {may_change(state)}"
+            f"{weights_alone}"
         )
     if state == "all" and config.steps <= manifest["step"]:
         raise UsageError(

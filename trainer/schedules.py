@@ -6,7 +6,9 @@ import math
 
 from configs.schema import ScheduleConfig
 
-WSD_DECAY_SHARE = 0.2  # of all steps, where `decay_steps` is not set (Hu et al. 2024, MiniCPM, arXiv:2404.06395: 10-20 %)
+WSD_DECAY_SHARE = (
+    0.2  # of all steps, where `decay_steps` is not set (Hu et al. 2024, MiniCPM, arXiv:2404.06395: 10-20 %)
+)
 
 
 def lr_at(config: ScheduleConfig, base_lr: float, step: int, steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ import numpy as np
 from configs.errors import RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
+from data_pipelines.index import TOKENIZER_FILE
 from data_pipelines.loader import Loader
 from data_pipelines.pack import PackedSplit
 from data_pipelines.shards import Dataset
@@ -111,9 +113,10 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
     plan = validate(record.resolved)
     with ExitStack() as stack:
         progress.phase = "data"
-        tokenizer = plan.task.config.tokenizer
+        tokenizer = plan.tokenizer
         dataset = ensure_dataset(Store(config.store), config.data, tokenizer)
         seq_len = plan.task.packing()
+        assert seq_len is not None, "only tasks on packed documents have a loader"
         train_split = dataset.packed("train", seq_len)
 
         progress.phase = "model"
@@ -179,7 +182,9 @@ def _restore(record: RunRecord, engine: Engine, world: World, dataset: Dataset) 
     source = checkpoint.open_weights(parent.checkpoint)
     if isinstance(source, CheckpointReader):
         check_parent(record.config, source.manifest, "weights")
-        _check_tokenizer(source, dataset)
+        check_tokenizer(source.manifest["tokenizer"], parent.checkpoint, dataset)
+    elif (folder := Store(parent.checkpoint)).exists(TOKENIZER_FILE):
+        check_tokenizer(folder.read_text(TOKENIZER_FILE), parent.checkpoint, dataset)
     checkpoint.load_weights(engine, source)
     return 0, 0
 
@@ -197,13 +202,17 @@ def _load_all(reader: CheckpointReader, engine: Engine, dataset: Dataset) -> tup
     return int(reader.manifest["step"]), int(data["examples_seen"])
 
 
-def _check_tokenizer(reader: CheckpointReader, dataset: Dataset) -> None:
-    """A BPE is trained on the data, so other data give other meanings to the same ids."""
-    if reader.manifest["tokenizer"] != dataset.tokenizer.to_json():
+def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
+    """Refuse weights that know the token ids of another tokenizer (both as the text of a tokenizer.json).
+
+    Raises:
+        UsageError: a BPE is trained on its data, so on other data the same ids mean something else.
+    """
+    if json.loads(parents)["model"] != json.loads(dataset.tokenizer.to_json())["model"]:
         raise UsageError(
-            f"The weights of {reader.store.path()} know the token ids of another tokenizer than that of data set "
-            f"{dataset.path}: a bpe tokenizer is trained on its data. Train on the parent's data, or train both runs "
-            "with task.tokenizer.name=bytes."
+            f"The weights of {source} know the token ids of another tokenizer than that of data set {dataset.path}: a "
+            "bpe tokenizer is trained on its data. Train on the parent's data, or train both runs with "
+            "task.tokenizer.name=bytes."
         )
 
 

@@ -40,7 +40,7 @@ _DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def write_tensors(store: Store, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write contiguous CPU tensors and make the file durable; nothing of it stays after an error.
+    """Write contiguous CPU tensors and make the file durable. After an error a part of it may stay.
 
     Returns:
         {"name", "size" (bytes), "blocks": [xxh3 of each 1 MiB, hex]}.
@@ -49,15 +49,11 @@ def write_tensors(store: Store, name: str, tensors: Mapping[str, Tensor]) -> dic
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps every tensor aligned
     blocks = _BlockDigests()
     size = 0
-    try:
-        with store.open_output(name) as file:
-            for chunk in _chunks(ordered):
-                file.write(chunk)
-                blocks.add(chunk)
-                size += len(chunk)
-    except BaseException:
-        store.delete(name)
-        raise
+    with store.open_output(name) as file:
+        for chunk in _chunks(ordered):
+            file.write(chunk)
+            blocks.add(chunk)
+            size += len(chunk)
     return {"name": name, "size": size, "blocks": blocks.finish()}
 
 

@@ -1,4 +1,4 @@
-"""Import the files that a config names, check their sections and that they fit: the last step before anything is spent."""
+"""Import the files that a config names, check their sections and that they fit: the last step before work begins."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from configs.errors import UsageError
 from configs.load import Resolved, validate_plugin
 from configs.plugins import find_plugin, plugin_names
-from configs.problems import ConfigError, Problem
-from configs.schema import RunConfig, Section
+from configs.problems import ConfigError, Problem, where
+from configs.schema import Plugin, RunConfig, Section
+from data_pipelines.tokenizer import TokenizerConfig
 from trainer.bound import BoundModel, BoundTask
+
+# What each kind of file has to define.
+_NEEDED = {
+    "task": ("Config", "io", "packing", "prepare", "num_items", "num_tokens", "idle", "loss", "evaluate", "metrics"),
+    "model": ("Config", "ACCEPTS", "build", "init_parameter", "num_parameters", "flops_per_example"),
+    "data": ("Config", "documents", "identity"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,13 @@ class Plan:
     accumulation_steps: int
     idle_share: float
 
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """How the task turns text into tokens."""
+        config: Any = self.task.config
+        tokenizer: TokenizerConfig = config.tokenizer
+        return tokenizer
+
     def describe(self) -> dict[str, Any]:
         """The plan as plain values, for `check` and for the head of `train`."""
         batch = self.config.batch
@@ -52,6 +68,17 @@ class Plan:
             "examples": self.examples_seen,
         }
 
+    def headline(self) -> str:
+        """The run in two lines, before it begins."""
+        config, batch = self.config, self.config.batch
+        workers = config.resources.workers
+        return (
+            f"Run '{config.name}': {config.model.name} of {self.num_parameters:,} parameters on {config.data.name}, "
+            f"{workers} worker{'s' * (workers > 1)}, ZeRO-{config.zero.stage}, {config.precision}.\n"
+            f"{config.steps:,} steps of {batch.global_batch_size:,} examples: micro-batches of "
+            f"{batch.micro_batch_size:,}, {self.accumulation_steps:,} a worker."
+        )
+
     def warnings(self) -> list[str]:
         """What is right but costs more than it has to, each with its remedy."""
         if self.idle_share == 0:
@@ -68,25 +95,19 @@ def validate(resolved: Resolved) -> Plan:
     """Check the task, model and data sections with the files they name, then that model and task fit.
 
     Raises:
-        ConfigError: every problem found, with its line.
-        UsageError: a name that no file has; the message lists those that there are.
+        ConfigError: every problem found, with its line; for a name that no file has it lists those that there are.
     """
-    config = resolved.config
-    task_module = find_plugin("trainer.tasks", config.task.name)
-    model_module = find_plugin("trainer.models", config.model.name)
-    source = find_plugin("data_pipelines.sources", config.data.name)
-
-    task_config, problems = validate_plugin(task_module.Config, config.task, "task", resolved.origins)
-    model_config, model_problems = validate_plugin(model_module.Config, config.model, "model", resolved.origins)
-    source_config, source_problems = validate_plugin(source.Config, config.data, "data", resolved.origins)
-    problems = [*problems, *model_problems, *source_problems]
-    if problems or task_config is None or model_config is None or source_config is None:
-        raise ConfigError(tuple(problems))
+    config, problems = resolved.config, list[Problem]()
+    task_module, task_config = _plugin("trainer.tasks", config.task, "task", resolved, problems)
+    model_module, model_config = _plugin("trainer.models", config.model, "model", resolved, problems)
+    source, source_config = _plugin("data_pipelines.sources", config.data, "data", resolved, problems)
+    if problems:
+        raise ConfigError(problems)
 
     given, wanted = task_module.io(task_config)
     if not isinstance(given, model_module.ACCEPTS):
-        where = resolved.origins.get("model.name", "default")
-        raise ConfigError((Problem(where, "model.name", _misfit(config, model_module, given)),))
+        place = where("model.name", resolved.origins, "default")
+        raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given)),))
     model = BoundModel(model_module, model_config, given, wanted)
     workers = config.resources.workers
     slots = workers * config.accumulation(workers)
@@ -101,6 +122,24 @@ def validate(resolved: Resolved) -> Plan:
         accumulation_steps=config.accumulation(workers),
         idle_share=1 - config.num_micro_batches / slots,
     )
+
+
+def _plugin(package: str, plugin: Plugin, key: str, resolved: Resolved, problems: list[Problem]) -> tuple[Any, Any]:
+    """The file that a plug-in names and its settings as the file's Config; what is wrong is added to `problems`."""
+    place = where(f"{key}.name", resolved.origins, "default")
+    try:
+        module = find_plugin(package, plugin.name)
+    except UsageError as error:
+        problems.append(Problem(place, f"{key}.name", str(error)))
+        return None, None
+    missing = [name for name in _NEEDED[key] if not hasattr(module, name)]
+    if missing:
+        message = f"{module.__file__} lacks {', '.join(missing)}; a {key} file has {', '.join(_NEEDED[key])}"
+        problems.append(Problem(place, f"{key}.name", message))
+        return None, None
+    config, found = validate_plugin(module.Config, plugin, key, resolved.origins)
+    problems += found
+    return module, config
 
 
 def _misfit(config: RunConfig, model_module: ModuleType, given: object) -> str:

@@ -22,9 +22,7 @@ SHOWN_CHARACTERS = 200
 def build(arguments: Namespace) -> dict[str, Any]:
     """Build the data set, or say that it is there."""
     plan = _plan(arguments)
-    dataset = ensure_dataset(
-        Store(plan.config.store), plan.config.data, plan.task.config.tokenizer, _Progress(arguments).tell
-    )
+    dataset = ensure_dataset(Store(plan.config.store), plan.config.data, plan.tokenizer, _Progress(arguments).tell)
     return _show(arguments, dataset)
 
 
@@ -59,7 +57,7 @@ def _plan(arguments: Namespace) -> Plan:
 def _open(arguments: Namespace) -> Dataset:
     """The recipe's data set, which must be there."""
     plan = _plan(arguments)
-    store = Store(plan.config.store).child("datasets", dataset_name(plan.config.data, plan.task.config.tokenizer))
+    store = Store(plan.config.store).child("datasets", dataset_name(plan.config.data, plan.tokenizer))
     try:
         return Dataset.open(store)
     except NotFound as error:

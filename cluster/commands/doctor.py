@@ -5,19 +5,31 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.commands.output import say
-from configs.errors import RunFailed, ShardyardError
+from configs.errors import ShardyardError
 from data_pipelines.storage import Store
 
 REQUIRED_PACKAGES = ("torch", "deepspeed", "ray", "mlflow", "pyarrow", "transformers", "tokenizers", "safetensors")
 FREE_DISK_BYTES = 2 * 1024**3
+FREE_MEMORY_BYTES = 1024**3
+FREE_TEMPORARY_BYTES = 512 * 1024**2
 FREE_SHM_BYTES = 128 * 1024**2
+
+
+class NotReady(ShardyardError):
+    """Something that a run needs is missing. findings: all that was looked at, for --json."""
+
+    def __init__(self, text: str, findings: list[dict[str, Any]]) -> None:
+        super().__init__(text)
+        self.findings = findings
 
 
 class Finding(NamedTuple):
@@ -33,16 +45,18 @@ def doctor(arguments: Namespace) -> dict[str, Any]:
     """Look at everything a run needs here.
 
     Raises:
-        RunFailed: something is missing; the findings say what, each with its remedy.
+        NotReady: something is missing; the findings say what, each with its remedy.
     """
     findings = list(_findings(arguments.store))
     for finding in findings:
         remedy = f"  -> {finding.remedy}" if not finding.ok else ""
         say(arguments, f"{'ok ' if finding.ok else 'BAD'} {finding.what:<12} {finding.found}{remedy}")
-    bad = [finding for finding in findings if not finding.ok]
+    plain = [finding._asdict() for finding in findings]
+    bad = [f"{finding.what}: {finding.found}; {finding.remedy}" for finding in findings if not finding.ok]
     if bad:
-        raise RunFailed(f"{len(bad)} of {len(findings)} checks failed: " + "; ".join(f"{f.what}: {f.remedy}" for f in bad))
-    return {"findings": [finding._asdict() for finding in findings]}
+        raise NotReady(f"{len(bad)} of {len(findings)} checks failed. {'. '.join(bad)}.", plain)
+    say(arguments, "This machine is ready.")
+    return {"findings": plain}
 
 
 def _findings(store: str) -> Iterator[Finding]:
@@ -51,11 +65,14 @@ def _findings(store: str) -> Iterator[Finding]:
     for package in REQUIRED_PACKAGES:
         yield _package(package)
     yield _devices()
+    yield _memory()
+    yield _own_name()
     shm = Path("/dev/shm")
     free = shutil.disk_usage(shm).free if shm.is_dir() else 0
     yield Finding(
         free >= FREE_SHM_BYTES, "/dev/shm", f"{free / 1024**2:,.0f} MiB free", "give the container more (--shm-size=1g)"
     )
+    yield _temporary_folder()
     yield _store(store)
 
 
@@ -78,16 +95,43 @@ def _devices() -> Finding:
     return Finding(True, "devices", f"{name}; precision {', '.join(supported_precisions(device))}")
 
 
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / 1024**3:,.1f} GiB of {memory.total / 1024**3:,.1f} GiB free"
+    return Finding(memory.available >= FREE_MEMORY_BYTES, "memory", found, "end other programs: a worker takes 1 GiB")
+
+
+def _own_name() -> Finding:
+    """torch.distributed looks it up, and waits for long where it is not to be found."""
+    name = socket.gethostname()
+    try:
+        return Finding(True, "host name", f"{name}, {socket.gethostbyname(name)}")
+    except OSError:
+        return Finding(False, "host name", f"{name} has no address", f"add '127.0.0.1 {name}' to /etc/hosts")
+
+
+def _temporary_folder() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    found = f"{folder}, {free / 1024**3:,.1f} GiB free"
+    return Finding(free >= FREE_TEMPORARY_BYTES, "temporary", found, "Ray works there: free some space, or set TMPDIR")
+
+
 def _store(uri: str) -> Finding:
     store = Store(uri)
+    existed = store.exists()
     try:
         store.write_atomic("canary", b"shardyard")
         written = store.read_bytes("canary") == b"shardyard"
         store.delete("canary")
+        folder = store.local_path()
+        free = shutil.disk_usage(folder).free if folder else None
+        if folder is not None and not existed:
+            folder.rmdir()
     except ShardyardError as error:
         return Finding(False, "store", str(error), "choose a --store that can be written")
-    folder = store.local_path()
-    free = shutil.disk_usage(folder).free if folder else None
     enough = free is None or free >= FREE_DISK_BYTES
     found = store.uri if free is None else f"{store.uri}, {free / 1024**3:,.1f} GiB free"
     return Finding(written and enough, "store", found, "free some disk space, or choose another --store")

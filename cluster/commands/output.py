@@ -24,9 +24,15 @@ def table(arguments: Namespace, header: Sequence[str], rows: Sequence[Sequence[A
     """Print rows under a header, columns aligned, numbers to the right."""
     cells = [[pretty(value) for value in row] for row in rows]
     widths = [max(len(header[i]), *(len(row[i]) for row in cells), 0) for i in range(len(header))]
-    right = [bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(header))]
+    right = [
+        bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows)
+        for i in range(len(header))
+    ]
     for row in [list(header), *cells]:
-        say(arguments, "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip())
+        say(
+            arguments,
+            "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip(),
+        )
 
 
 def pretty(value: Any) -> str:

@@ -26,7 +26,9 @@ def init(arguments: Namespace) -> dict[str, Any]:
         path.write_text(text)
         schema.write_text(json.dumps(json_schema(), indent=2) + "\n")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}. Choose a folder that you may write to.") from error
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}. Choose a folder that you may write to."
+        ) from error
     say(arguments, f"Wrote {path} and {schema}. Next: shardyard check {path}, then shardyard train {path}")
     return {"recipe": str(path), "schema": str(schema)}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from argparse import Namespace
 from typing import Any
 
 from cluster.commands.output import age, facts, say, table
-from configs.errors import NotFound, UsageError
+from configs.errors import NotFound, ShardyardError, TimedOut, UsageError
 from data_pipelines.storage import Store
 from trainer.record import RunRecord, attempt_folder, list_runs
 
@@ -18,10 +19,12 @@ POLL_EVERY_S = 0.5
 
 def ls(arguments: Namespace) -> list[dict[str, Any]]:
     """One line a run, the newest first."""
-    rows = [_summary(RunRecord.open(arguments.store, name)) for name in list_runs(Store(arguments.store))]
+    rows = [_summary_or_damage(arguments.store, name) for name in list_runs(Store(arguments.store))]
     rows.sort(key=lambda row: row["started_at"] or 0.0, reverse=True)
     if not rows:
-        say(arguments, f"No runs in {Store(arguments.store).uri}. Start one: shardyard train language_modeling-gpt-tiny")
+        say(
+            arguments, f"No runs in {Store(arguments.store).uri}. Start one: shardyard train language_modeling-gpt-tiny"
+        )
         return []
     header = ("RUN", "STATUS", "WHERE", "STEP", "OF", "LOSS", "TOK/S", "ETA", "RESTARTS", "AGE")
     shown = [
@@ -40,6 +43,9 @@ def ls(arguments: Namespace) -> list[dict[str, Any]]:
         for row in rows
     ]
     table(arguments, header, shown)
+    for row in rows:
+        if "error" in row:
+            say(arguments, f"\n{row['run']}: {row['error']}")
     return rows
 
 
@@ -71,20 +77,23 @@ def stop(arguments: Namespace) -> dict[str, Any]:
     record = RunRecord.open(arguments.store, arguments.run)
     holder = record.holder()
     if holder is None:
-        raise UsageError(f"The run '{record.name}' is not running: its status is {record.status()}.")
+        raise UsageError(
+            f"Run '{record.name}' is not running, so it cannot be stopped: its status is {record.status()}."
+        )
     record.request_stop()
     say(arguments, f"Asked '{record.name}' to save and stop.")
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while record.holder() is not None:
         if time.monotonic() > deadline:
-            from configs.errors import TimedOut
-
             raise TimedOut(
                 f"The run '{record.name}' has not stopped within {STOP_TIMEOUT_S:.0f} s. It stops after the step it is "
                 f"in: wait, or look at `shardyard logs {record.name}`."
             )
         time.sleep(POLL_EVERY_S)
-    say(arguments, f"'{record.name}' is {record.status()}. Go on with it: shardyard runs resume {record.name}")
+    store = "" if arguments.store == "runs" else f" --store {arguments.store}"
+    status = record.status()
+    go_on = "" if status == "finished" else f" Go on with it: shardyard runs resume {record.name}{store}"
+    say(arguments, f"'{record.name}' has {status}.{go_on}")
     return _summary(record)
 
 
@@ -123,16 +132,27 @@ def logs(arguments: Namespace) -> dict[str, Any] | None:
         raise NotFound(f"There is no {record.store.path(path)}. There is: {', '.join(names) or 'no log yet'}.")
     if arguments.json:
         return {"path": record.store.path(path), "text": record.store.read_text(path)}
-    shown = 0
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    shown_bytes = 0
     while True:
         running = record.holder() is not None
-        data = record.store.read_bytes(path)
-        sys.stdout.write(data[shown:].decode("utf-8", errors="replace"))
+        with record.store.open_input(path) as file:
+            file.seek(shown_bytes)
+            data = file.read()
+        sys.stdout.write(decoder.decode(data))
         sys.stdout.flush()
-        shown = len(data)
+        shown_bytes += len(data)
         if not (arguments.follow and running):
             return None
         time.sleep(POLL_EVERY_S)
+
+
+def _summary_or_damage(store: str, name: str) -> dict[str, Any]:
+    try:
+        return _summary(RunRecord.open(store, name))
+    except ShardyardError as error:  # one broken run must not hide the others
+        nothing = dict.fromkeys(("where", "step", "steps", "loss", "tokens_per_s", "eta_s", "started_at"))
+        return {"run": name, "status": "damaged", **nothing, "restarts": 0, "error": str(error)}
 
 
 def _summary(record: RunRecord) -> dict[str, Any]:

@@ -68,13 +68,13 @@ def _parent(arguments: Namespace) -> ParentConfig:
     """
     from configs.load import load
     from data_pipelines.storage import Store
-    from trainer.parent import check_llama, check_parent, may_change
+    from trainer.parent import State, check_llama, check_parent, may_change
 
     config = load(arguments.recipe, arguments.overrides).config
     known = _known_parent(arguments, config)
     if known is not None:
         return known
-    state = "all" if arguments.branch else "weights"
+    state: State = "all" if arguments.branch else "weights"
     source = Store(arguments.parent)
     folder = source.local_path()
     if folder is not None and source.exists("config.json") and not source.exists("manifest.json"):
@@ -114,7 +114,7 @@ def _reader(parent: str, source: Any, config: RunConfig) -> Any:
 def _known_parent(arguments: Namespace, config: RunConfig) -> ParentConfig | None:
     """The parent that an earlier launch of the same command found.
 
-    A parent that trains on has newer checkpoints by now, or has deleted that one; the run that is resumed needs neither.
+    A parent that trains on has newer checkpoints by now, or has deleted that one; a run that goes on needs neither.
     """
     from data_pipelines.storage import Store
     from trainer.record import RunRecord

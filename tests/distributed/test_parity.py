@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,73 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from tests.configs.minimal import minimal
-from tests.distributed.language_batches import SEQ_LEN, VOCAB_SIZE, global_micro_batches, rank_micro_batches
+from tests.distributed.small_runs import (
+    SEQ_LEN,
+    Case,
+    allow_emulated_fp16,
+    global_micro_batches,
+    rank_micro_batches,
+    task,
+)
 from tests.pool import run_workers
-from trainer.bound import BoundModel, BoundTask
 from trainer.distributed import World
 from trainer.initialization import materialize
-from trainer.models import gpt
 from trainer.rng import seed_forward
-from trainer.tasks import language_modeling
 
 pytestmark = pytest.mark.distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ZERO_CLASSES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 STATE_KINDS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """7 examples in micro-batches of 2 are K = 4, the last with one example: at 3 workers 2 of 6 slots are idle."""
-
-    stage: int = 0
-    optimizer: str = "adamw"
-    precision: str = "fp32"
-    tied: bool = False
-    offload: bool = False
-    checkpointing: bool = False
-    clip: float | None = 0.5
-    micro_batch_size: int = 2
-    num_layers: int = 2
-    steps: int = 50
-
-    def config(self) -> RunConfig:
-        lr = {"sgd": 0.3, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
-        momentum = 0.9 if self.optimizer in ("sgd", "rmsprop") else 0.0
-        return RunConfig.model_validate(
-            minimal(
-                seed=11,
-                steps=self.steps,
-                batch={"global_batch_size": 7, "micro_batch_size": self.micro_batch_size},
-                precision=self.precision,
-                zero={"stage": self.stage, "offload_optimizer": self.offload},
-                optimizer={
-                    "name": self.optimizer,
-                    "lr": lr,
-                    "momentum": momentum,
-                    "weight_decay": 0.1,
-                    "clip_grad_norm": self.clip,
-                },
-            )
-        )
-
-    def model(self) -> BoundModel:
-        sizes = {"num_layers": self.num_layers, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32}
-        options = {"dropout": 0.1, "tie_embeddings": self.tied, "activation_checkpointing": self.checkpointing}
-        return BoundModel(gpt, gpt.Config(**sizes, **options), *task().io())
-
-    def plain(self) -> Case:
-        """The same for all cases that must train alike."""
-        return replace(self, stage=1, offload=False, checkpointing=False)
-
-
-def task() -> BoundTask:
-    tokenizer = {"name": "bytes", "vocab_size": VOCAB_SIZE}
-    return BoundTask(
-        language_modeling, language_modeling.Config.model_validate({"seq_len": SEQ_LEN, "tokenizer": tokenizer})
-    )
 
 
 @dataclass(frozen=True)
@@ -212,21 +163,11 @@ def full_masters(engine: Any) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).cpu() for name, p in engine.module.named_parameters()}
 
 
-def allow_emulated_fp16() -> None:
-    """PyTorch computes fp16 on any CPU, slowly; lets a test see the path of processors that have it."""
-    import deepspeed
-
-    import trainer.engine
-
-    type(deepspeed.get_accelerator()).is_fp16_supported = lambda self: True
-    trainer.engine.unsupported = lambda device, precision: None  # type: ignore[assignment]
-
-
 # --- the tests
 
 
 def assert_same_training(case: Case, world_size: int, *, loss: float, weights: float) -> None:
-    """Compare losses, gradient norms (relative) and final masters with the plain loop's."""
+    """Compare losses, gradient norms (relative) and final masters (relative, of each tensor) with the plain loop's."""
     trained = run_workers(train, world_size, case)[0]
     plain = plain_training(case.plain())
     assert plain.losses[-1] < plain.losses[0] - 0.1, "the plain loop must learn, or the comparison says little"
@@ -234,7 +175,7 @@ def assert_same_training(case: Case, world_size: int, *, loss: float, weights: f
     differences = {
         "loss": max(abs(a - b) for a, b in zip(trained.losses, plain.losses, strict=True)),
         "grad_norm": max(abs(a / b - 1) for a, b in zip(trained.grad_norms, plain.grad_norms, strict=True)),
-        "weights": max((trained.weights[name] - weight).abs().max().item() for name, weight in plain.weights.items()),
+        "weights": max(((trained.weights[name] - w).norm() / w.norm()).item() for name, w in plain.weights.items()),
     }
     print(case, world_size, {name: f"{value:.1e}" for name, value in differences.items()})
     assert differences["loss"] <= loss, differences
@@ -242,45 +183,48 @@ def assert_same_training(case: Case, world_size: int, *, loss: float, weights: f
     assert differences["weights"] <= weights, differences
 
 
-# Largest differences measured in fp32: loss 5e-7 (tied 3e-6), weights 2e-6.
+# fp32: measured at most 6e-7 in the losses and 1e-6 in the weights.
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp32(stage: int, world_size: int) -> None:
-    assert_same_training(Case(stage=stage), world_size, loss=5e-6, weights=2e-5)
+    assert_same_training(Case(stage=stage), world_size, loss=5e-6, weights=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_tied_embeddings(stage: int) -> None:
-    assert_same_training(Case(stage=stage, tied=True, num_layers=1), 2, loss=1e-5, weights=2e-5)
+    assert_same_training(Case(stage=stage, tied=True), 2, loss=1e-5, weights=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_without_clipping_with_recomputed_activations_and_an_idle_slot_of_two(stage: int) -> None:
-    case = Case(stage=stage, clip=None, checkpointing=True, micro_batch_size=3, steps=20)
-    assert_same_training(case, 2, loss=5e-6, weights=2e-5)
+def test_without_clipping_with_recomputed_activations_and_two_layers(stage: int) -> None:
+    """3 micro-batches, the last with one example, on 2 workers: one slot is idle."""
+    case = Case(stage=stage, clip=None, checkpointing=True, num_layers=2, micro_batch_size=3, steps=20)
+    assert_same_training(case, 2, loss=5e-6, weights=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizers(stage: int, optimizer: str) -> None:
-    assert_same_training(Case(stage=stage, optimizer=optimizer, num_layers=1, steps=20), 2, loss=5e-6, weights=2e-5)
+    assert_same_training(Case(stage=stage, optimizer=optimizer, steps=20), 2, loss=5e-6, weights=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (1, 2), (2, 2), (3, 2), (3, 3)])
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (3, 3)])
 def test_bf16(stage: int, world_size: int) -> None:
-    assert_same_training(Case(stage=stage, precision="bf16", num_layers=1), world_size, loss=3e-3, weights=2e-2)
+    """Measured at most 9e-4 in the losses: masters that differ in the last bit of fp32 round to other bf16 weights."""
+    assert_same_training(Case(stage=stage, precision="bf16"), world_size, loss=3e-3, weights=5e-2)
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2)])
-def test_fp16(stage: int, world_size: int) -> None:
-    assert_same_training(Case(stage=stage, precision="fp16", num_layers=1), world_size, loss=1e-3, weights=2e-2)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16(stage: int) -> None:
+    """Measured at most 8e-5 in the losses."""
+    assert_same_training(Case(stage=stage, precision="fp16", steps=30), 2, loss=5e-4, weights=5e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_optimizer(stage: int, precision: str) -> None:
-    tolerance = {"fp32": (5e-6, 2e-5), "bf16": (3e-3, 2e-2)}[precision]
-    case = Case(stage=stage, precision=precision, offload=True, num_layers=1, steps=20)
-    assert_same_training(case, 2, loss=tolerance[0], weights=tolerance[1])
+    loss, weights = {"fp32": (5e-6, 1e-5), "bf16": (3e-3, 2e-2)}[precision]
+    case = Case(stage=stage, precision=precision, offload=True, steps=20)
+    assert_same_training(case, 2, loss=loss, weights=weights)

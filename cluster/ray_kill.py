@@ -1,0 +1,56 @@
+"""Ending worker processes for sure, on this node and on others."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from cluster.embedded_ray import end_processes
+
+KILL_TIMEOUT_S = 10.0
+
+
+def kill_everywhere(workers: list[dict[str, Any]]) -> None:
+    """SIGKILL workers (each as Worker.describe told) and wait until they are gone, or their nodes are.
+
+    By a task on each other node: Ray's own kill asks the process, which a stopped (SIGSTOP) one does not hear.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    by_node: dict[str, list[tuple[int, float]]] = {}
+    for where in workers:
+        by_node.setdefault(where["node_id"], []).append((where["pid"], where["process_started_at"]))
+    kill_processes(by_node.pop(ray.get_runtime_context().get_node_id(), []))
+    kill = ray.remote(num_cpus=0, max_retries=0)(kill_processes)
+    waiting = {}
+    for node_id in by_node.keys() & alive_nodes():
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        waiting[kill.options(scheduling_strategy=there).remote(by_node[node_id])] = node_id
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while waiting and time.monotonic() < deadline:
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.2)
+        # A node that goes meanwhile takes its workers with it.
+        alive = alive_nodes()
+        waiting = {ref: node_id for ref, node_id in waiting.items() if ref not in done and node_id in alive}
+
+
+def alive_nodes() -> set[str]:
+    """Ids of the nodes that Ray believes to be there."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def kill_processes(processes: list[tuple[int, float]]) -> None:
+    """SIGKILL processes of this machine, each (pid, start time in epoch seconds), and wait until they are gone."""
+    import psutil
+
+    found = []
+    for pid, started_at in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if abs(process.create_time() - started_at) < 1.0:  # not a later process with the same pid
+                found.append(process)
+    end_processes(found)

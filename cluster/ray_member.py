@@ -1,0 +1,69 @@
+"""One worker as its group's driver knows it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.policies import State, WorkerStatus
+from cluster.ray_cluster import death_of, raised_by
+
+
+@dataclass
+class Member:
+    """An actor, the calls to it on their way, and what is known of it. Times are of this process's monotonic clock.
+
+    where: what Worker.describe returned; empty until it did. progress: the latest answer to a ping.
+    """
+
+    actor: Any
+    where: dict[str, Any] = field(default_factory=dict)
+    log: str = ""
+    state: State = "starting"
+    error: str | None = None
+    failed_at: float | None = None
+    user_error: bool = False
+    progress: dict[str, Any] = field(default_factory=dict)
+    answered_at: float = field(default_factory=time.monotonic)
+    pinged_at: float = 0.0
+    ping_ref: Any = None
+    train_ref: Any = None
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Its training returned: finished, stopped, or raised (see Worker.train)."""
+        self.state = result["outcome"]
+        self.progress = {**self.progress, **result}
+        self.error = result.get("error")
+        self.failed_at = result.get("failed_at")
+        self.user_error = result.get("user_error", False)
+
+    def bury(self, error: Exception) -> None:
+        """A call to it failed: its process or its node is gone, or could not import what it was told to."""
+        import ray
+
+        if isinstance(error, ray.exceptions.RayTaskError):
+            self.state, self.error, self.failed_at = "raised", raised_by(error), time.time()
+        else:
+            self.state, self.error = "died", death_of(error)
+        self.user_error = "ModuleNotFoundError" in str(error)
+
+    def status(self, rank: int, now: float) -> WorkerStatus:
+        """What the controller is told."""
+        unanswered_s = now - self.answered_at
+        return WorkerStatus(
+            rank=rank,
+            node=str(self.where.get("node", "a node that did not answer")),
+            state=self.state,
+            log=self.log,
+            phase=self.progress.get("phase", "starting"),
+            step=self.progress.get("step", 0),
+            steps=self.progress.get("steps"),
+            loss=self.progress.get("loss"),
+            tokens_per_s=self.progress.get("tokens_per_s"),
+            unanswered_s=unanswered_s,
+            quiet_s=self.progress.get("silent_s", 0.0) + unanswered_s,
+            error=self.error,
+            failed_at=self.failed_at,
+            user_error=self.user_error,
+        )

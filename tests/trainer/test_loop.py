@@ -1,0 +1,142 @@
+"""The loop's own decisions, with a session of fakes; what it makes of a real one is in test_session.py."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from configs.duration import parse_interval
+from configs.errors import RunFailed
+from configs.load import load
+from configs.schema import RunConfig
+from tests.configs.minimal import minimal
+from trainer import loop
+from trainer.engine import StepStats
+from trainer.progress import Progress
+
+
+@dataclass
+class FakeSession:
+    """Keeps what the loop did, in order."""
+
+    config: RunConfig
+    start_step: int = 0
+    losses: dict[int, float] = field(default_factory=dict)
+    skipped: tuple[int, ...] = ()
+    stop_at: int | None = None
+    done: list[Any] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    task: None = None
+
+    def __post_init__(self) -> None:
+        self.loader = SimpleNamespace(step=lambda step: [], wait_s=0.0)
+        self.engine = self
+
+    def train_step(self, task: None, micro_batches: Any, *, lr: float, step: int, votes: tuple[bool, ...]) -> StepStats:
+        self.done.append(("step", step))
+        votes = (votes[0] or step == self.stop_at, votes[1])  # another rank may be the one that stops
+        return StepStats(self.losses.get(step, 1.0), 1.0, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0)
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self.done.append(("validation" if "validation/loss" in values else "metrics", step))
+
+    def log_sample(self, step: int) -> None:
+        self.done.append(("sample", step))
+
+    def save(self, step: int) -> None:
+        self.done.append(("save", step))
+
+    def wait_until_saved(self, step: int) -> None:
+        self.done.append(("saved", step))
+
+    def device_metrics(self, step_s: float) -> dict[str, float]:
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """How many examples each evaluation took."""
+    sizes: list[int | None] = []
+
+    def evaluate(session: FakeSession, num_examples: int | None) -> dict[str, float]:
+        sizes.append(num_examples)
+        return {"validation/loss": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    return sizes
+
+
+def session(**changes: Any) -> Any:
+    fakes = {key: changes.pop(key) for key in ("start_step", "losses", "skipped", "stop_at") if key in changes}
+    return FakeSession(load(minimal(**changes)).config, **fakes)
+
+
+def steps_of(kind: str, found: FakeSession) -> list[int]:
+    return [step for name, step in found.done if name == kind]
+
+
+def test_everything_is_done_when_it_is_due_and_all_of_it_at_the_end(evaluations: list[int | None]) -> None:
+    found = session(steps=10, evaluation={"every": 4, "examples": 3}, checkpoint={"every": 3}, tracking={"every": 5})
+    assert loop.train(found, threading.Event()) == loop.Outcome("finished", 10)
+    assert steps_of("step", found) == list(range(10))
+    assert steps_of("metrics", found) == [5, 10]
+    assert steps_of("validation", found) == [4, 8, 10]
+    assert evaluations == [3, 3, None]
+    assert steps_of("save", found) == [3, 6, 9, 10]
+    assert found.done[-3:] == [("sample", 10), ("save", 10), ("saved", 10)]
+
+
+def test_it_begins_where_the_session_stands() -> None:
+    found = session(steps=10, start_step=7)
+    loop.train(found, threading.Event())
+    assert steps_of("step", found) == [7, 8, 9]
+    finished = session(steps=10, start_step=10)
+    assert loop.train(finished, threading.Event()) == loop.Outcome("finished", 10)
+    assert steps_of("step", finished) == []
+
+
+@pytest.mark.parametrize("asked_here", [True, False])
+def test_a_stop_that_any_rank_asks_for_is_saved_after_the_step(asked_here: bool) -> None:
+    stop = threading.Event()
+    if asked_here:
+        stop.set()
+    found = session(steps=10, stop_at=None if asked_here else 4, checkpoint={"every": 100})
+    done = 1 if asked_here else 5
+    assert loop.train(found, stop) == loop.Outcome("stopped", done)
+    assert found.done[-3:] == [("metrics", done), ("save", done), ("saved", done)]
+    assert steps_of("validation", found) == []
+
+
+def test_a_stop_in_the_last_step_is_the_end() -> None:
+    found = session(steps=5, stop_at=4)
+    assert loop.train(found, threading.Event()) == loop.Outcome("finished", 5)
+    assert steps_of("save", found) == [5]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(loss: float) -> None:
+    found = session(steps=10, losses={3: loss}, checkpoint={"every": 2})
+    with pytest.raises(RunFailed, match=r"loss of step 4 .*Lower optimizer\.lr"):
+        loop.train(found, threading.Event())
+    assert steps_of("save", found) == [2]
+
+
+def test_a_step_that_fp16_took_back_may_have_any_loss() -> None:
+    found = session(steps=4, losses={1: math.inf}, skipped=(1,))
+    assert loop.train(found, threading.Event()).outcome == "finished"
+
+
+def test_saving_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop.SaveClock(parse_interval("90s"))
+    for passed, expected in ((89.0, False), (1.0, True), (5.0, True)):
+        now[0] += passed
+        assert clock.due(1) is expected
+    clock.saved()
+    assert clock.due(2) is False

@@ -1,0 +1,224 @@
+"""Whole runs in worker processes: resumed, branched, fine-tuned. The oracle is the run that was never disturbed."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import load
+from data_pipelines.loader import evaluation_batches
+from data_pipelines.storage import Store
+from tests.pool import WorkerFailed, run_workers
+from tests.tiny import tiny_config
+from trainer.checkpoint_files import CheckpointReader
+from trainer.distributed import World
+from trainer.inference import export_checkpoint
+from trainer.progress import Progress
+from trainer.record import RunRecord
+
+pytestmark = pytest.mark.distributed
+
+
+class StopAfter(Progress):
+    """Asks for a stop once `step` steps are completed; the vote is taken in the next one."""
+
+    def __init__(self, step: int | None, stop: threading.Event) -> None:
+        self._at, self._stop = step, stop
+        super().__init__()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "step" and value == self._at:
+            self._stop.set()
+
+
+def work(world: World, store: str, run: str, attempt: int, stop_after: int | None) -> tuple[str, int]:
+    from trainer import loop, session
+
+    record = RunRecord.open(store, run, rank=world.rank)
+    record.attempt = attempt
+    stop = threading.Event()
+    with session.open_session(record, world, StopAfter(stop_after if world.rank == 0 else None, stop)) as opened:
+        outcome = loop.train(opened, stop)
+    record.close()
+    return outcome.outcome, outcome.step
+
+
+def train(config: dict[str, Any], *, world_size: int = 2, stop_after: int | None = None) -> RunRecord:
+    """One attempt of a run."""
+    config = config | {"resources": {"workers": world_size}}
+    record = RunRecord.create(Store(config["store"]), load(config))
+    attempt = record.next_attempt()
+    outcomes = run_workers(work, world_size, config["store"], config["name"], attempt, stop_after)
+    expected = ("finished", config["steps"]) if stop_after is None else ("stopped", stop_after + 1)
+    assert outcomes == [expected] * world_size
+    record.close()
+    return record
+
+
+def state(record: RunRecord, step: int) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint: weights and optimizer state, in full."""
+    reader = CheckpointReader(record.store.child("checkpoints", f"step-{step:08d}"))
+    assert reader.verify() == []
+    found = {}
+    for name in reader.manifest["parameters"]:
+        for kind in reader.kinds(name):
+            found[f"{kind}/{name}"] = reader.read(name, kind, 0, torch.Size(reader.shape(name)).numel())
+    return found
+
+
+def curve(record: RunRecord) -> list[dict[str, float]]:
+    """All metrics by step that are no measurement of time or memory."""
+    kept = ("step", "loss", "lr", "grad_norm", "items", "examples", "validation/loss", "validation/bits_per_byte")
+    return [{name: row[name] for name in kept if name in row} for row in record.stitched()]
+
+
+def assert_equal_runs(found: RunRecord, expected: RunRecord, from_step: int = 0) -> None:
+    mine, theirs = state(found, 8), state(expected, 8)
+    assert mine.keys() == theirs.keys()
+    assert {name.partition("/")[0] for name in mine} == {"master", "exp_avg", "exp_avg_sq"}
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert curve(found) == [row for row in curve(expected) if row["step"] > from_step]
+    assert samples(found)[-1] == samples(expected)[-1]
+
+
+def samples(record: RunRecord) -> list[str]:
+    return [event["text"] for event in record.events() if event["kind"] == "sample"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> RunRecord:
+    return train(tiny_config(folder))
+
+
+def test_the_record_of_a_run_tells_all(undisturbed: RunRecord) -> None:
+    rows = undisturbed.stitched()
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["examples"] for row in rows] == [5 * step for step in range(1, 9)]
+    assert [row["step"] for row in rows if "validation/bits_per_byte" in row] == [4, 8]
+    assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_s", "data_wait_s"} <= rows[0].keys()
+    assert [row["step"] for row in undisturbed.checkpoints()] == [2, 4, 6, 8]
+    manifest = CheckpointReader(undisturbed.store.child("checkpoints", "step-00000006")).manifest
+    assert manifest["data"]["examples_seen"] == 30
+    assert len(samples(undisturbed)) == 1
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(folder: Path, undisturbed: RunRecord) -> None:
+    config = tiny_config(folder, name="stopped")
+    stopped = train(config, stop_after=4)
+    assert [row["step"] for row in stopped.checkpoints()] == [2, 4, 5]  # between two regular ones
+    shutil.copytree(folder / "runs" / "stopped", folder / "copy" / "stopped")
+    assert_equal_runs(train(config), undisturbed)
+
+    # The same from before the newest checkpoint, which is damaged: it is named and skipped.
+    newest = next((folder / "copy" / "stopped" / "checkpoints" / "step-00000005").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = train(config | {"store": str(folder / "copy")})
+    damage = [event["error"] for event in resumed.events() if event["kind"] == "checkpoint_damaged"]
+    assert len(damage) == 1 and newest.name in damage[0] and "skipped" in damage[0]
+    assert [event["step"] for event in resumed.events() if event["kind"] == "started"] == [0, 4]
+    assert_equal_runs(resumed, undisturbed)
+
+
+def parent(record: RunRecord, step: int, state: str) -> dict[str, str]:
+    return {"checkpoint": record.store.path(f"checkpoints/step-{step:08d}"), "state": state}
+
+
+def test_a_branch_that_changes_nothing_ends_where_its_parent_did(folder: Path, undisturbed: RunRecord) -> None:
+    branch = train(tiny_config(folder, name="branch", parent=parent(undisturbed, 4, "all")))
+    assert_equal_runs(branch, undisturbed, from_step=4)
+
+
+def test_fine_tuning_begins_with_the_parents_weights_and_a_fresh_optimizer(
+    folder: Path, undisturbed: RunRecord
+) -> None:
+    config = tiny_config(folder, name="tuned", steps=1, optimizer={"lr": 0.0}, seed=5)
+    tuned = train(config | {"parent": parent(undisturbed, 8, "weights")}, world_size=1)
+    found, expected = state(tuned, 1), state(undisturbed, 8)
+    for name in expected:
+        if name.startswith("master/"):
+            assert torch.equal(found[name], expected[name])
+    assert tuned.stitched()[0]["examples"] == 5
+    assert tuned.stitched()[0]["validation/loss"] == pytest.approx(
+        undisturbed.stitched()[-1]["validation/loss"], abs=1e-6
+    )
+
+
+def test_fine_tuning_from_a_hugging_face_folder(folder: Path, undisturbed: RunRecord) -> None:
+    reader = CheckpointReader(undisturbed.store.child("checkpoints", "step-00000008"))
+    export_checkpoint(reader, folder / "exported")
+    source = {"checkpoint": str(folder / "exported"), "state": "weights"}
+    tuned = train(tiny_config(folder, name="from-hf", steps=1, optimizer={"lr": 0.0}, parent=source), world_size=1)
+    assert tuned.stitched()[0]["validation/loss"] == pytest.approx(
+        undisturbed.stitched()[-1]["validation/loss"], abs=1e-6
+    )
+
+
+def test_weights_that_know_another_tokenizer_are_refused(folder: Path, undisturbed: RunRecord) -> None:
+    """A BPE of the same size, trained on other text: the shapes fit, the meaning does not."""
+    tokenizer = {"name": "bpe", "vocab_size": 300}
+    task = {"name": "language_modeling", "seq_len": 32, "tokenizer": tokenizer}
+    first = train(tiny_config(folder, name="bpe", steps=1, task=task), world_size=1)
+    (folder / "other.txt").write_text("\n\n".join(f"{n} zulu zebra zigzag {n * n}" for n in range(80)))
+    data = {"name": "text", "paths": [str(folder / "other.txt")], "separator": "\n\n"}
+    config = tiny_config(folder, name="other-bpe", task=task, data=data, parent=parent(first, 1, "weights"))
+    with pytest.raises(WorkerFailed, match="know the token ids of another tokenizer"):
+        train(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": {"name": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 2}}, "model.num_layers"),
+        ({"task": {"name": "language_modeling", "seq_len": 32, "tokenizer": {"vocab_size": 300}}}, "task.tokenizer"),
+    ],
+)
+def test_weights_of_another_shape_or_meaning_are_refused(
+    folder: Path, undisturbed: RunRecord, changes: dict[str, Any], named: str
+) -> None:
+    name = f"refused-{len(named)}"
+    config = tiny_config(folder, name=name, parent=parent(undisturbed, 8, "weights"), **changes)
+    with pytest.raises(WorkerFailed, match=f"(?s){named}.*every other key may change"):
+        train(config, world_size=1)
+
+
+def evaluated(world: World, config: dict[str, Any]) -> tuple[list[dict[str, float]], int, int]:
+    from trainer import loop, session
+
+    record = RunRecord.open(config["store"], config["name"], rank=world.rank)
+    with session.open_session(record, world, Progress()) as opened:
+        split = opened.validation
+        options = {"micro_batch_size": 2, "rank": world.rank, "world_size": world.size}
+        sums = [
+            opened.engine.evaluate(
+                opened.task, evaluation_batches(split, opened.prepare, num_examples=number, **options)
+            )
+            for number in (None, 3)
+        ]
+        metrics = loop.evaluate(opened, None)
+        sums[0]["loss"] = metrics["validation/loss"]
+        labels = [int(split[example]["valid"]) for example in range(len(split))]
+    record.close()
+    return sums, sum(labels), sum(labels[:3])
+
+
+def test_evaluation_counts_each_example_once_at_any_world_size(folder: Path) -> None:
+    losses = []
+    for world_size in (1, 2, 3):
+        config = tiny_config(folder, name=f"evaluated-{world_size}", resources={"workers": world_size})
+        RunRecord.create(Store(config["store"]), load(config)).close()
+        (whole, part), all_labels, first_labels = run_workers(evaluated, world_size, config)[0]
+        assert whole["tokens"] == all_labels
+        assert part["tokens"] == first_labels
+        losses.append(whole["loss"])
+    assert max(losses) - min(losses) < 1e-6

@@ -1,0 +1,86 @@
+"""The last check before a run: the named files, their settings, their fit; all problems at once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs.load import load
+from configs.problems import ConfigError
+from tests.tiny import tiny_config, write_recipe
+from trainer.validate import Plan, validate
+
+
+def problems(folder: Path, **changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        validate(load(write_recipe(folder, **changes)))
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_all_sections_are_reported_together_with_their_lines(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        task={"name": "language_modelling", "seq_len": 32},
+        model={"name": "gpt", "num_layers": 0, "hidden_size": 32, "num_heads": 2},
+        data={"name": "text", "paths": [], "sufixes": [".txt"]},
+    )
+    keys = [problem.split()[1].rstrip(":") for problem in found]
+    assert keys == ["task.name", "model.num_layers", "data.paths", "data.sufixes"]
+    assert "Did you mean 'language_modeling'?" in found[0]
+    assert all("run.yaml:" in problem for problem in found)
+
+
+def test_a_users_file_that_lacks_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_a_model").mkdir()
+    (tmp_path / "half_a_model" / "of_mine.py").write_text("class Config: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = problems(tmp_path, model={"name": "half_a_model.of_mine"})
+    assert "of_mine.py lacks ACCEPTS, build, init_parameter" in found
+
+
+def test_a_model_and_a_task_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.models import gpt
+
+    class Image:
+        pass
+
+    monkeypatch.setattr(gpt, "ACCEPTS", (Image,))
+    (found,) = problems(tmp_path)
+    assert "model 'gpt' accepts Image; task 'language_modeling' gives Tokens(vocab_size=257, seq_len=32)" in found
+    assert found.endswith("Models that accept Tokens: none")
+
+
+def plan(folder: Path, global_batch: int, micro_batch: int, workers: int) -> Plan:
+    batch = {"global_batch_size": global_batch, "micro_batch_size": micro_batch}
+    return validate(load(tiny_config(folder, batch=batch, resources={"workers": workers})))
+
+
+@given(global_batch=st.integers(1, 40), micro_batch=st.integers(1, 40), workers=st.integers(1, 9))
+def test_the_idle_share_is_that_of_the_slots_without_a_micro_batch(
+    tmp_path_factory: pytest.TempPathFactory, global_batch: int, micro_batch: int, workers: int
+) -> None:
+    micro_batch = min(micro_batch, global_batch)
+    found = plan(tmp_path_factory.getbasetemp(), global_batch, micro_batch, workers)
+    slots = [[] for _ in range(workers)]  # type: list[list[int]]
+    for k in range(math.ceil(global_batch / micro_batch)):
+        slots[k % workers].append(k)
+    most = max(map(len, slots))
+    assert found.accumulation_steps == most
+    assert found.idle_share == pytest.approx(sum(most - len(slot) for slot in slots) / (most * workers))
+    assert bool(found.warnings()) == (found.idle_share > 0)
+
+
+def test_what_is_described(tmp_path: Path) -> None:
+    from trainer.models import gpt
+
+    found = validate(load(tiny_config(tmp_path)))
+    module = found.model.build()
+    assert isinstance(module, gpt.GPT)
+    assert found.describe()["parameters"] == sum(parameter.numel() for parameter in module.parameters())
+    assert found.describe()["examples"] == 40
+    assert found.headline().splitlines()[1] == "8 steps of 5 examples: micro-batches of 2, 3 a worker."
