@@ -25,17 +25,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## train a small GPT on this machine's Python standard library, 2 Ray workers, ZeRO-1
 	$(BIN)/python -m cluster.demo
 
-test: setup  ## all tests that need no root and no daemon, at most 10 minutes on 2 cores
+test: lint types  ## lint, types and all tests that need no root and no daemon, at most 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
 	$(BIN)/python -m pytest -m "not slow and not distributed and not ray"
 
-lint: setup
+lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup
+types: setup  ## mypy
 	$(BIN)/mypy
 
 chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)

@@ -10,7 +10,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,6 +19,7 @@ from cluster.controller import Controller, Outcome, State
 from cluster.mlflow_copy import MlflowCopy
 from cluster.progress_bar import Narrator, View
 from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
+from cluster.record_tail import RecordTail
 from configs.errors import Interrupted, UsageError
 from configs.load import load
 from configs.schema import RunConfig
@@ -238,8 +238,9 @@ class Run:
         if build.error is not None:
             raise build.error
         self._activity = "importing in the workers"
-        copy.start()
-        self._copying = True
+        if not self._controller.stopping:  # MLflow's imports take seconds, which nobody waits for who stops it now
+            copy.start()
+            self._copying = True
         return self._controller.run()
 
     def _build(self) -> None:

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from configs.errors import NotFound, ShardyardError, UsageError
+from configs.errors import NotFound, RunFailed, ShardyardError, UsageError
 from data_pipelines.storage import Store
 from trainer.progress import Progress
 
@@ -105,7 +105,8 @@ class Worker:
         return {
             "outcome": "raised",
             "error": text,
-            "user_error": isinstance(error, UsageError | NotFound),
+            # A loss that is no number (RunFailed) comes again: steps are repeated exactly.
+            "user_error": isinstance(error, UsageError | NotFound | RunFailed),
             "failed_at": time.time(),
             **self._progress.snapshot(),
         }

@@ -9,7 +9,7 @@ Status = Literal["queued", "running", "finished", "stopped", "failed", "lost"]
 Row = dict[str, Any]
 
 _WAITING = {"created", "queued"}
-_WORKING = {"placed", "started", "restarted", "resumed"}
+_WORKING = {"placed", "started", "restarted"}
 _ENDED: dict[str, Status] = {"finished": "finished", "stopped": "stopped"}
 
 

@@ -45,6 +45,8 @@ _TYPE_NAMES = {"str", "int", "float", "bool", "bytes", "None", "Any", "True", "F
 def is_secret_name(name: str) -> bool:
     """Whether a setting, option or variable of this name holds a secret ("tokens" and "eos_token" do not)."""
     words = [word.lower() for word in _WORD.findall(name)]
+    if name in ("PWD", "OLDPWD"):  # the shell's working folder, which stands in every path
+        return False
     if words and words[-1] in _HARMLESS_ENDS:
         return False
     return any(_is_secret_word(word, previous) for previous, word in pairwise(["", *words]))

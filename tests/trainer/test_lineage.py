@@ -114,6 +114,8 @@ def test_secret_names(name: str) -> None:
         "monkey",
         "author",
         "secretary",
+        "PWD",
+        "OLDPWD",
         "pad_token",
         "sort_key",
     ),
