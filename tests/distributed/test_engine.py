@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,12 +20,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.errors import UsageError
-from tests.distributed.small_runs import Case, allow_emulated_fp16, rank_micro_batches, task
+from configs.errors import Unreachable, UsageError
+from tests.distributed.language_batches import rank_micro_batches
+from tests.distributed.small_runs import Case, allow_emulated_fp16, task
 from tests.pool import WorkerFailed, run_workers
 from trainer.bound import BoundModel
 from trainer.device import unsupported
-from trainer.distributed import World, all_sum, close_world
+from trainer.distributed import World, all_sum, close_world, init_world
 
 pytestmark = pytest.mark.distributed
 
@@ -127,7 +129,7 @@ def test_evaluation_counts_every_example_once_at_any_world_size(stage: int) -> N
 
 
 def lose_peer(world: World, case: Case, number: signal.Signals) -> tuple[str, float]:
-    """Rank 1 is gone between its forward and backward pass, so that the others wait in one of DeepSpeed's collectives."""
+    """Rank 1 is gone between forward and backward, so that the others wait in one of DeepSpeed's own collectives."""
 
     def go(loss: Tensor) -> Tensor:
         if world.rank == 1:
@@ -235,6 +237,24 @@ def leave(world: World) -> tuple[list[float], bool]:
 
 def test_sums_over_all_workers() -> None:
     assert run_workers(leave, 3) == [([3.0, pytest.approx(0.3)], False)] * 3
+
+
+def join_nobody(world: World) -> None:
+    """Meets nobody, then finds its port taken."""
+    close_world()
+    options = {"use_gpu": False, "threads": 1, "timeout_s": 1.0}
+    with pytest.raises(Unreachable, match=r"Worker 1 of 2 could not meet the others at tcp://127.0.0.1:9 within 1 s"):
+        init_world(1, 2, 1, "tcp://127.0.0.1:9", **options)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(Unreachable, match="the port is in use"):
+            init_world(0, 2, 0, f"tcp://127.0.0.1:{port}", **options)
+    with pytest.raises(UsageError, match=r"resources.gpus_per_worker=0"):
+        init_world(0, 1, 1000, "tcp://127.0.0.1:9", **{**options, "use_gpu": True})
+
+
+def test_joining_fails_with_a_remedy() -> None:
+    run_workers(join_nobody, 1, timeout_s=60)
 
 
 def fail(world: World) -> None:

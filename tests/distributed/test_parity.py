@@ -16,14 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
-from tests.distributed.small_runs import (
-    SEQ_LEN,
-    Case,
-    allow_emulated_fp16,
-    global_micro_batches,
-    rank_micro_batches,
-    task,
-)
+from tests.distributed.language_batches import SEQ_LEN, global_micro_batches, rank_micro_batches
+from tests.distributed.small_runs import Case, allow_emulated_fp16, task
 from tests.pool import run_workers
 from trainer.distributed import World
 from trainer.initialization import materialize
