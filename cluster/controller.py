@@ -10,6 +10,7 @@ keeps what happened, and a clock tells the time. Tests drive it with fakes.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 from cluster.policies import Failure, GiveUp, WorkerStatus, find_silent, first_failure, is_consequence, next_action
-from configs.errors import RunFailed
+from configs.errors import RunFailed, ShardyardError
 from configs.schema import RecoveryConfig
 
 POLL_S = 0.1
@@ -150,7 +151,8 @@ class Controller:
 
     def fail(self, error: BaseException) -> None:
         """Leave no worker behind, and record an end that is not recorded yet."""
-        self._group.kill()
+        with contextlib.suppress(Exception):  # the cluster itself may be gone, and `error` says what counts
+            self._group.kill()
         if self.state is not State.FAILED:
             self.state = State.FAILED
             self._record.event("failed", error=str(error) or type(error).__name__, final=True)
@@ -209,8 +211,9 @@ class Controller:
                 "Another launcher took the run over, because this one was not heard of for too long. The workers here "
                 "were ended; follow the other one."
             )
-        if self._record.stop_requested():
-            self.request_stop("asked by `shardyard runs stop`")
+        with contextlib.suppress(ShardyardError):  # a store that does not answer is asked again, and training goes on
+            if self._record.stop_requested():
+                self.request_stop("asked by `shardyard runs stop`")
 
     def _end(self) -> Outcome:
         """All workers returned, or they were not needed."""

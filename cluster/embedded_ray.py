@@ -117,17 +117,23 @@ def end_processes(processes: list[Any]) -> None:
 def quiet() -> Iterator[None]:
     """Connect to Ray without its remarks: it prints deaths of workers on stdout, which may belong to --json.
 
-    Private API of the pinned Ray: the thread that prints them cannot be left out otherwise.
+    And without its handler of fatal signals, which takes SIGTERM for one: it aborts the process 3 s after it, while
+    the run that was asked to stop still saves.
+
+    Private API of the pinned Ray: the thread that prints cannot be left out otherwise, and the variable that turns the
+    handler off is read when ray is imported.
     """
+    import ray._private.ray_constants as constants
     import ray._private.worker as worker
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    listen = worker.listen_error_messages
+    listen, disabled = worker.listen_error_messages, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
     try:
         worker.listen_error_messages = lambda *_: None
+        constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
         yield
     finally:
-        worker.listen_error_messages = listen
+        worker.listen_error_messages, constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = listen, disabled
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from cluster.mlflow_pass import POSITION_FILE, CopyPass, sqlite_file
 from configs.errors import Unreachable, UsageError
 from trainer.record import RunRecord
+from trainer.redact import Redactor
 
 _POLL_EVERY_S = 5.0
 _LONGEST_PAUSE_S = 60.0
@@ -83,7 +84,8 @@ class MlflowCopy:
             if last:
                 self._up_to_date = failures == 0
                 return
-            self._draining.wait(min(self._poll_every_s * 2**failures, _LONGEST_PAUSE_S))
+            pause_s = self._poll_every_s * 2 ** min(failures, 10)  # a float knows no 2**1024
+            self._draining.wait(min(pause_s, _LONGEST_PAUSE_S))
 
     def _copy_once(self) -> bool:
         assert self._uri is not None
@@ -95,7 +97,8 @@ class MlflowCopy:
         except Exception as error:  # whatever MLflow raises, the run goes on
             if self.last_error is None:
                 self._say(
-                    f"MLflow at {self._uri} does not answer ({_cause(error)}). Training goes on; it is sent later."
+                    f"MLflow at {_shown(self._uri)} does not answer ({_cause(error)}). Training goes on; it is sent "
+                    "later."
                 )
             self.last_error = _cause(error)
             return False
@@ -123,8 +126,8 @@ def sync(record: RunRecord) -> str:
         copier.copy()
     except Exception as error:
         raise Unreachable(
-            f"Run '{record.name}' could not be copied to MLflow at {uri}: {_cause(error)}. Start that server and sync "
-            f"again. If its run was deleted there, delete {record.store.path(POSITION_FILE)} to send it anew."
+            f"Run '{record.name}' could not be copied to MLflow at {_shown(uri)}: {_cause(error)}. Start that server "
+            f"and sync again. If its run was deleted there, delete {record.store.path(POSITION_FILE)} to send it anew."
         ) from error
     assert copier.run_id is not None
     return copier.run_id
@@ -139,7 +142,7 @@ def ui_command(record: RunRecord) -> str | None:
     if uri is None:
         return None
     if uri.startswith(("http://", "https://")):
-        return f"python -m webbrowser {shlex.quote(uri.rstrip('/') + '/#/' + _experiment_path(record))}"
+        return f"python -m webbrowser {shlex.quote(_shown(uri).rstrip('/') + '/#/' + _experiment_path(record))}"
     beside = Path(sys.executable).parent / "mlflow"
     on_path = shutil.which("mlflow")
     program = "mlflow" if on_path and (not beside.exists() or Path(on_path).samefile(beside)) else str(beside)
@@ -179,4 +182,9 @@ def _free_port(first: int) -> int:
 
 def _cause(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300].rstrip(".")
+    return _shown(text.splitlines()[0])[:300].rstrip(".")
+
+
+def _shown(text: str) -> str:
+    """Without a password in an address."""
+    return Redactor(os.environ).text(text)

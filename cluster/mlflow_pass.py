@@ -242,14 +242,19 @@ def _artifact_location(uri: str) -> str | None:
 
 
 def _read_position(record: RunRecord, shown_uri: str) -> dict[str, Any]:
+    """Where the last pass stopped. At another address all is sent anew, under the key by which the run is known there
+    already if only the address is new: a server's, or that of a sqlite file that was moved together with its store.
+    """
+    key = uuid.uuid4().hex
     if record.store.exists(POSITION_FILE):
         position: dict[str, Any] = json.loads(record.store.read_text(POSITION_FILE))
         if position["uri"] == shown_uri:
             return position
+        key = position["key"]
     nothing: Cursor = {}
     return {
         "uri": shown_uri,
-        "key": uuid.uuid4().hex,
+        "key": key,
         "experiment_id": None,
         "run_id": None,
         "status": "RUNNING",  # what MLflow gives a new run

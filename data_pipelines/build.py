@@ -36,6 +36,7 @@ from data_pipelines.shards import Dataset
 from data_pipelines.sources import Document, SourceConfig
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipelines.tokenizer_file import file_digest, read_tokenizer
 from data_pipelines.writer import SplitWriter
 
 Progress = Callable[[str, int], None]  # what is being done, documents done so far
@@ -49,15 +50,20 @@ _POLL_S = 0.1
 
 
 def dataset_digest(data: Plugin, tokenizer: TokenizerConfig) -> str:
-    """32 hex digits over the settings and the present state of the source (names, sizes, times: no content is read)."""
+    """32 hex digits over the settings and the present state of the source (names, sizes, times: no content is read).
+
+    Of a tokenizer's file the content counts, not where it lies. Raises NotFound where there is none.
+    """
     source, config = _source(data)
     described = [
         FORMAT_VERSION,
         data.name,
         config.model_dump(mode="json"),
         source.identity(config),
-        tokenizer.model_dump(),
+        tokenizer.model_dump(exclude={"file"}),
     ]
+    if tokenizer.file is not None:
+        described.append(file_digest(tokenizer.file))
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
 
@@ -69,7 +75,7 @@ def dataset_name(data: Plugin, tokenizer: TokenizerConfig) -> str:
 def ensure_dataset(store: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
     """The data set of a source, opened from <store>/datasets/; built first where it is not there.
 
-    Raises ShardyardErrors: a source that is missing, empty or not readable, a full disk.
+    Raises ShardyardErrors: a source or a tokenizer's file that is missing, empty or not readable, a full disk.
     """
     folder = store.child("datasets", dataset_name(data, tokenizer))
     if not folder.exists(INDEX_FILE):
@@ -202,11 +208,14 @@ def build(folder: Path, data: Plugin, tokenizer_config: TokenizerConfig, progres
     held_back = _hold_back(documents)
     split = Split.of(held_back, config.validation_fraction, data.name)
 
-    progress("training the tokenizer", len(held_back))
-    sample = _spread(
-        [document.text for document in held_back if not split.is_validation(document)], _TOKENIZER_SAMPLE_BYTES
-    )
-    tokenizer = train_tokenizer(tokenizer_config, sample)
+    if tokenizer_config.file is not None:
+        tokenizer = read_tokenizer(tokenizer_config)
+    else:
+        progress("training the tokenizer", len(held_back))
+        sample = _spread(
+            [document.text for document in held_back if not split.is_validation(document)], _TOKENIZER_SAMPLE_BYTES
+        )
+        tokenizer = train_tokenizer(tokenizer_config, sample)
     tokenizer_json = tokenizer.to_json()
     store.write_atomic(TOKENIZER_FILE, tokenizer_json)
 

@@ -50,6 +50,12 @@ class TokenizerConfig(Section):
 
     name: Literal["bpe", "bytes"] = Field(default="bpe", description="bpe: byte-level BPE trained on the data; bytes.")
     vocab_size: int = Field(default=4096, ge=_NUM_BYTES + 1, description="Most token ids (bytes: always 257).")
+    file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="bpe: path or URI of a tokenizer.json to use instead of training one; every worker reads it. "
+        "`train --from` sets it where the data is not the parent's.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +68,8 @@ class TokenizerConfig(Section):
     def _check_bytes(self) -> Self:
         if self.name == "bytes" and self.vocab_size != _NUM_BYTES + 1:
             raise ValueError(f"vocab_size={self.vocab_size} does not fit bytes, which have 257 ids; leave it out")
+        if self.name == "bytes" and self.file is not None:
+            raise ValueError("file goes with bpe: bytes need no file; leave it out")
         return self
 
 
@@ -140,17 +148,12 @@ class Tokenizer:
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """A tokenizer of at most config.vocab_size ids (fewer where the texts hold too few pairs), in seconds a few MB.
 
-    The same texts give the same tokenizer.
+    The same texts give the same tokenizer. config.file is not looked at (see data_pipelines/tokenizer_file.py).
     """
-    import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import trainers
 
     byte_characters = _byte_characters()
-    vocabulary = {EOS: EOS_ID} | {character: 1 + byte for byte, character in enumerate(byte_characters)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _of_bytes()
     if config.name == "bytes":
         tokenizer.add_special_tokens([EOS])
         return Tokenizer(tokenizer)
@@ -163,6 +166,19 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return Tokenizer(tokenizer)
+
+
+def _of_bytes() -> tokenizers.Tokenizer:
+    """Ids for the end mark and the 256 bytes, no merges; how text is cut and put together again."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+
+    vocabulary = {EOS: EOS_ID} | {character: 1 + byte for byte, character in enumerate(_byte_characters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"), to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _byte_characters() -> list[str]:

@@ -25,6 +25,10 @@ class MainProcess:
         self._process.start()
 
     @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
     def out(self) -> str:
         return self._out.read_text()
 

@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exception(error)
         print(f"trainer: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:  # while the imports run: later a signal is no exception
+        print("trainer: Interrupted before training began.", file=sys.stderr, flush=True)
+        return Interrupted.exit_code
     return 0
 
 

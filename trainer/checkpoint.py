@@ -6,7 +6,8 @@ The order of a save, and what a crash leaves at each point (durable: fsync on a 
     2. background thread, every rank: write the tensors, make them durable; write the part that lists them, make it and
        both names durable.                      -- a crash leaves a folder without a manifest: skipped, later deleted
     3. rank 0's thread: wait until it sees every rank's part (by polling: no collective outside the training thread);
-       make the folder's own name durable; write the manifest and make it durable.   -- from here the checkpoint exists
+       make the folder's own name durable; write the metrics of the steps before, which are not repeated; write the
+       manifest and make it durable.            -- from here the checkpoint exists
     4. rank 0's thread: delete the parts and leftovers; then what `keep` lets go.
 
 A save that fails is logged and recorded, its files are deleted, and training goes on.
@@ -266,6 +267,8 @@ class Checkpointer:
             if (path := folder.local_path()) is not None:
                 sync_folder(path.parent)
                 sync_folder(path.parent.parent)
+            if self._record is not None:  # a run that goes on from here does not repeat the steps that led to it
+                self._record.flush()
             manifest = write_manifest(folder, snapshot.header | {"save": snapshot.save}, parts)
         except Exception:
             self._discard(folder, snapshot.save)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from configs.errors import Unreachable, UsageError
 
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _torch_default_timeout = distributed_c10d._get_default_timeout
 
 
@@ -38,8 +40,9 @@ def init_world(
 ) -> World:
     """Join the other workers. Call it once in a process, before anything imports deepspeed.
 
-    init_method: where the ranks meet, "tcp://host:port" or "file:///path". timeout_s: how long to wait for them to
-    come, and in any collective later; a peer that is silent for longer is an error in all the others.
+    init_method: where the ranks meet, "tcp://host:port" or "file:///path"; not used by one alone.
+    timeout_s: how long to wait for them to come, and in any collective later; a peer that is silent for longer is an
+    error in all the others.
     threads: intra-op threads; fixed, since another number changes the last bits of the weights.
 
     Raises:
@@ -62,11 +65,15 @@ def init_world(
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     _set_default_timeout(timeout)
+    if size == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)  # gloo listens, though nobody comes
     try:
         dist.init_process_group(
             # Small sums over CPU tensors go through gloo and never wait for the GPU's queue.
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            init_method=init_method,
+            # Alone it meets nobody: a store at an address would listen on every network of the machine.
+            init_method=init_method if size > 1 else None,
+            store=dist.HashStore() if size == 1 else None,
             rank=rank,
             world_size=size,
             timeout=timeout,

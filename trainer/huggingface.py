@@ -102,7 +102,6 @@ def _llama_config(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
-        "initializer_range": gpt.INIT_STD,
         "bos_token_id": tokenizer.eos_id,  # a document begins with the end of the one before
         "eos_token_id": tokenizer.eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -219,10 +218,17 @@ def llama_settings(folder: Path) -> dict[str, Any]:
     """Settings of `model: {name: gpt}` for a Hugging Face Llama folder; its weights are not read.
 
     Raises:
-        NotFound: no such folder, or no config.json in it. Damaged: it cannot be read.
+        NotFound: no such folder, or no config.json in it. Damaged: it cannot be read, or is no Llama's.
         UsageError: the model has something that the GPT has not.
     """
-    return _gpt_settings(_read_json(Path(folder) / "config.json"), Path(folder))
+    path = Path(folder) / "config.json"
+    try:
+        settings = _gpt_settings(_read_json(path), Path(folder))
+        gpt.Config(**settings)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Damaged(f"{path} does not describe a Llama ({cause[:200]}). Copy it again.") from error
+    return settings
 
 
 def import_llama(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

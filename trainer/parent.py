@@ -12,6 +12,8 @@ from configs.errors import ShardyardError, UsageError
 from configs.load import validate_plugin
 from configs.plugins import find_plugin
 from configs.schema import Plugin, RunConfig, flatten
+from data_pipelines.index import TOKENIZER_FILE
+from data_pipelines.storage import Store
 
 if TYPE_CHECKING:
     from trainer.models import gpt
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
 # and the optimizer's state a meaning.
 SAME_FOR_WEIGHTS = ("model", "task.name", "task.tokenizer")
 SAME_FOR_ALL = ("model", "task", "data", "seed", "optimizer.name")
-# Settings of a model that no weight depends on.
-FREE = ("model.dropout", "model.activation_checkpointing")
+# Settings that no weight depends on. What a tokenizer's file holds is compared, not where it lies: see
+# trainer/session.py (for a branch it is part of the data set's fingerprint).
+FREE = ("model.dropout", "model.activation_checkpointing", "task.tokenizer.file")
 
 State = Literal["weights", "all"]
 
@@ -29,9 +32,7 @@ State = Literal["weights", "all"]
 def may_change(state: State) -> str:
     """What a run that starts from another's checkpoint is free to change, in a sentence."""
     same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
-    return (
-        f"{', '.join(same)} must be as the parent has them (but for {' and '.join(FREE)}); every other key may change."
-    )
+    return f"{', '.join(same)} must be as the parent has them (but for {', '.join(FREE)}); every other key may change."
 
 
 def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -> None:
@@ -60,6 +61,20 @@ def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -
             f"Run '{config.name}' cannot start from {source}: with steps={config.steps} nothing is left to train. A "
             f"branch goes on counting where its parent stood: set steps to more than {manifest['step']}."
         )
+
+
+def tokenizer_of(source: str) -> str | None:
+    """The tokenizer.json of a checkpoint, or of a Hugging Face folder (None where it has none), as text.
+
+    Raises NotFound, Damaged for what cannot be read.
+    """
+    from trainer.checkpoint_files import MANIFEST, read_manifest
+
+    store = Store(source)
+    if store.exists(MANIFEST):
+        text: str = read_manifest(store)["tokenizer"]
+        return text
+    return store.read_text(TOKENIZER_FILE) if store.exists(TOKENIZER_FILE) else None
 
 
 def check_llama(config: RunConfig, folder: Path) -> None:

@@ -35,7 +35,7 @@ _CONFIG, _LINEAGE, _STOP = "run.yaml", "lineage.json", "stop.json"
 _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, "mlflow.json", "events", "metrics", "attempts", "lease", "checkpoints"}
-_RESERVED_NAMES = {"datasets"}
+_RESERVED_NAMES = {"datasets": "data sets", "tokenizers": "tokenizers"}  # beside runs, in a store
 
 
 class RunRecord:
@@ -56,6 +56,7 @@ class RunRecord:
         self._flusher: threading.Thread | None = None
         self._closing = threading.Event()
         self._complained = False
+        self._later_lineage: dict[str, Any] | None = None  # of a launch that goes on with a run, until it is written
 
     # --- opening
 
@@ -73,7 +74,7 @@ class RunRecord:
         if folder.exists(_CONFIG):
             _refuse_other_config(folder, written.config)
             record = cls(folder, resolved, attempt=_latest_attempt(folder))
-            folder.write_atomic(f"lineage-{record.attempt + 1:04d}.json", json.dumps(started, indent=1))
+            record._later_lineage = started
             return record
         _refuse_foreign_folder(folder)
         folder.write_atomic(_LINEAGE, json.dumps(started, indent=1))
@@ -125,8 +126,14 @@ class RunRecord:
         return lease
 
     def next_attempt(self) -> int:
-        """Number a new attempt (from 1) and make its folder. Only for the lease's holder."""
+        """Number a new attempt (from 1) and make its folder. Only for the lease's holder.
+
+        The first one of a later launch is where that launch's lineage is written: one that is refused leaves none.
+        """
         self.attempt = _latest_attempt(self.store) + 1
+        if self._later_lineage is not None:
+            self.store.write_atomic(f"lineage-{self.attempt:04d}.json", json.dumps(self._later_lineage, indent=1))
+            self._later_lineage = None
         note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         self.store.write_atomic(f"{attempt_folder(self.attempt)}/attempt.json", json.dumps(note))
         return self.attempt
@@ -303,7 +310,7 @@ def _refuse_foreign_folder(folder: Store) -> None:
     names = {*folder.list(), *folder.list_dirs()}
     foreign = sorted(entry for entry in names - _OWN_NAMES if not entry.startswith("lineage-"))
     if name in _RESERVED_NAMES or foreign:
-        held = f"it holds {foreign[0]}" if foreign else "data sets are kept there"
+        held = f"it holds {foreign[0]}" if name not in _RESERVED_NAMES else f"{_RESERVED_NAMES[name]} are kept there"
         raise UsageError(
             f"The folder {folder.uri} is not a run's: {held}. Use another name (name=...) or another store (store=...)."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,17 +13,17 @@ import numpy as np
 from configs.errors import RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
-from data_pipelines.index import TOKENIZER_FILE
 from data_pipelines.loader import Loader
 from data_pipelines.pack import PackedSplit
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
+from data_pipelines.tokenizer_file import same_ids
 from trainer import checkpoint, device
 from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
 from trainer.engine import Engine
-from trainer.parent import check_parent
+from trainer.parent import check_parent, tokenizer_of
 from trainer.progress import Progress
 from trainer.record import RunRecord
 from trainer.validate import validate
@@ -182,9 +181,8 @@ def _restore(record: RunRecord, engine: Engine, world: World, dataset: Dataset) 
     source = checkpoint.open_weights(parent.checkpoint)
     if isinstance(source, CheckpointReader):
         check_parent(record.config, source.manifest, "weights")
-        check_tokenizer(source.manifest["tokenizer"], parent.checkpoint, dataset)
-    elif (folder := Store(parent.checkpoint)).exists(TOKENIZER_FILE):
-        check_tokenizer(folder.read_text(TOKENIZER_FILE), parent.checkpoint, dataset)
+    if (tokenizer := tokenizer_of(parent.checkpoint)) is not None:
+        check_tokenizer(tokenizer, parent.checkpoint, dataset)
     checkpoint.load_weights(engine, source)
     return 0, 0
 
@@ -208,11 +206,11 @@ def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
     Raises:
         UsageError: a BPE is trained on its data, so on other data the same ids mean something else.
     """
-    if json.loads(parents)["model"] != json.loads(dataset.tokenizer.to_json())["model"]:
+    if not same_ids(parents, dataset.tokenizer.to_json()):
         raise UsageError(
             f"The weights of {source} know the token ids of another tokenizer than that of data set {dataset.path}: a "
-            "bpe tokenizer is trained on its data. Train on the parent's data, or train both runs with "
-            "task.tokenizer.name=bytes."
+            "bpe tokenizer is trained on its data. Give the parent's tokenizer.json as task.tokenizer.file "
+            "(`shardyard train --from` does), or train both runs with task.tokenizer.name=bytes."
         )
 
 

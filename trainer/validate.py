@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from configs.errors import UsageError
+from configs.errors import ShardyardError, UsageError
 from configs.load import Resolved, validate_plugin
 from configs.plugins import find_plugin, plugin_names
 from configs.problems import ConfigError, Problem, where
 from configs.schema import Plugin, RunConfig, Section
 from data_pipelines.tokenizer import TokenizerConfig
+from data_pipelines.tokenizer_file import read_tokenizer
 from trainer.bound import BoundModel, BoundTask
 
 # What each kind of file has to define.
@@ -101,6 +102,7 @@ def validate(resolved: Resolved) -> Plan:
     task_module, task_config = _plugin("trainer.tasks", config.task, "task", resolved, problems)
     model_module, model_config = _plugin("trainer.models", config.model, "model", resolved, problems)
     source, source_config = _plugin("data_pipelines.sources", config.data, "data", resolved, problems)
+    problems += _tokenizer_problems(task_config, resolved)
     if problems:
         raise ConfigError(problems)
 
@@ -140,6 +142,18 @@ def _plugin(package: str, plugin: Plugin, key: str, resolved: Resolved, problems
     config, found = validate_plugin(module.Config, plugin, key, resolved.origins)
     problems += found
     return module, config
+
+
+def _tokenizer_problems(task_config: Any, resolved: Resolved) -> list[Problem]:
+    """What is wrong with a tokenizer's file, told before anything is launched."""
+    key, tokenizer = "task.tokenizer.file", getattr(task_config, "tokenizer", None)
+    if tokenizer is None or tokenizer.file is None:
+        return []
+    try:
+        read_tokenizer(tokenizer)
+    except ShardyardError as error:
+        return [Problem(where(key, resolved.origins, "default"), key, str(error))]
+    return []
 
 
 def _misfit(config: RunConfig, model_module: ModuleType, given: object) -> str:

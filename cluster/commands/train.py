@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ def train(arguments: Namespace) -> dict[str, Any]:
     if arguments.parent is not None:
         parent = _parent(arguments)
         overrides += [f"parent.checkpoint={json.dumps(parent.checkpoint)}", f"parent.state={parent.state}"]
+        tokenizer_file = _tokenizer_file(arguments, parent)
+        if tokenizer_file is not None:
+            overrides.append(f"task.tokenizer.file={json.dumps(tokenizer_file)}")
+            say(arguments, f"The text is encoded with the parent's tokenizer: {overrides[-1]}")
     elif arguments.branch:
         raise UsageError("--branch goes with --from: `shardyard train RECIPE --from RUN@STEP --branch name=...`.")
     return foreground(arguments, arguments.recipe, overrides)
@@ -91,6 +96,36 @@ def _parent(arguments: Namespace) -> ParentConfig:
     what = "the whole state" if arguments.branch else "the weights"
     say(arguments, f"Starting from {what} of {manifest['run']}@{manifest['step']}. {may_change(state)}")
     return ParentConfig(checkpoint=reader.store.path(), state=state)
+
+
+def _tokenizer_file(arguments: Namespace, parent: ParentConfig) -> str | None:
+    """Where the parent's tokenizer is kept in the store; None where the recipe trains none, or trained the same.
+
+    A run that goes on keeps what its first launch found: its parent may be gone.
+    """
+    from configs.load import load
+    from data_pipelines.build import dataset_name
+    from data_pipelines.index import TOKENIZER_FILE
+    from data_pipelines.storage import Store
+    from data_pipelines.tokenizer_file import keep_tokenizer, parse_tokenizer, same_ids
+    from trainer.parent import tokenizer_of
+    from trainer.record import RunRecord
+    from trainer.validate import validate
+
+    plan = validate(load(arguments.recipe, arguments.overrides))
+    if plan.tokenizer.name != "bpe" or plan.tokenizer.file is not None:
+        return None
+    store = Store(plan.config.store)
+    with suppress(NotFound):
+        known = RunRecord.open(store.uri, plan.config.name).config.task.settings.get("tokenizer") or {}
+        return known.get("file")
+    text = tokenizer_of(parent.checkpoint)
+    if text is None:
+        return None
+    own = store.child("datasets", dataset_name(plan.config.data, plan.tokenizer))
+    if own.exists(TOKENIZER_FILE) and same_ids(own.read_text(TOKENIZER_FILE), text):
+        return None
+    return keep_tokenizer(store, parse_tokenizer(text, parent.checkpoint, plan.tokenizer.vocab_size))
 
 
 def _reader(parent: str, source: Any, config: RunConfig) -> Any:

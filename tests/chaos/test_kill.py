@@ -87,9 +87,7 @@ def test_three_kills_leave_no_trace_in_the_weights(request: pytest.FixtureReques
         folder = tmp_path / f"seed-{seed}"
         settings = recipe(folder)
         Path(settings["store"]).mkdir(parents=True)
-        schedule = make_schedule(
-            seed, kills=KILLS, workers=WORKERS, steps=STEPS, save_every=SAVE_EVERY, step_s=0.05
-        )
+        schedule = make_schedule(seed, kills=KILLS, workers=WORKERS, steps=STEPS, save_every=SAVE_EVERY, step_s=0.05)
         write_schedule(Path(settings["store"]), schedule)
         before = {child.pid for child in psutil.Process().children(recursive=True)}
 

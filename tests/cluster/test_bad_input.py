@@ -29,9 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but what a launch writes of itself."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("lineage-")]
-    return {str(path): path.read_bytes() for path in files}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what is wrong before anything begins
@@ -165,7 +163,7 @@ def test_no_such_checkpoint(copied: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 700 KB: room for the data set, the record and one checkpoint."""
+    """A file system of 700 KB: room for the data set, the record and one or two checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk]).returncode:
@@ -180,9 +178,10 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     code, _, err = run_main(tmp_path, recipe, store)
     assert code == 1 and "the disk is full" in err and "Free some space" in err and "Traceback" not in err
     record = RunRecord.open(str(small_disk), "tiny")
-    good = record.checkpoints()
-    assert [row["step"] for row in good] == [2]
-    assert CheckpointReader(record.store.child("checkpoints", "step-00000002")).verify() == []
+    good = [row["step"] for row in record.checkpoints()]
+    assert good in ([2], [2, 4])  # a checkout's uncommitted changes are in the lineage, and take room
+    for step in good:
+        assert CheckpointReader(record.store.child("checkpoints", f"step-{step:08d}")).verify() == []
     leftovers = [path for path in small_disk.rglob("*") if ".tmp-" in path.name or path.name == "step-00000008"]
     assert leftovers == []
 
@@ -190,7 +189,7 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path) -> None:
     code, _, err = run_main(tmp_path, recipe, store)
     assert (code, err) == (0, "")
     started = [event["step"] for event in record.events() if event["kind"] == "started"]
-    assert started == [0, 2]
+    assert started == [0, good[-1]]
     assert record.status() == "finished"
 
 

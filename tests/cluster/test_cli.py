@@ -96,7 +96,9 @@ def test_init_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert json.loads(Path("shardyard.schema.json").read_text())["properties"]["steps"]
     assert "parameters" in tell(capsys, "check", "run.yaml")
     assert ask(capsys, "check", "run.yaml", "steps=70")["steps"] == 70
-    warned = ask(capsys, "check", "run.yaml", "resources.workers=3", "batch.micro_batch_size=4")
+    warned = ask(
+        capsys, "check", "run.yaml", "resources.workers=3", "batch.global_batch_size=8", "batch.micro_batch_size=4"
+    )
     assert "33% of the work of each step is idle" in warned["warnings"][0]
     before = Path("run.yaml").read_text()
     assert main(["init", "--json"]) == 2

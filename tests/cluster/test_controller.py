@@ -284,6 +284,28 @@ def test_the_stop_file_is_seen() -> None:
     assert "runs stop" in bench.record.rows[-1]["reason"]
 
 
+def test_a_store_that_does_not_answer_stops_no_training() -> None:
+    bench = Bench()
+
+    def unreachable() -> bool:
+        raise Unreachable("the store does not answer")
+
+    bench.record.stop_requested = unreachable  # type: ignore[method-assign]
+    assert bench.run() == Outcome("finished", STEPS, 0)
+
+
+def test_the_end_is_recorded_and_its_cause_kept_where_the_cluster_is_gone_too() -> None:
+    bench = Bench({(1, -1): "no room"})
+
+    def kill() -> None:
+        raise RuntimeError("no connection to Ray")
+
+    bench.group.kill = kill  # type: ignore[method-assign]
+    with pytest.raises(Unreachable, match="needs 4 CPUs"):
+        bench.run()
+    assert bench.record.rows[-1]["kind"] == "failed"
+
+
 def test_an_abort_does_not_wait() -> None:
     bench = Bench()
     at_step(bench, 13, bench.controller.abort)

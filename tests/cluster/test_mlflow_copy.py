@@ -354,3 +354,43 @@ def wait_until(condition: Any, timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_outage_of_days_is_survived(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = MlflowCopy(record, poll_every_s=5.0)
+    pauses_s: list[float] = []
+
+    def fail() -> bool:
+        if len(pauses_s) == 1100:
+            copy._draining.set()
+        return False
+
+    monkeypatch.setattr(copy, "_copy_once", fail)
+    monkeypatch.setattr(copy._draining, "wait", pauses_s.append)
+    copy._follow()
+    assert pauses_s[:3] == [10.0, 20.0, 40.0] and set(pauses_s[3:]) == {60.0}
+
+
+def test_a_password_in_the_address_is_not_said(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:canary-42@127.0.0.1:{free_port()}")
+    record.close()
+    copy = MlflowCopy(record, poll_every_s=0.01)
+    copy.start()
+    wait_until(lambda: copy.last_error is not None)
+    copy.drain(60)
+    with pytest.raises(Unreachable) as refused:
+        sync(record)
+    told = f"{capsys.readouterr().err} {refused.value} {copy.last_error} {ui_command(record)}"
+    assert "127.0.0.1" in told and "canary-42" not in told
+
+
+def test_a_store_that_was_moved_keeps_its_mlflow_run(record: RunRecord, tmp_path: Path) -> None:
+    record.metrics(1, {"loss": 1.0})
+    record.close()
+    run_id = sync(record)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    moved = RunRecord.open(str(tmp_path / "moved"), record.name)
+    assert sync(moved) == run_id
+    assert history_of(moved, run_id, "loss") == [(1, 1.0)]

@@ -238,6 +238,14 @@ def test_places_that_others_hold(ray_here: EmbeddedRay, tmp_path: Path, monkeypa
         waiting.release()
 
 
+def test_a_launcher_that_is_terminated_has_time_to_save(ray_here: EmbeddedRay) -> None:
+    with pytest.raises(SystemExit):  # Ray's handler in Python, which it sets in the main thread only: a run has another
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # ended by the handler
+    alarm = signal.setitimer(signal.ITIMER_REAL, 0)
+    assert alarm == (0.0, 0.0), "Ray's own handler aborts the process 3 s later"
+
+
 def test_ray_listens_on_loopback_alone(ray_here: EmbeddedRay) -> None:
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = [

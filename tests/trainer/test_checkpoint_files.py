@@ -454,14 +454,18 @@ def test_leftovers_of_a_killed_save_are_cleaned_at_the_next_start(store: Store) 
 
 def test_events_reach_the_record(store: Store) -> None:
     events: list[tuple[str, dict[str, Any]]] = []
+    flushed: list[list[str]] = []
     record = SimpleNamespace(
         name="run",
         attempt=2,
         config=SimpleNamespace(model_dump=lambda mode: {"model": {"name": "gpt"}}),
         event=lambda kind, **fields: events.append((kind, fields)),
+        flush=lambda: flushed.append(files(store)),
     )
     checkpointer = Checkpointer(store, WORLD, None, Progress(), record)  # type: ignore[arg-type]
     checkpointer.save(1, make_engine(), {"examples_seen": 8}, {"tokenizer": "{}"}, wait=True)
+    # A run that is killed now goes on from here, so the metrics of the steps before must be on disk first.
+    assert len(flushed) == 1 and f"step-00000001/{MANIFEST}" not in flushed[0]
     Path(store.uri, "step-00000002").write_text("a file where a folder should be")
     checkpointer.save(2, make_engine(), {}, wait=True)
     assert [kind for kind, _ in events] == ["checkpoint", "checkpoint_failed"]

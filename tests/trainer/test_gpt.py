@@ -169,20 +169,25 @@ def test_initial_values() -> None:
         gpt.init_parameter(config, name, matrix, torch.Generator().manual_seed(8))
         return float(matrix.std())
 
-    assert std("blocks.3.attention.query.weight") == pytest.approx(0.02, rel=0.02)
+    wide = math.sqrt(2 / (5 * 256))
+    assert std("blocks.3.attention.query.weight") == pytest.approx(wide, rel=0.02)
     assert std("embedding.weight") == pytest.approx(0.02, rel=0.02)
     for name in ("blocks.3.attention.output.weight", "blocks.0.mlp.down.weight"):
-        assert std(name) == pytest.approx(0.02 / math.sqrt(16), rel=0.02)
+        assert std(name) == pytest.approx(wide / math.sqrt(16), rel=0.02)
+    config = config.model_copy(update={"tie_embeddings": False})
+    assert std("embedding.weight") == pytest.approx(0.5, rel=0.02)
+    assert std("head.weight") == pytest.approx(0.02, rel=0.02)
     norm = torch.empty(256)
     for name in ("norm.weight", "blocks.1.attention_norm.weight", "blocks.1.mlp_norm.weight"):
         gpt.init_parameter(config, name, norm.zero_(), torch.Generator())
         assert torch.equal(norm, torch.ones(256))
 
 
-def test_a_fresh_model_knows_nothing_at_any_depth() -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fresh_model_knows_nothing_at_any_depth(tied: bool) -> None:
     tokens = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(9))
     for depth in (1, 12):
-        config = gpt.Config(num_layers=depth, hidden_size=64, num_heads=2)
+        config = gpt.Config(num_layers=depth, hidden_size=64, num_heads=2, tie_embeddings=tied)
         model = gpt.build(config, Tokens(512, 64), Logits(512))
         for name, parameter in model.named_parameters():
             with torch.no_grad():

@@ -225,6 +225,16 @@ def test_damage_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(NotFound, match=r"model\.safetensors"):
         import_llama(folder)
     weights.write_bytes(content)
+    config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text("{")
     with pytest.raises(Damaged, match="JSON"):
         import_llama(folder)
+    for damaged in (
+        [],
+        {key: value for key, value in config.items() if key != "hidden_size"},
+        config | {"num_attention_heads": 0},
+        config | {"num_hidden_layers": "2"},
+    ):
+        (folder / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(Damaged, match=r"config\.json"):
+            import_llama(folder)

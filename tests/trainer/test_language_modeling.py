@@ -120,6 +120,7 @@ def test_bits_per_byte_of_a_part_uses_the_whole_splits_tokens_a_byte() -> None:
 def test_nothing_to_evaluate_gives_no_metrics() -> None:
     empty: Any = SimpleNamespace(num_tokens=0, num_bytes=0)
     assert TASK.metrics({"nll_nats": 0.0, "tokens": 0.0, "correct": 0.0}, empty) == {}
+    assert TASK.metrics({}, empty) == {}, "the sums over no batch at all, as of data.validation_fraction=0"
 
 
 def test_accuracy_counts_likeliest_labels_only_where_they_count() -> None:

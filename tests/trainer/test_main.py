@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.cli import main as shardyard
 from tests.main_process import MainProcess, run_main
 from tests.tiny import write_recipe
+from trainer.__main__ import main
 from trainer.checkpoint_files import CheckpointReader
 from trainer.lease import current_claim
 from trainer.record import RunRecord
@@ -74,6 +76,29 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
     assert again.wait() == 130
     started = [event["step"] for event in record_of(tmp_path).events() if event["kind"] == "started"]
     assert started == [0, step]
+
+
+def test_an_interrupt_before_training_shows_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.__main__.train", interrupted)
+    assert main(["run.yaml"]) == 130
+    assert capsys.readouterr().err.strip() == "trainer: Interrupted before training began."
+
+
+def test_a_run_alone_listens_on_loopback_alone(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, steps=1_000_000))
+    process = MainProcess(tmp_path, recipe)
+    process.wait_for(lambda: (tmp_path / "runs" / "tiny" / "run.yaml").exists() and record_of(tmp_path).checkpoints())
+    assert process.pid is not None
+    connections = psutil.Process(process.pid).net_connections(kind="tcp")
+    listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    assert listening <= {"127.0.0.1", "::1"}
 
 
 def test_two_ranks_under_torchrun(tmp_path: Path) -> None:

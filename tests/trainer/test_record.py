@@ -75,8 +75,13 @@ def test_a_folder_that_is_no_run_is_left_alone(store: Store) -> None:
     store.write_atomic("demo/thesis.tex", b"years of work")
     with pytest.raises(UsageError, match=r"thesis\.tex.*name="):
         RunRecord.create(store, resolved())
-    with pytest.raises(UsageError, match="data sets"):
-        RunRecord.create(store, resolved(name="datasets"))
+    for name, kept in (("datasets", "data sets are kept there"), ("tokenizers", "tokenizers are kept there")):
+        with pytest.raises(UsageError, match=kept):
+            RunRecord.create(store, resolved(name=name))
+        store.write_atomic(f"{name}/some", b"")
+        with pytest.raises(UsageError, match=kept):
+            RunRecord.create(store, resolved(name=name))
+    assert list_runs(store) == []
     assert store.list("demo") == ["thesis.tex"]
 
 
@@ -224,6 +229,28 @@ def test_a_stop_reaches_the_launcher_and_is_forgotten_by_the_next(store: Store) 
         assert not record.stop_requested()
 
 
+def test_only_a_launch_that_trains_leaves_its_lineage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lineages() -> list[str]:
+        return [name for name in store.list("demo") if name.startswith("lineage")]
+
+    first = RunRecord.create(store, resolved())
+    with first.acquire_lease():
+        first.next_attempt()
+        refused = RunRecord.create(store, resolved())
+        with pytest.raises(UsageError, match="already running"):
+            refused.acquire_lease()
+        first.next_attempt()  # a restart belongs to the same launch
+    assert lineages() == ["lineage.json"]
+
+    monkeypatch.setattr("sys.argv", ["shardyard", "runs", "resume", "demo"])
+    later = RunRecord.create(store, resolved())
+    with later.acquire_lease():
+        assert [later.next_attempt(), later.next_attempt()] == [3, 4]
+    assert lineages() == ["lineage-0003.json", "lineage.json"]
+    assert json.loads(store.read_text("demo/lineage-0003.json"))["command"][1:] == ["runs", "resume", "demo"]
+    assert later.lineage()["command"][1:] != ["runs", "resume", "demo"]
+
+
 def test_a_run_begun_twice_at_once_with_other_configs_is_refused(store: Store) -> None:
     first = RunRecord.create(store, resolved())
     second = RunRecord(first.store, resolved(steps=99))
@@ -300,6 +327,8 @@ def test_recording_leaves_encoding_and_writing_to_another_thread(store: Store, t
 def test_secrets_of_the_config_and_of_events_stay_out_of_the_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The uncommitted changes of a checkout are in the lineage, and may be tests that speak of canaries.
+    monkeypatch.setattr("trainer.lineage.git_state", lambda _: {"commit": None})
     monkeypatch.setenv("SERVICE_TOKEN", "canary-from-environment")
     monkeypatch.setattr("sys.argv", ["shardyard", "train", "--password", "canary-argument", "canary-from-environment"])
     data = {"name": "text", "path": "s3://user:canary-in-url@bucket/x", "api_key": "canary-key", "password": 12345678}

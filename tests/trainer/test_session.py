@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import threading
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cluster.commands import train as command
 from configs.load import load
 from data_pipelines.loader import evaluation_batches
 from data_pipelines.storage import Store
 from tests.pool import WorkerFailed, run_workers
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, write_recipe
 from trainer.checkpoint_files import CheckpointReader
 from trainer.distributed import World
 from trainer.inference import export_checkpoint
@@ -172,8 +174,55 @@ def test_weights_that_know_another_tokenizer_are_refused(folder: Path, undisturb
     (folder / "other.txt").write_text("\n\n".join(f"{n} zulu zebra zigzag {n * n}" for n in range(80)))
     data = {"name": "text", "paths": [str(folder / "other.txt")], "separator": "\n\n"}
     config = tiny_config(folder, name="other-bpe", task=task, data=data, parent=parent(first, 1, "weights"))
-    with pytest.raises(WorkerFailed, match="know the token ids of another tokenizer"):
+    with pytest.raises(WorkerFailed, match=r"know the token ids of another tokenizer.*task\.tokenizer\.file"):
         train(config, world_size=1)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, recipe: Path, source: str, *overrides: str) -> dict[str, Any]:
+    """The config with which `shardyard train RECIPE --from SOURCE` launches."""
+    found: list[Any] = []
+    monkeypatch.setattr(command, "foreground", lambda _, recipe, overrides: found.append(load(recipe, overrides)))
+    command.train(Namespace(recipe=str(recipe), overrides=list(overrides), parent=source, branch=False, json=False))
+    config: dict[str, Any] = found[0].config.model_dump(mode="json")
+    return config
+
+
+def test_fine_tuning_on_other_data_keeps_the_parents_tokenizer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder / "other-data"
+    task = {"name": "language_modeling", "seq_len": 32, "tokenizer": {"name": "bpe", "vocab_size": 300}}
+    model = {"name": "gpt", "num_layers": 1, "hidden_size": 32, "num_heads": 2}
+    recipe = write_recipe(folder, name="old", steps=2, task=task, model=model)
+    old = train(tiny_config(folder, name="old", steps=2, task=task, model=model), world_size=1)
+    tokenizer = CheckpointReader(old.store.child("checkpoints", "step-00000002")).manifest["tokenizer"]
+
+    # On the parent's own data there is nothing to do: the data set has that tokenizer.
+    same = launched(monkeypatch, recipe, "old@2", "name=same")
+    assert "file" not in same["task"]["tokenizer"] and not (folder / "runs" / "tokenizers").exists()
+
+    (folder / "other.txt").write_text("\n\n".join(f"{n} zulu zebra zigzag {n * n}" for n in range(80)))
+    other = f'data={{name: text, paths: ["{folder / "other.txt"}"], separator: "\\n\\n"}}'
+    capsys.readouterr()
+    config = launched(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
+    (kept,) = (folder / "runs" / "tokenizers").iterdir()
+    assert f'parent\'s tokenizer: task.tokenizer.file="{kept}"' in capsys.readouterr().out
+    new = train(config, world_size=1)
+    manifest = CheckpointReader(new.store.child("checkpoints", "step-00000001")).manifest
+    assert manifest["tokenizer"] == tokenizer == kept.read_text()
+    assert torch.equal(state(new, 1)["master/embedding.weight"], state(old, 2)["master/embedding.weight"])
+
+    # The same from a Hugging Face folder, whose tokenizer.json adds marks; and from the new run.
+    export_checkpoint(CheckpointReader(old.store.child("checkpoints", "step-00000002")), folder / "exported")
+    for name, source in (("from-llama", str(folder / "exported")), ("grandchild", "new@1")):
+        found = launched(monkeypatch, recipe, source, f"name={name}", "steps=1", other)
+        assert found["task"]["tokenizer"]["file"] == str(kept)
+        train(found, world_size=1)
+
+    # Launched again it is the same run, though its parent is gone.
+    shutil.rmtree(folder / "runs" / "old")
+    again = launched(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
+    assert again == config
 
 
 @pytest.mark.parametrize(

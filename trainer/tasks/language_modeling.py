@@ -109,9 +109,9 @@ def metrics(sums: Mapping[str, float], config: Config, split: PackedSplit) -> di
 
     bits_per_byte needs no tokenizer to be compared: -log2 p over every token (a document's end is one) / bytes. Over
     a part of the split it is an estimate, with the whole split's tokens a byte; over all of it, exact.
-    Nothing where no label counted.
+    Nothing where no label counted, or where the split is empty, so that there are no sums.
     """
-    if not sums["tokens"]:
+    if not sums.get("tokens"):
         return {}
     nats = sums["nll_nats"] / sums["tokens"]
     return {

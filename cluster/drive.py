@@ -1,0 +1,170 @@
+"""A launched run from its lease to its end, in a thread of its own: Ray, data set, workers, the copy in MLflow."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+from cluster.controller import Controller, Outcome
+from cluster.mlflow_copy import MlflowCopy
+from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
+from configs.errors import UsageError
+from data_pipelines.build import ensure_dataset
+from data_pipelines.storage import Store
+from trainer.record import RunRecord
+from trainer.validate import Plan
+
+POLL_S = 0.2
+END_TIMEOUT_S = 10.0
+MLFLOW_TIMEOUT_S = 30.0
+_one_at_a_time = threading.Lock()
+
+
+class Drive:
+    """Drives a run, from the moment that it is made; what happens is seen from another thread.
+
+    outcome: how it ended; error: what it failed of (both None before). activity: what is done before and after
+    training, in words. notices: sentences for who watches. controller: the workers' states; it can be asked to stop.
+
+    Raises:
+        UsageError: another launcher holds the run, or this process trains another.
+    """
+
+    def __init__(self, record: RunRecord, plan: Plan, *, address: str | None, body: str, resume_command: str) -> None:
+        self.outcome: Outcome | None = None
+        self.error: BaseException | None = None
+        self.activity = "starting Ray"
+        self.notices: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._record = record
+        self._plan = plan
+        self._config = record.config
+        self._copying = False
+        self._lease = record.acquire_lease()
+        if not _one_at_a_time.acquire(blocking=False):
+            self._lease.release()
+            raise UsageError(
+                "This process is training another run: Ray serves one at a time in a process. Wait for it first, or "
+                "launch this one from a process of its own."
+            )
+        self._group = RayWorkerGroup(
+            self._config.resources,
+            Store(self._config.store).uri,
+            record.name,
+            address=address,
+            body=body,
+            imports=_imports(plan) if body == BODY else [],
+            notice=self.notices.put,
+        )
+        self.controller = Controller(
+            self._group,
+            record,
+            self._config.recovery,
+            resume_command=resume_command,
+            lease_lost=lambda: self._lease.lost,
+            notice=self.notices.put,
+        )
+        self.notices.put(plan.headline())
+        for warning in plan.warnings():
+            self.notices.put(warning)
+        atexit.register(self.end_now)
+        # Ray's processes end with the thread that starts them (see EmbeddedRay), so this one stays until they are gone.
+        self._thread = threading.Thread(target=self._run, name="run", daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether anything of it is still going on."""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for its end, but no longer than that."""
+        self._thread.join(timeout_s)
+
+    def end_now(self) -> None:
+        """End at once and wait, within reason, until nothing of the run is left."""
+        self.controller.abort()
+        self._thread.join(END_TIMEOUT_S)
+
+    # --- in its thread
+
+    def _run(self) -> None:
+        copy = MlflowCopy(self._record)
+        try:
+            if self._record.status() == "finished":
+                self.notices.put(f"Run '{self._record.name}' has finished already; there is nothing left to train.")
+                self.outcome = Outcome("finished", self._config.steps, 0)
+                return
+            with self._group_of_workers():
+                self.outcome = self._train(copy)
+                self.activity = "ending the workers"
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._record.close()
+            if self._copying:
+                self.activity = "sending the rest to MLflow"
+                if not copy.drain(MLFLOW_TIMEOUT_S):
+                    self.notices.put(f"MLflow has not got everything yet: shardyard runs sync {self._record.name}")
+            with contextlib.suppress(Exception):  # it goes stale by itself, and must not hide how the run ended
+                self._lease.release()
+            _one_at_a_time.release()
+            atexit.unregister(self.end_now)
+
+    @contextlib.contextmanager
+    def _group_of_workers(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.controller.fail(error)
+            raise
+        finally:
+            self._group.close()
+
+    def _train(self, copy: MlflowCopy) -> Outcome:
+        # The data set is built while Ray starts and the workers import.
+        build = _Background(self._build)
+        self._group.open()
+        self.controller.prepare()
+        while not build.done.wait(POLL_S) and not self.controller.stopping:
+            pass
+        if build.error is not None:
+            raise build.error
+        self.activity = "importing in the workers"
+        if not self.controller.stopping:  # MLflow's imports take seconds, which nobody waits for who stops it now
+            copy.start()
+            self._copying = True
+        return self.controller.run()
+
+    def _build(self) -> None:
+        def progress(stage: str, documents: int) -> None:
+            self.activity = f"building the data set: {stage}, {documents:,} documents"
+
+        tokenizer = self._plan.tokenizer
+        dataset = ensure_dataset(Store(self._config.store), self._config.data, tokenizer, progress)
+        self._record.update_lineage(data_fingerprint=dataset.fingerprint)
+        self.activity = "starting workers"
+
+
+def _imports(plan: Plan) -> list[str]:
+    return [*IMPORTS, *(part.__name__ for part in (plan.task.module, plan.model.module, plan.source))]
+
+
+class _Background:
+    """One call in a thread of its own. done: it has ended; error: what it raised."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self._call = call
+        # A daemon: a build that is no longer wanted must not keep the program alive, and leaves nothing half-made.
+        threading.Thread(target=self._run, name="background", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.done.set()
