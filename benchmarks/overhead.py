@@ -123,7 +123,7 @@ def table(results: list[dict[str, Any]]) -> str:
         f"{WORKERS} workers of 1 thread, ZeRO-1, fp32. "
         "Steps a second over the steady part of a run, medians of interleaved runs; `python benchmarks/overhead.py`.",
         "",
-        "| step | bare torchrun + DeepSpeed | Shardyard | Shardyard / bare (medians) | pair by pair: median (min-max) |",
+        "| step | bare torchrun + DeepSpeed | Shardyard | Shardyard / bare | pair by pair: median (min-max) |",
         "|---|---|---|---|---|",
     ]
     for row in results:

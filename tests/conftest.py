@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-# Before torch is imported anywhere: on a machine with few cores, threads that wait for each other cost more than they do.
+# Before torch is imported anywhere: with few cores, threads that wait for each other cost more than they do.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 

@@ -1,8 +1,9 @@
 """GPT: a decoder-only Transformer in the form that Llama gave it.
 
 Sources: Vaswani et al. 2017 (Transformer); Radford et al. 2019 (GPT-2: pre-norm, residual projections initialised
-smaller by 1/sqrt(2 L)); Nguyen & Salazar 2019 (initial width of the matrices); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary positions); Shazeer 2020 (SwiGLU);
-Ainslie et al. 2023 (grouped-query attention); Touvron et al. 2023 (Llama: all of these together).
+smaller by 1/sqrt(2 L)); Nguyen & Salazar 2019 (initial width of the matrices); Zhang & Sennrich 2019 (RMSNorm); Su et
+al. 2021 (rotary positions); Shazeer 2020 (SwiGLU); Ainslie et al. 2023 (grouped-query attention); Touvron et al. 2023
+(Llama: most of these together).
 
 Shapes: B = batch, T = positions, V = vocabulary, C = hidden size, H = query heads, G = key/value heads,
 D = C / H = head size, F = intermediate size, L = layers.
