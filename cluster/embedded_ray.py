@@ -46,6 +46,7 @@ class EmbeddedRay:
             "RAY_enable_metrics_collection": "0",
             "RAY_task_events_report_interval_ms": "0",
             "RAY_event_stats": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 lets everything else on the machine go first
         }
         self._previous = {name: os.environ.get(name) for name in self._environment}
         try:

@@ -50,6 +50,7 @@ class WorkerStatus:
     log: path of its log. step: completed steps. phase: what it does (see trainer/progress.py).
     unanswered_s: since it last answered a ping. quiet_s: since training last showed a sign of life.
     failed_at: epoch seconds, by its own clock, when it raised. user_error: only the user can mend the cause.
+    peer_failed: it raised only because another worker failed, which reports the cause.
     """
 
     rank: int
@@ -66,6 +67,7 @@ class WorkerStatus:
     error: str | None = None
     failed_at: float | None = None
     user_error: bool = False
+    peer_failed: bool = False
 
     @property
     def failed(self) -> bool:
@@ -158,7 +160,8 @@ def is_consequence(worker: WorkerStatus) -> bool:
     """Whether a worker may only suffer from another one's end: its peer has gone, or it answers but waits."""
     if worker.state == "silent":
         return worker.unanswered_s < worker.quiet_s / 2
-    return worker.state == "raised" and _mentions(worker.error, _PEER_ERRORS) and not worker.user_error
+    lost_peer = _mentions(worker.error, _PEER_ERRORS) and not worker.user_error
+    return worker.state == "raised" and (worker.peer_failed or lost_peer)
 
 
 def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, slowest_step_s: float | None) -> str | None:

@@ -24,6 +24,7 @@ class Member:
     error: str | None = None
     failed_at: float | None = None
     user_error: bool = False
+    peer_failed: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
     answered_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
@@ -37,6 +38,7 @@ class Member:
         self.error = result.get("error")
         self.failed_at = result.get("failed_at")
         self.user_error = result.get("user_error", False)
+        self.peer_failed = result.get("peer_failed", False)
 
     def bury(self, error: Exception) -> None:
         """A call to it failed: its process or its node is gone, or could not import what it was told to."""
@@ -66,4 +68,5 @@ class Member:
             error=self.error,
             failed_at=self.failed_at,
             user_error=self.user_error,
+            peer_failed=self.peer_failed,
         )

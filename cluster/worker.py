@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from configs.errors import NotFound, RunFailed, ShardyardError, UsageError
+from configs.errors import Damaged, NotFound, PeerFailed, RunFailed, ShardyardError, UsageError
 from data_pipelines.storage import Store
 from trainer.progress import Progress
 
@@ -88,7 +88,7 @@ class Worker:
             with _log_to(Store(arguments["store_uri"]).child(arguments["run"]), log, canary):
                 return self._train(body, arguments)
         except ShardyardError as error:
-            return self._failure(error)
+            return failure(error, self._progress)
 
     def _train(self, body: str, arguments: dict[str, Any]) -> dict[str, Any]:
         module, _, function = body.partition(":")
@@ -97,19 +97,7 @@ class Worker:
             return dict(run(**arguments, stop=self._stop, progress=self._progress))
         except BaseException as error:  # a SystemExit or KeyboardInterrupt of the body must not look like an end
             traceback.print_exc()
-            return self._failure(error)
-
-    def _failure(self, error: BaseException) -> dict[str, Any]:
-        # As plain values: the exception itself might not survive pickling, and the caller need not import its class.
-        text = str(error) if isinstance(error, ShardyardError) else f"{type(error).__name__}: {error}"
-        return {
-            "outcome": "raised",
-            "error": text,
-            # A loss that is no number (RunFailed) comes again: steps are repeated exactly.
-            "user_error": isinstance(error, UsageError | NotFound | RunFailed),
-            "failed_at": time.time(),
-            **self._progress.snapshot(),
-        }
+            return failure(error, self._progress)
 
     def ping(self) -> dict[str, Any]:
         """What training does now."""
@@ -118,6 +106,23 @@ class Worker:
     def stop(self) -> None:
         """Ask training to save a checkpoint and return."""
         self._stop.set()
+
+
+def failure(error: BaseException, progress: Progress) -> dict[str, Any]:
+    """What a worker raised, as plain values: it might not survive pickling, and the caller need not import its class.
+
+    user_error: only the user can mend the cause. A loss that is no number (RunFailed) comes again, since steps are
+    repeated exactly, and so does a damaged file.
+    """
+    text = str(error) if isinstance(error, ShardyardError) else f"{type(error).__name__}: {error}"
+    return {
+        "outcome": "raised",
+        "error": text,
+        "user_error": isinstance(error, UsageError | NotFound | RunFailed | Damaged),
+        "peer_failed": isinstance(error, PeerFailed),
+        "failed_at": time.time(),
+        **progress.snapshot(),
+    }
 
 
 @contextlib.contextmanager

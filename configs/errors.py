@@ -19,6 +19,12 @@ class RunFailed(ShardyardError):
     exit_code = 1
 
 
+class PeerFailed(ShardyardError):
+    """Another rank failed, and reports the cause itself."""
+
+    exit_code = 1
+
+
 class UsageError(ShardyardError):
     """A bad config, bad arguments, or a combination that is refused."""
 

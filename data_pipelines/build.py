@@ -114,8 +114,8 @@ def _build_locally(folder: Store, data: Plugin, tokenizer: TokenizerConfig, prog
                 _clear(building)
                 build(building, data, tokenizer, progress)
                 _remove_remains(target)
-                (building / _LOCK_FILE).unlink()
                 os.rename(building, target)
+                (target / _LOCK_FILE).unlink()  # not before: another builder could lock a new one in between
                 sync_folder(target.parent)
             except BaseException:
                 shutil.rmtree(building, ignore_errors=True)
@@ -142,6 +142,9 @@ def _lock(building: Path, target: Path, progress: Progress) -> Iterator[bool]:
                 progress("waiting for another process that builds the same data set", 0)
                 time.sleep(_POLL_S)
             elif _is_same_file(descriptor, building / _LOCK_FILE):
+                if (target / INDEX_FILE).exists():  # finished between our look and our lock: this folder is our own
+                    shutil.rmtree(building)
+                    break
                 yield True
                 return
         finally:
@@ -171,10 +174,10 @@ def _clear(building: Path) -> None:
 
 
 def _remove_remains(target: Path) -> None:
-    """Remove a data set that has lost its index, and nothing else that someone may have put there."""
+    """Remove a data set that has lost its index (and the lock of a builder killed at the very end), nothing else."""
     if not target.is_dir():
         return
-    for file in [*target.glob("*.arrow"), target / TOKENIZER_FILE]:
+    for file in [*target.glob("*.arrow"), target / TOKENIZER_FILE, target / _LOCK_FILE]:
         file.unlink(missing_ok=True)
     try:
         target.rmdir()

@@ -61,7 +61,7 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
     from trainer.record import RunRecord
     from trainer.validate import validate
 
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     resolved = load(recipe, [*overrides, f"resources.workers={world_size}"])
     plan = validate(resolved)
     config = resolved.config
@@ -99,6 +99,17 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
     return outcome
 
 
+def _number(name: str, alone: int) -> int:
+    """An environment variable of torchrun; `alone` where it is not set."""
+    text = os.environ.get(name, str(alone))
+    if not text.isdecimal():
+        raise UsageError(
+            f"The environment variable {name} is {text!r}, and has to be a whole number, as torchrun sets it. Unset it "
+            "to train in one process, or start with torchrun (torchrun --nproc-per-node 2 -m trainer RECIPE)."
+        )
+    return int(text)
+
+
 def launched(resolved: Resolved, stack: ExitStack) -> tuple[RunRecord, Lease]:
     """The run's record, and its lease, held until `stack` is left."""
     from data_pipelines.storage import Store
@@ -125,7 +136,7 @@ def join(rank: int, world_size: int, config: RunConfig) -> World:
     return init_world(
         rank,
         world_size,
-        int(os.environ.get("LOCAL_RANK", 0)),
+        _number("LOCAL_RANK", 0),
         f"tcp://{host}:{port}",
         use_gpu=config.resources.gpus_per_worker > 0,
         threads=config.resources.threads,

@@ -92,12 +92,15 @@ def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
 
 
 def refuse_divergence(done: int, stats: StepStats) -> None:
-    """Stop at the first loss that is no number: every later weight would be lost to it."""
-    if not stats.skipped and not math.isfinite(stats.loss):
-        raise RunFailed(
-            f"The loss of step {done} is {stats.loss}, so the update would destroy the weights. The last checkpoint "
-            "is from before it. Lower optimizer.lr, set optimizer.clip_grad_norm, or use precision=fp32 or bf16."
-        )
+    """Stop at the first loss or gradient that is no number: training would be lost to it, or go on without updates."""
+    if stats.skipped:  # fp16's scaler has taken the update back, and tries again with a smaller scale
+        return
+    for what, value in (("loss", stats.loss), ("gradient's norm", stats.grad_norm)):
+        if value is not None and not math.isfinite(value):
+            raise RunFailed(
+                f"The {what} of step {done} is {value}. The last checkpoint is from before it. "
+                "Lower optimizer.lr, set optimizer.clip_grad_norm, or use precision=fp32 or bf16."
+            )
 
 
 class SaveClock:

@@ -35,7 +35,12 @@ _CONFIG, _LINEAGE, _STOP = "run.yaml", "lineage.json", "stop.json"
 _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, "mlflow.json", "events", "metrics", "attempts", "lease", "checkpoints"}
-_RESERVED_NAMES = {"datasets": "data sets", "tokenizers": "tokenizers"}  # beside runs, in a store
+_RESERVED_NAMES = {  # beside runs, in a store
+    "datasets": "data sets",
+    "tokenizers": "tokenizers",
+    "mlflow.db": "MLflow's records",
+    "mlflow-artifacts": "MLflow's files",
+}
 
 
 class RunRecord:
@@ -65,20 +70,20 @@ class RunRecord:
         """Begin a run in `store`, or go on with the one of this name if its config is the same.
 
         Raises:
-            UsageError: the name is taken by a run with another config, or by a folder that is no run's.
+            UsageError: the name is taken by a run with another config, or by a folder that is no run's; or the config
+            holds a secret.
         """
-        redactor = Redactor(os.environ)
+        _refuse_secrets(resolved.config)
         folder = store.child(resolved.config.name)
-        written = replace(resolved, config=_redacted(resolved.config, redactor))
         started = lineage.collect(sys.argv, os.environ, Path.cwd())
         if folder.exists(_CONFIG):
-            _refuse_other_config(folder, written.config)
+            _refuse_other_config(folder, resolved.config)
             record = cls(folder, resolved, attempt=_latest_attempt(folder))
             record._later_lineage = started
             return record
         _refuse_foreign_folder(folder)
         folder.write_atomic(_LINEAGE, json.dumps(started, indent=1))
-        folder.write_atomic(_CONFIG, dump(written))  # last: from now on it is a run
+        folder.write_atomic(_CONFIG, dump(resolved))  # last: from now on it is a run
         record = cls(folder, resolved)
         record.event("created")
         return record
@@ -86,6 +91,8 @@ class RunRecord:
     @classmethod
     def open(cls, store_uri: str, name: str, *, rank: int | None = None) -> RunRecord:
         """An existing run; `rank` for a worker that will write, None for a launcher or a reader.
+
+        Its config's store and name are where it was found, since its folder may have been moved.
 
         Raises:
             NotFound: no run of this name, with the nearest one. Damaged: its run.yaml cannot be read.
@@ -96,11 +103,13 @@ class RunRecord:
             near = difflib.get_close_matches(name, list_runs(store), n=1)
             hint = f" Did you mean '{near[0]}'?" if near else " `shardyard runs ls` lists the runs of a store."
             raise NotFound(f"There is no run '{name}' in {store.uri}.{hint}")
-        return cls(folder, _read_config(folder), attempt=_latest_attempt(folder), rank=rank)
+        resolved = _read_config(folder)
+        found = resolved.config.model_copy(update={"store": store.uri, "name": name})
+        return cls(folder, replace(resolved, config=found), attempt=_latest_attempt(folder), rank=rank)
 
     @property
     def config(self) -> RunConfig:
-        """The run's config; read back from the folder, its secrets are "[redacted]"."""
+        """The run's config."""
         return self.resolved.config
 
     @property
@@ -118,7 +127,7 @@ class RunRecord:
         """
         lease = Lease.acquire(self.store, holder)
         try:
-            _refuse_other_config(self.store, _redacted(self.config, self._redactor))
+            _refuse_other_config(self.store, self.config)
             self.store.delete(_STOP)
         except BaseException:
             lease.release()
@@ -286,8 +295,19 @@ def _read_config(folder: Store) -> Resolved:
         ) from error
 
 
-def _redacted(config: RunConfig, redactor: Redactor) -> RunConfig:
-    return RunConfig.model_validate(redactor.value(config.model_dump()) | {"name": config.name})
+def _refuse_secrets(config: RunConfig) -> None:
+    # Workers read the config from the run's folder, where no secret may stand. By names and shapes alone: the value of
+    # a secret variable may well be a word that the config needs.
+    given = flatten(config.model_dump(exclude={"name"}))
+    kept = flatten(Redactor({}).value(config.model_dump(exclude={"name"})))
+    secret = [key for key, value in given.items() if kept[key] != value]
+    if secret:
+        raise UsageError(
+            f"The config holds what looks like a secret in {', '.join(secret)}. The config is written to the run's "
+            "folder, where workers and other people read it, and secrets are not. Take it out of the config and put it "
+            "in the environment, where the library that needs it reads it (AWS_SECRET_ACCESS_KEY for s3://, "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow)."
+        )
 
 
 def _refuse_other_config(folder: Store, config: RunConfig) -> None:
@@ -307,10 +327,13 @@ def _refuse_other_config(folder: Store, config: RunConfig) -> None:
 
 def _refuse_foreign_folder(folder: Store) -> None:
     name = folder.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-    names = {*folder.list(), *folder.list_dirs()}
-    foreign = sorted(entry for entry in names - _OWN_NAMES if not entry.startswith("lineage-"))
-    if name in _RESERVED_NAMES or foreign:
-        held = f"it holds {foreign[0]}" if name not in _RESERVED_NAMES else f"{_RESERVED_NAMES[name]} are kept there"
+    if name in _RESERVED_NAMES:  # perhaps of a file
+        held = f"{_RESERVED_NAMES[name]} are kept there"
+    else:
+        names = {*folder.list(), *folder.list_dirs()}
+        foreign = sorted(entry for entry in names - _OWN_NAMES if not entry.startswith("lineage-"))
+        held = f"it holds {foreign[0]}" if foreign else ""
+    if held:
         raise UsageError(
             f"The folder {folder.uri} is not a run's: {held}. Use another name (name=...) or another store (store=...)."
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import RunFailed, UsageError
+from configs.errors import PeerFailed, RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
 from data_pipelines.loader import Loader
@@ -77,13 +77,16 @@ class Session:
 
         Raises:
             RunFailed: it could not be written, on any rank; without it what was trained since the one before is lost.
+            PeerFailed: the same on the other ranks, since rank 0 is told of every rank's cause.
         """
         self.checkpointer.wait()
         error = self.checkpointer.last_error
         if all_sum([float(error is not None)])[0]:
+            if self.world.rank != 0:
+                raise PeerFailed(error or f"The checkpoint of step {step} was not saved: rank 0 tells why.")
             raise RunFailed(
-                f"{error or f'The checkpoint of step {step} was not saved: see rank 0.'} It was the last one: the same "
-                "command goes on from the newest good checkpoint."
+                f"{error or f'The checkpoint of step {step} was not saved: see the logs of the other ranks.'} It was "
+                "the last one: the same command goes on from the newest good checkpoint."
             )
 
     def examples_seen(self, step: int) -> int:
@@ -126,18 +129,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         progress.phase = "restore"
         start_step, start_examples = _restore(record, engine, world, dataset)
 
-        prepare = plan.task.prepare
-        loader = Loader(
-            train_split,
-            prepare,
-            seed=config.seed,
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=start_step,
-            examples_seen=start_examples,
-        )
+        loader = _loader(train_split, plan.task, config, world, start_step, start_examples)
         stack.callback(loader.close)
         progress.step, progress.steps = start_step, config.steps
         if world.rank == 0:
@@ -157,13 +149,30 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
             model=plan.model,
             dataset=dataset,
             validation=dataset.packed("validation", seq_len),
-            prepare=prepare,
+            prepare=plan.task.prepare,
             loader=loader,
             engine=engine,
             checkpointer=checkpointer,
             start_step=start_step,
             start_examples=start_examples,
         )
+
+
+def _loader(
+    split: PackedSplit, task: BoundTask, config: RunConfig, world: World, start_step: int, start_examples: int
+) -> Loader:
+    """This rank's micro-batches of the global order, from (completed steps, examples seen) on."""
+    return Loader(
+        split,
+        task.prepare,
+        seed=config.seed,
+        global_batch_size=config.batch.global_batch_size,
+        micro_batch_size=config.batch.micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        examples_seen=start_examples,
+    )
 
 
 def _restore(record: RunRecord, engine: Engine, world: World, dataset: Dataset) -> tuple[int, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import secrets
 import shutil
 import socket
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,15 +123,20 @@ def _temporary_folder() -> Finding:
 
 def _store(uri: str) -> Finding:
     store = Store(uri)
-    existed = store.exists()
+    folder = store.local_path()
+    missing = [] if folder is None else [path for path in (folder, *folder.parents) if not path.exists()]
+    name = f".doctor-{secrets.token_hex(8)}"
     try:
-        store.write_atomic("canary", b"shardyard")
-        written = store.read_bytes("canary") == b"shardyard"
-        store.delete("canary")
-        folder = store.local_path()
-        free = shutil.disk_usage(folder).free if folder else None
-        if folder is not None and not existed:
-            folder.rmdir()
+        try:
+            store.write_atomic(name, b"shardyard")
+            written = store.read_bytes(name) == b"shardyard"
+            free = shutil.disk_usage(folder).free if folder else None
+        finally:
+            with suppress(ShardyardError):
+                store.delete(name)
+            with suppress(OSError):  # someone else may use one by now
+                for path in missing:
+                    path.rmdir()
     except ShardyardError as error:
         return Finding(False, "store", str(error), "choose a --store that can be written")
     enough = free is None or free >= FREE_DISK_BYTES

@@ -112,9 +112,7 @@ def resume(arguments: Namespace) -> dict[str, Any]:
     from cluster.commands.train import foreground
 
     record = RunRecord.open(arguments.store, arguments.run)
-    # Its folder may have been moved since: the store is where it was found.
-    config = record.config.model_copy(update={"store": Store(arguments.store).uri, "name": arguments.run})
-    return foreground(arguments, config, [])
+    return foreground(arguments, record.config, [])
 
 
 def logs(arguments: Namespace) -> dict[str, Any] | None:

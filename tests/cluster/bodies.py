@@ -27,6 +27,7 @@ def steps(
 ) -> dict[str, Any]:
     """Count steps and show them; the attempt's later ranks write what they were given into the run's folder."""
     facts = [rank, world_size, local_rank, os.getpid(), os.environ["OMP_NUM_THREADS"], init_method.partition(":")[0]]
+    facts.append(os.nice(0))
     (Path(store_uri) / run / f"facts-{attempt}-{rank}").write_text(" ".join(map(str, facts)))
     print(f"worker {rank} of attempt {attempt}")
     progress.steps = num_steps

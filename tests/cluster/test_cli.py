@@ -232,3 +232,15 @@ def test_train_from_another_run(finished: Path, capsys: pytest.CaptureFixture[st
     assert "has finished already" in capsys.readouterr().err
     parent = RunConfig.model_validate(RunRecord.open(str(finished / "runs"), "branch").config.model_dump()).parent
     assert parent is not None and parent.state == "all"
+
+
+def test_doctor_leaves_a_store_as_it_is(tmp_path: Path) -> None:
+    from cluster.commands import doctor
+
+    assert doctor._store(str(tmp_path / "a" / "b" / "runs")).found
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "canary").write_text("the user's own")
+    doctor._store(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["canary"]
+    assert (tmp_path / "canary").read_text() == "the user's own"
+    assert not doctor._store(str(tmp_path / "canary" / "runs")).ok

@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
     "steps": 10,
     "task": {"name": "language_modeling", "seq_len": 8, "tokenizer": {"name": "bytes"}},
     "model": {"name": "gpt", "num_layers": 1, "hidden_size": 8, "num_heads": 1},
-    "data": {"name": "text", "path": "x" * 3000, "api_key": "canary"},
+    "data": {"name": "text", "path": "x" * 3000, "note": "not for canary-from-environment"},
     "batch": {"global_batch_size": 2, "micro_batch_size": 1},
     "optimizer": {"lr": 0.001},
 }
@@ -48,6 +48,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def record(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> RunRecord:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("SERVICE_TOKEN", "canary-from-environment")
     store = Store(str(tmp_path / "runs"))
     made = RunRecord.create(store, load(RECIPE))
     shutil.copy(empty_database, tmp_path / "runs" / "mlflow.db")
@@ -86,7 +87,7 @@ def test_config_lineage_metrics_samples_and_status_arrive(record: RunRecord, tmp
     assert run.info.run_name == "demo.1" and run.info.status == "FINISHED"
     assert run.data.params["optimizer.lr"] == "0.001" and run.data.params["model.num_layers"] == "1"
     assert len(run.data.params["data.path"]) == 500
-    assert "canary" not in str(run.data.params)
+    assert run.data.params["data.note"] == "not for [redacted]" and "canary" not in str(run.data.params)
     assert run.data.tags["shardyard.data_fingerprint"] == "f" * 16
     assert run.data.tags["shardyard.folder"] == record.store.uri
     assert history_of(record, run_id, "loss") == [(step, 1.0 / step) for step in range(1, 1501)]

@@ -80,6 +80,13 @@ def test_the_first_cause_is_the_one_that_was_not_caused() -> None:
     assert first_failure([peer]).rank == 0
 
 
+def test_the_rank_that_knows_the_cause_is_reported_though_others_raised_earlier() -> None:
+    told = worker(1, "raised", error="The last checkpoint was not saved", failed_at=1.0, peer_failed=True)
+    cause = worker(0, "raised", error="The disk is full", failed_at=2.0, user_error=True)
+    assert is_consequence(told)
+    assert first_failure([told, cause]).rank == 0
+
+
 def test_of_hung_workers_the_one_that_does_not_answer_is_named() -> None:
     waiting = worker(0, "silent", unanswered_s=0.2, quiet_s=60.5, error="no progress")
     stopped = worker(1, "silent", unanswered_s=61.0, quiet_s=61.0, error="no answer")

@@ -124,7 +124,7 @@ def test_workers_finish_with_ranks_threads_and_logs(ray_here: EmbeddedRay, tmp_p
         assert [(status.rank, status.step, status.steps) for status in statuses] == [(0, 20, 20), (1, 20, 20)]
         for rank in range(2):
             assert facts(tmp_path, 1, rank)[:3] == [str(rank), "2", str(rank)]
-            assert facts(tmp_path, 1, rank)[4:] == ["2", "tcp"]
+            assert facts(tmp_path, 1, rank)[4:] == ["2", "tcp", str(os.nice(0))]
             assert f"worker {rank} of attempt 1" in Path(statuses[rank].log).read_text()
     finally:
         group.close()

@@ -284,3 +284,44 @@ def test_the_index_is_plain_json_with_the_source(tmp_path: Path, source: Plugin)
     index = json.loads(dataset.store.read_text("index.json"))
     assert index["source"]["paths"] == source.settings["paths"]
     assert index["fingerprint"] == dataset.fingerprint == Dataset.open(dataset.store.path()).fingerprint
+
+
+def test_the_lock_stands_until_the_data_set_has_its_name(
+    tmp_path: Path, source: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, locked = os.rename, []
+
+    def rename(old: Path, new: Path) -> None:
+        if str(old).endswith(".building"):
+            locked.append((old / "lock").exists())
+        real(old, new)
+
+    monkeypatch.setattr(module.os, "rename", rename)
+    dataset = ensure_dataset(Store(tmp_path / "s"), source, BYTES)
+    assert locked == [True] and "lock" not in dataset.store.list()
+
+
+def test_a_builder_that_locks_after_another_has_finished_builds_nothing(
+    tmp_path: Path, source: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = ensure_dataset(Store(tmp_path / "other"), source, BYTES)
+    real, stages = module._try_lock, []
+
+    def another_builder_finishes_first(descriptor: int) -> bool:
+        shutil.copytree(tmp_path / "other", tmp_path / "s", dirs_exist_ok=True)
+        return real(descriptor)
+
+    monkeypatch.setattr(module, "_try_lock", another_builder_finishes_first)
+    dataset = ensure_dataset(Store(tmp_path / "s"), source, BYTES, lambda stage, _: stages.append(stage))
+    assert stages == [] and dataset.verify() == [] and dataset.fingerprint == finished.fingerprint
+    assert everything(tmp_path / "s") == everything(tmp_path / "other")
+    assert len(list((tmp_path / "s" / "datasets").iterdir())) == 1
+
+
+def test_what_a_builder_killed_at_the_very_end_left_is_no_obstacle(tmp_path: Path, source: Plugin) -> None:
+    first = ensure_dataset(Store(tmp_path / "s"), source, BYTES)
+    first.store.write_atomic("lock", b"")
+    assert ensure_dataset(Store(tmp_path / "s"), source, BYTES).fingerprint == first.fingerprint
+    first.store.delete("index.json")
+    dataset = ensure_dataset(Store(tmp_path / "s"), source, BYTES)
+    assert dataset.fingerprint == first.fingerprint and "lock" not in dataset.store.list()

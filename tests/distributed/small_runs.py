@@ -28,7 +28,7 @@ class Case:
     steps: int = 50
 
     def config(self) -> RunConfig:
-        lr = {"sgd": 0.3, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
+        lr = {"sgd": 0.1, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
         momentum = 0.9 if self.optimizer in ("sgd", "rmsprop") else 0.0
         return RunConfig.model_validate(
             minimal(

@@ -170,7 +170,7 @@ def overflow(world: World, case: Case) -> tuple[Any, bool, Any]:
     engine = make_engine(world, case)
     step(engine, case, 0)
     before = full_weights(engine)
-    stats = step(engine, case, 1, change_loss=lambda loss: loss * 1e38)
+    stats = step(engine, case, 1, change_loss=lambda loss: loss * float("inf"))
     unchanged = all(torch.equal(before[name], weight) for name, weight in full_weights(engine).items())
     return stats, unchanged, step(engine, case, 2)
 

@@ -27,6 +27,7 @@ class FakeSession:
     config: RunConfig
     start_step: int = 0
     losses: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
     skipped: tuple[int, ...] = ()
     stop_at: int | None = None
     done: list[Any] = field(default_factory=list)
@@ -40,7 +41,8 @@ class FakeSession:
     def train_step(self, task: None, micro_batches: Any, *, lr: float, step: int, votes: tuple[bool, ...]) -> StepStats:
         self.done.append(("step", step))
         votes = (votes[0] or step == self.stop_at, votes[1])  # another rank may be the one that stops
-        return StepStats(self.losses.get(step, 1.0), 1.0, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0)
+        loss, norm = self.losses.get(step, 1.0), self.norms.get(step, 1.0)
+        return StepStats(loss, norm, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0)
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         self.done.append(("validation" if "validation/loss" in values else "metrics", step))
@@ -72,7 +74,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
 
 def session(**changes: Any) -> Any:
-    fakes = {key: changes.pop(key) for key in ("start_step", "losses", "skipped", "stop_at") if key in changes}
+    fakes = {key: changes.pop(key) for key in ("start_step", "losses", "norms", "skipped", "stop_at") if key in changes}
     return FakeSession(load(minimal(**changes)).config, **fakes)
 
 
@@ -126,8 +128,14 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(loss: float) -
     assert steps_of("save", found) == [2]
 
 
+def test_a_gradient_that_is_no_number_ends_the_run() -> None:
+    found = session(steps=10, norms={3: math.inf})
+    with pytest.raises(RunFailed, match=r"gradient's norm of step 4 is inf"):
+        loop.train(found, threading.Event())
+
+
 def test_a_step_that_fp16_took_back_may_have_any_loss() -> None:
-    found = session(steps=4, losses={1: math.inf}, skipped=(1,))
+    found = session(steps=4, losses={1: math.inf}, norms={1: math.inf}, skipped=(1,))
     assert loop.train(found, threading.Event()).outcome == "finished"
 
 

@@ -138,6 +138,15 @@ def test_torchruns_environment_has_to_be_whole(tmp_path: Path) -> None:
     assert code == 2 and "MASTER_ADDR" in err and "torchrun" in err
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_rank_that_is_no_number_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "x")
+    assert main(["run.yaml"]) == 2
+    assert f"variable {name} is 'x'" in capsys.readouterr().err
+
+
 def test_an_error_in_a_users_own_file_is_shown_with_its_line(tmp_path: Path) -> None:
     module = tmp_path / "own" / "model_of_this_test.py"
     module.parent.mkdir()

@@ -44,7 +44,7 @@ def test_a_new_run_can_be_opened_with_the_same_config(store: Store) -> None:
     given_config = resolved()
     RunRecord.create(store, given_config).close()
     opened = RunRecord.open(store.uri, "demo")
-    assert opened.resolved == given_config
+    assert opened.resolved == replace(given_config, config=given_config.config.model_copy(update={"store": store.uri}))
     assert [event["kind"] for event in opened.events()] == ["created"]
     assert opened.lineage()["python"]
     assert list_runs(store) == ["demo"]
@@ -71,14 +71,28 @@ def test_a_run_in_a_moved_store_goes_on(store: Store, tmp_path: Path) -> None:
     RunRecord.create(moved, resolved(store=moved.uri)).close()
 
 
+def test_the_config_of_a_moved_run_names_the_place_where_it_was_found(store: Store, tmp_path: Path) -> None:
+    RunRecord.create(store, resolved(store=store.uri)).close()
+    os.rename(tmp_path / "runs", tmp_path / "moved")
+    os.rename(tmp_path / "moved" / "demo", tmp_path / "moved" / "renamed")
+    for rank in (None, 1):
+        config = RunRecord.open(str(tmp_path / "moved"), "renamed", rank=rank).config
+        assert (config.store, config.name) == (str(tmp_path / "moved"), "renamed")
+
+
 def test_a_folder_that_is_no_run_is_left_alone(store: Store) -> None:
     store.write_atomic("demo/thesis.tex", b"years of work")
     with pytest.raises(UsageError, match=r"thesis\.tex.*name="):
         RunRecord.create(store, resolved())
-    for name, kept in (("datasets", "data sets are kept there"), ("tokenizers", "tokenizers are kept there")):
+    for name, kept in (
+        ("datasets", "data sets are kept there"),
+        ("tokenizers", "tokenizers are kept there"),
+        ("mlflow.db", "MLflow's records are kept there"),
+        ("mlflow-artifacts", "MLflow's files are kept there"),
+    ):
         with pytest.raises(UsageError, match=kept):
             RunRecord.create(store, resolved(name=name))
-        store.write_atomic(f"{name}/some", b"")
+        store.write_atomic(name if name == "mlflow.db" else f"{name}/some", b"")
         with pytest.raises(UsageError, match=kept):
             RunRecord.create(store, resolved(name=name))
     assert list_runs(store) == []
@@ -324,23 +338,45 @@ def test_recording_leaves_encoding_and_writing_to_another_thread(store: Store, t
     assert cost_s < writing_s / 2, f"{cost_s:.4f} s to record, {writing_s:.4f} s to encode and write"
 
 
-def test_secrets_of_the_config_and_of_events_stay_out_of_the_folder(
+SECRETS = [
+    ({"data": {"name": "text", "path": "c", "api_key": "canary-key"}}, "data.api_key"),
+    ({"data": {"name": "text", "path": "c", "password": 12345678}}, "data.password"),
+    ({"data": {"name": "text", "path": "s3://user:canary-in-url@bucket/x"}}, "data.path"),
+    ({"data": {"name": "text", "path": "c", "login": {"token": ["canary"]}}}, "data.login.token"),
+    ({"tracking": {"mlflow": "https://me:canary-mlflow@host/"}}, "tracking.mlflow"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), SECRETS)
+def test_a_secret_in_the_config_is_refused_and_not_written(store: Store, changes: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError, match=r"environment") as refused:
+        RunRecord.create(store, resolved(**changes))
+    assert f"a secret in {key}." in str(refused.value)
+    assert "canary" not in str(refused.value) and "12345678" not in str(refused.value)
+    assert not Path(store.uri).exists()
+
+
+def test_a_secret_variable_whose_value_the_config_needs_changes_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVICE_PASSWORD", "language")
+    RunRecord.create(store, resolved()).close()
+    assert RunRecord.open(store.uri, "demo").config.task.name == "language_modeling"
+    RunRecord.create(store, resolved()).acquire_lease().release()
+
+
+def test_secrets_of_the_command_and_of_events_stay_out_of_the_folder(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The uncommitted changes of a checkout are in the lineage, and may be tests that speak of canaries.
     monkeypatch.setattr("trainer.lineage.git_state", lambda _: {"commit": None})
     monkeypatch.setenv("SERVICE_TOKEN", "canary-from-environment")
     monkeypatch.setattr("sys.argv", ["shardyard", "train", "--password", "canary-argument", "canary-from-environment"])
-    data = {"name": "text", "path": "s3://user:canary-in-url@bucket/x", "api_key": "canary-key", "password": 12345678}
-    tracking = {"mlflow": "https://me:canary-mlflow@host/"}
-    config = resolved(data=data, tracking=tracking)
-    record = RunRecord.create(store, config)
+    record = RunRecord.create(store, resolved())
     record.event("failed", error="401: Authorization: Bearer canary-bearer-token for canary-from-environment")
     record.close()
-    assert RunRecord.create(store, config).config.data.settings["api_key"] == "canary-key"  # the launcher has it still
     written = b"".join(path.read_bytes() for path in Path(store.uri).rglob("*") if path.is_file())
-    assert b"canary" not in written and b"12345678" not in written
-    assert replace(record.resolved, config=config.config) == config
+    assert b"canary" not in written and written.count(b"[redacted]") >= 4
 
 
 if __name__ == "__main__":
