@@ -29,7 +29,7 @@ test: lint types  ## lint, types and all tests that need no root and no daemon, 
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
-	$(BIN)/python -m pytest -m "not slow and not distributed and not ray"
+	$(BIN)/python -m pytest -m "not slow and not longer and not distributed and not ray"
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

@@ -18,8 +18,11 @@ _MAX_NAME_CHARACTERS = 250
 
 
 def run_params(record: RunRecord) -> list[tuple[str, str]]:
-    """The config as MLflow's flat parameters: (name, text), secrets redacted, long texts cut (run.yaml goes whole)."""
-    values = Redactor(os.environ).value(record.config.model_dump(mode="json"))
+    """The config as MLflow's flat parameters: (name, text), secrets redacted, long texts cut (run.yaml goes whole).
+
+    Not the store: a run's folder may be moved, and MLflow lets no parameter change.
+    """
+    values = Redactor(os.environ).value(record.config.model_dump(mode="json", exclude={"store"}))
     return [(metric_name(key), cut(str(value), _MAX_PARAM_CHARACTERS)) for key, value in flatten(values).items()]
 
 
