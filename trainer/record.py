@@ -78,7 +78,7 @@ class RunRecord:
         started = lineage.collect(sys.argv, os.environ, Path.cwd())
         if folder.exists(_CONFIG):
             _refuse_other_config(folder, resolved.config)
-            record = cls(folder, resolved, attempt=_latest_attempt(folder))
+            record = cls(folder, resolved, attempt=latest_attempt(folder))
             record._later_lineage = started
             return record
         _refuse_foreign_folder(folder)
@@ -105,7 +105,7 @@ class RunRecord:
             raise NotFound(f"There is no run '{name}' in {store.uri}.{hint}")
         resolved = _read_config(folder)
         found = resolved.config.model_copy(update={"store": store.uri, "name": name})
-        return cls(folder, replace(resolved, config=found), attempt=_latest_attempt(folder), rank=rank)
+        return cls(folder, replace(resolved, config=found), attempt=latest_attempt(folder), rank=rank)
 
     @property
     def config(self) -> RunConfig:
@@ -139,7 +139,7 @@ class RunRecord:
 
         The first one of a later launch is where that launch's lineage is written: one that is refused leaves none.
         """
-        self.attempt = _latest_attempt(self.store) + 1
+        self.attempt = latest_attempt(self.store) + 1
         if self._later_lineage is not None:
             self.store.write_atomic(f"lineage-{self.attempt:04d}.json", json.dumps(self._later_lineage, indent=1))
             self._later_lineage = None
@@ -281,7 +281,8 @@ def attempt_folder(attempt: int) -> str:
     return f"attempts/{attempt:04d}"
 
 
-def _latest_attempt(folder: Store) -> int:
+def latest_attempt(folder: Store) -> int:
+    """The number of the newest attempt in a run's folder; 0 before the first."""
     return max((int(name) for name in folder.list_dirs("attempts") if name.isdigit()), default=0)
 
 

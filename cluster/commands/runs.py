@@ -11,7 +11,7 @@ from typing import Any
 from cluster.commands.output import age, facts, say, table
 from configs.errors import NotFound, ShardyardError, TimedOut, UsageError
 from data_pipelines.storage import Store
-from trainer.record import RunRecord, attempt_folder, list_runs
+from trainer.record import RunRecord, attempt_folder, latest_attempt, list_runs
 
 STOP_TIMEOUT_S = 300.0
 POLL_EVERY_S = 0.5
@@ -116,33 +116,57 @@ def resume(arguments: Namespace) -> dict[str, Any]:
 
 
 def logs(arguments: Namespace) -> dict[str, Any] | None:
-    """Print a rank's log; with --follow go on as it grows, until the run is no longer running."""
+    """Print a rank's log; with --follow go on as it grows, and with the attempts that follow, until the run ends."""
     record = RunRecord.open(arguments.store, arguments.run)
-    attempt = arguments.attempt or record.attempt
-    path = f"{attempt_folder(attempt)}/rank-{arguments.rank:05d}.log"
+    if arguments.follow and not arguments.json:
+        _follow(record, arguments.rank, arguments.attempt)
+        return None
+    path = _log_file(arguments.attempt or record.attempt, arguments.rank)
     if not record.store.exists(path):
-        names = [
-            f"attempt {int(folder)}: {name}"
-            for folder in record.store.list_dirs("attempts")
-            for name in record.store.list(f"attempts/{folder}")
-            if name.endswith(".log")
-        ]
-        raise NotFound(f"There is no {record.store.path(path)}. There is: {', '.join(names) or 'no log yet'}.")
-    if arguments.json:
-        return {"path": record.store.path(path), "text": record.store.read_text(path)}
+        raise _no_log(record, path)
+    text = record.store.read_bytes(path).decode("utf-8", "replace")
+    say(arguments, text.removesuffix("\n"))
+    return {"path": record.store.path(path), "text": text}
+
+
+def _follow(record: RunRecord, rank: int, only_attempt: int | None) -> None:
+    """Print logs as they grow: of the latest attempt and those after it, or of one alone."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    shown_bytes = 0
+    attempt, shown_bytes = only_attempt or record.attempt, 0
     while True:
         running = record.holder() is not None
-        with record.store.open_input(path) as file:
-            file.seek(shown_bytes)
-            data = file.read()
-        sys.stdout.write(decoder.decode(data))
-        sys.stdout.flush()
-        shown_bytes += len(data)
-        if not (arguments.follow and running):
-            return None
+        latest = only_attempt or latest_attempt(record.store)  # looked up before the log is read to its end
+        path = _log_file(attempt, rank)
+        there = record.store.exists(path)
+        if there:
+            with record.store.open_input(path) as file:
+                file.seek(shown_bytes)
+                data = file.read()
+            sys.stdout.write(decoder.decode(data))
+            sys.stdout.flush()
+            shown_bytes += len(data)
+        if attempt < latest:
+            attempt, shown_bytes = attempt + 1, 0
+            continue
+        if not running:
+            if not there:
+                raise _no_log(record, path)
+            return
         time.sleep(POLL_EVERY_S)
+
+
+def _log_file(attempt: int, rank: int) -> str:
+    return f"{attempt_folder(attempt)}/rank-{rank:05d}.log"
+
+
+def _no_log(record: RunRecord, path: str) -> NotFound:
+    names = [
+        f"attempt {int(folder)}: {name}"
+        for folder in record.store.list_dirs("attempts")
+        for name in record.store.list(f"attempts/{folder}")
+        if name.endswith(".log")
+    ]
+    return NotFound(f"There is no {record.store.path(path)}. There is: {', '.join(names) or 'no log yet'}.")
 
 
 def _summary_or_damage(store: str, name: str) -> dict[str, Any]:

@@ -171,7 +171,34 @@ def test_runs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["logs", "tiny", *store]) == 4  # only workers on a cluster have logs of their own
     log = tmp_path / "runs" / "tiny" / "attempts" / "0001" / "rank-00000.log"
     log.write_text("héllo\n")
+    assert tell(capsys, "logs", "tiny", *store) == "héllo\n"
     assert tell(capsys, "logs", "tiny", "--follow", *store) == "héllo\n"
+
+
+@pytest.mark.distributed
+def test_following_a_log_goes_on_with_the_attempts_that_follow(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    attempts = tmp_path / "runs" / "tiny" / "attempts"
+    looks = iter(["no log yet", "first", "second", "over"])
+
+    def holder(_: RunRecord) -> str | None:
+        match next(looks):
+            case "first":
+                (attempts / "0001" / "rank-00000.log").write_text("one\n")
+            case "second":
+                (attempts / "0001" / "rank-00000.log").write_text("one\nits end\n")
+                (attempts / "0002").mkdir()
+                (attempts / "0002" / "rank-00000.log").write_text("two\n")
+            case "over":
+                return None
+        return "somebody"
+
+    monkeypatch.setattr(RunRecord, "holder", holder)
+    monkeypatch.setattr("cluster.commands.runs.POLL_EVERY_S", 0.0)
+    store = ("--store", str(tmp_path / "runs"))
+    assert tell(capsys, "logs", "tiny", "--follow", *store) == "one\nits end\ntwo\n"
 
 
 @pytest.mark.distributed
