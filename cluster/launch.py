@@ -19,13 +19,12 @@ from cluster.progress_bar import Narrator, View
 from cluster.ray_group import BODY
 from cluster.record_tail import RecordTail
 from configs.errors import Interrupted
-from configs.load import load
 from configs.schema import RunConfig
 from data_pipelines.build import ensure_dataset
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
-from trainer.validate import Plan, validate
+from trainer.validate import Plan, load_recipe, validate
 
 # What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
 PHASES = {
@@ -61,7 +60,7 @@ def train(
         UsageError: the run belongs to another config, or another launcher holds it.
         What goes wrong later comes out of `Run.wait`.
     """
-    resolved = load(recipe, overrides)
+    resolved = load_recipe(recipe, overrides)
     plan = validate(resolved)
     record = RunRecord.create(Store(resolved.config.store), resolved)
     stream = None if quiet else sys.stderr if json else sys.stdout

@@ -232,7 +232,7 @@ def _resolve(
             given = next((key for key in keys if key in origins), keys[0])
             problems.append(Problem(where(given, origins, DEFAULT), keys[0], message))
     if config is None or problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, values, origins)
     return config, {key: origins.get(key, DEFAULT) for key in flatten(config.model_dump())}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from configs.errors import UsageError
 
@@ -21,10 +22,20 @@ class Problem:
 
 
 class ConfigError(UsageError):
-    """A configuration that is refused; ``problems`` holds everything that is wrong with it."""
+    """A configuration that is refused; ``problems`` holds everything that is wrong with it.
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    ``values`` and ``origins`` are what was read, where it was read that far: enough to look for more.
+    """
+
+    def __init__(
+        self,
+        problems: Iterable[Problem],
+        values: Mapping[str, Any] | None = None,
+        origins: Mapping[str, str] | None = None,
+    ) -> None:
         self.problems = tuple(sorted(dict.fromkeys(problems), key=_place))
+        self.values = values or {}
+        self.origins = origins or {}
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

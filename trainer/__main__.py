@@ -57,12 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(recipe: str, overrides: list[str]) -> Outcome:
     """Train the recipe in this process, as the rank that torchrun's environment names (alone: 0 of 1)."""
-    from configs.load import load
     from trainer.record import RunRecord
-    from trainer.validate import validate
+    from trainer.validate import load_recipe, validate
 
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    resolved = load(recipe, [*overrides, f"resources.workers={world_size}"])
+    resolved = load_recipe(recipe, [*overrides, f"resources.workers={world_size}"])
     plan = validate(resolved)
     config = resolved.config
     progress = Progress()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs.errors import ShardyardError, UsageError
-from configs.load import Resolved, validate_plugin
+from configs.load import Resolved, load, validate_plugin
 from configs.plugins import find_plugin, plugin_names
 from configs.problems import ConfigError, Problem, where
 from configs.schema import Plugin, RunConfig, Section
 from data_pipelines.tokenizer import TokenizerConfig
 from data_pipelines.tokenizer_file import read_tokenizer
 from trainer.bound import BoundModel, BoundTask
+
+_PACKAGES = {"task": "trainer.tasks", "model": "trainer.models", "data": "data_pipelines.sources"}
 
 # What each kind of file has to define.
 _NEEDED = {
@@ -92,6 +99,23 @@ class Plan:
         ]
 
 
+def load_recipe(recipe: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str] = ()) -> Resolved:
+    """`configs.load.load`, whose errors also tell what is wrong with the task, model and data sections.
+
+    Raises:
+        ConfigError: every problem found, whichever file checks it.
+    """
+    try:
+        return load(recipe, overrides)
+    except ConfigError as error:
+        problems = list(error.problems)
+        for key, package in _PACKAGES.items():
+            with contextlib.suppress(ValidationError):  # not a name and settings: told already
+                plugin = Plugin.model_validate(error.values.get(key))
+                _plugin(package, plugin, key, error.origins, problems)
+        raise ConfigError(problems) from None
+
+
 def validate(resolved: Resolved) -> Plan:
     """Check the task, model and data sections with the files they name, then that model and task fit.
 
@@ -99,9 +123,9 @@ def validate(resolved: Resolved) -> Plan:
         ConfigError: every problem found, with its line; for a name that no file has it lists those that there are.
     """
     config, problems = resolved.config, list[Problem]()
-    task_module, task_config = _plugin("trainer.tasks", config.task, "task", resolved, problems)
-    model_module, model_config = _plugin("trainer.models", config.model, "model", resolved, problems)
-    source, source_config = _plugin("data_pipelines.sources", config.data, "data", resolved, problems)
+    task_module, task_config = _plugin(_PACKAGES["task"], config.task, "task", resolved.origins, problems)
+    model_module, model_config = _plugin(_PACKAGES["model"], config.model, "model", resolved.origins, problems)
+    source, source_config = _plugin(_PACKAGES["data"], config.data, "data", resolved.origins, problems)
     problems += _tokenizer_problems(task_config, resolved)
     if problems:
         raise ConfigError(problems)
@@ -126,9 +150,11 @@ def validate(resolved: Resolved) -> Plan:
     )
 
 
-def _plugin(package: str, plugin: Plugin, key: str, resolved: Resolved, problems: list[Problem]) -> tuple[Any, Any]:
+def _plugin(
+    package: str, plugin: Plugin, key: str, origins: Mapping[str, str], problems: list[Problem]
+) -> tuple[Any, Any]:
     """The file that a plug-in names and its settings as the file's Config; what is wrong is added to `problems`."""
-    place = where(f"{key}.name", resolved.origins, "default")
+    place = where(f"{key}.name", origins, "default")
     try:
         module = find_plugin(package, plugin.name)
     except UsageError as error:
@@ -139,7 +165,7 @@ def _plugin(package: str, plugin: Plugin, key: str, resolved: Resolved, problems
         message = f"{module.__file__} lacks {', '.join(missing)}; a {key} file has {', '.join(_NEEDED[key])}"
         problems.append(Problem(place, f"{key}.name", message))
         return None, None
-    config, found = validate_plugin(module.Config, plugin, key, resolved.origins)
+    config, found = validate_plugin(module.Config, plugin, key, origins)
     problems += found
     return module, config
 

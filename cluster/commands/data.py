@@ -8,12 +8,11 @@ from typing import Any
 
 from cluster.commands.output import facts, say, table
 from configs.errors import Damaged, NotFound
-from configs.load import load
 from data_pipelines.build import dataset_name, ensure_dataset
 from data_pipelines.inspect import summary
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
-from trainer.validate import Plan, validate
+from trainer.validate import Plan, load_recipe, validate
 
 PROGRESS_EVERY_S = 2.0
 SHOWN_CHARACTERS = 200
@@ -51,7 +50,7 @@ def verify(arguments: Namespace) -> dict[str, Any]:
 
 
 def _plan(arguments: Namespace) -> Plan:
-    return validate(load(arguments.recipe, arguments.overrides))
+    return validate(load_recipe(arguments.recipe, arguments.overrides))
 
 
 def _open(arguments: Namespace) -> Dataset:

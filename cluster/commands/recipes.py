@@ -10,7 +10,6 @@ from typing import Any
 from cluster.commands.output import facts, say
 from configs.errors import UsageError
 from configs.json_schema import json_schema
-from configs.load import load
 from configs.template import SCHEMA_FILE, commented_recipe
 
 
@@ -35,9 +34,9 @@ def init(arguments: Namespace) -> dict[str, Any]:
 
 def check(arguments: Namespace) -> dict[str, Any]:
     """Validate a recipe with every file it names, and show what a run of it will do."""
-    from trainer.validate import validate
+    from trainer.validate import load_recipe, validate
 
-    plan = validate(load(arguments.recipe, arguments.overrides))
+    plan = validate(load_recipe(arguments.recipe, arguments.overrides))
     described = plan.describe()
     facts(arguments, described)
     for warning in plan.warnings():

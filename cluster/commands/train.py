@@ -71,11 +71,11 @@ def _parent(arguments: Namespace) -> ParentConfig:
 
     RUN, RUN@STEP, the folder or URI of a checkpoint, or a Hugging Face folder with a Llama.
     """
-    from configs.load import load
     from data_pipelines.storage import Store
     from trainer.parent import State, check_llama, check_parent, may_change
+    from trainer.validate import load_recipe
 
-    config = load(arguments.recipe, arguments.overrides).config
+    config = load_recipe(arguments.recipe, arguments.overrides).config
     known = _known_parent(arguments, config)
     if known is not None:
         return known
@@ -103,16 +103,15 @@ def _tokenizer_file(arguments: Namespace, parent: ParentConfig) -> str | None:
 
     A run that goes on keeps what its first launch found: its parent may be gone.
     """
-    from configs.load import load
     from data_pipelines.build import dataset_name
     from data_pipelines.index import TOKENIZER_FILE
     from data_pipelines.storage import Store
     from data_pipelines.tokenizer_file import keep_tokenizer, parse_tokenizer, same_ids
     from trainer.parent import tokenizer_of
     from trainer.record import RunRecord
-    from trainer.validate import validate
+    from trainer.validate import load_recipe, validate
 
-    plan = validate(load(arguments.recipe, arguments.overrides))
+    plan = validate(load_recipe(arguments.recipe, arguments.overrides))
     if plan.tokenizer.name != "bpe" or plan.tokenizer.file is not None:
         return None
     store = Store(plan.config.store)

@@ -16,7 +16,7 @@ from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
 from data_pipelines.tokenizer_file import keep_tokenizer
 from tests.tiny import tiny_config, write_recipe
-from trainer.validate import Plan, validate
+from trainer.validate import Plan, load_recipe, validate
 
 
 def problems(folder: Path, **changes: Any) -> list[str]:
@@ -36,6 +36,15 @@ def test_all_sections_are_reported_together_with_their_lines(tmp_path: Path) -> 
     assert keys == ["task.name", "model.num_layers", "data.paths", "data.sufixes"]
     assert "Did you mean 'language_modeling'?" in found[0]
     assert all("run.yaml:" in problem for problem in found)
+
+
+def test_what_the_run_and_its_files_refuse_is_told_at_once(tmp_path: Path) -> None:
+    model = {"name": "gpt", "num_layers": 0, "hidden_size": 32, "num_heads": 2, "hiden_size": 1}
+    recipe = write_recipe(tmp_path, model=model, precision="fp12", data=["not", "a", "mapping"])
+    with pytest.raises(ConfigError) as error:
+        load_recipe(recipe, ["zero.stagee=1", "task.seq_len=0"])
+    keys = {problem.key for problem in error.value.problems}
+    assert keys == {"model.num_layers", "model.hiden_size", "precision", "data", "zero.stagee", "task.seq_len"}
 
 
 def test_a_tokenizers_file_is_looked_into(tmp_path: Path) -> None:
