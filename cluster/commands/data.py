@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from argparse import Namespace
 from typing import Any
@@ -42,7 +43,7 @@ def verify(arguments: Namespace) -> dict[str, Any]:
     if damage:
         raise Damaged(
             f"The data set {dataset.path} is damaged: {'; '.join(damage)}. Delete that folder and build it anew: "
-            f"shardyard data build {' '.join([arguments.recipe, *arguments.overrides])}"
+            f"shardyard data build {shlex.join([arguments.recipe, *arguments.overrides])}"
         )
     blocks = sum(len(dataset.blocks(split)) for split in dataset.splits)
     say(arguments, f"All {blocks:,} blocks of {dataset.path} match their digests.")
@@ -60,7 +61,7 @@ def _open(arguments: Namespace) -> Dataset:
     try:
         return Dataset.open(store)
     except NotFound as error:
-        recipe = " ".join([arguments.recipe, *arguments.overrides])
+        recipe = shlex.join([arguments.recipe, *arguments.overrides])
         raise NotFound(
             f"The data set of {recipe} is not built yet (it would be {store.path()}). Build it: "
             f"shardyard data build {recipe}"
