@@ -20,9 +20,8 @@ import deepspeed
 import torch
 
 from configs.load import load
-from data_pipelines.build import ensure_dataset
-from data_pipelines.loader import Loader
-from data_pipelines.storage import Store
+from trainer.distributed import World
+from trainer.run_data import Position, RunData, open_datasets
 from trainer.validate import validate
 
 BATCHES_IN_MEMORY = 16
@@ -50,17 +49,12 @@ def main(recipe: str, out: str) -> None:
             "steps_per_print": None,
         },
     )
-    dataset = ensure_dataset(Store(config.store), config.data, plan.task.config.tokenizer)
-    loader = Loader(
-        dataset.packed("train", plan.task.packing()),
-        plan.task.prepare,
-        seed=config.seed,
-        global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    batches = [[micro.tensors for micro in loader.step(step)] for step in range(BATCHES_IN_MEMORY)]
+    data = RunData.of(open_datasets(plan), plan)
+    loader = data.loader(config, World(rank, world_size, rank, torch.device("cpu")), Position())
+    batches = [
+        [{name: tensor.clone() for name, tensor in micro.tensors.items()} for micro in loader.step(step)]
+        for step in range(BATCHES_IN_MEMORY)
+    ]
     loader.close()
     ended = []
     for step in range(config.steps):
