@@ -14,6 +14,7 @@ from typing import Any
 from configs.errors import Interrupted, ShardyardError
 
 DEFAULT_STORE = "runs"
+_DATA_SET = "a recipe, or the folder or URI of a data set"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,19 +153,35 @@ def _add_run_commands(commands: Any, command: Any) -> None:
 
 
 def _add_data_commands(commands: Any, command: Any) -> None:
-    data = commands.add_parser("data", help="build, inspect, verify data sets").add_subparsers(
+    data = commands.add_parser("data", help="build, inspect, verify, compare, export data sets").add_subparsers(
         metavar="COMMAND", required=True
     )
-    for name, text in [
-        ("build", "turn a recipe's source into Arrow shards"),
-        ("inspect", "show a recipe's data set: splits, counts, examples"),
-        ("verify", "check every block of a recipe's data set against its digest"),
-    ]:
-        _add_recipe(command(data, name, f"data:{name}", text))
+    build = command(data, "build", "data:build", "turn a recipe's source into Arrow shards, on all cores")
+    _add_recipe(build)
+    build.add_argument("--workers", type=_positive, help="processes at once (default: one a core; 1 starts no Ray)")
+    build.add_argument("--address", help="build on this Ray cluster instead of this machine alone")
+    inspect = command(data, "inspect", "data:inspect", "show columns, counts, lengths and examples")
+    _add_recipe(inspect, _DATA_SET)
+    inspect.add_argument("--examples", type=_positive, default=3, help="examples to show (default: 3)")
+    inspect.add_argument("--out", metavar="FOLDER", help="write the pictures among the examples there, as PNG files")
+    verify = command(data, "verify", "data:verify", "check every block against its digest; names what is damaged")
+    _add_recipe(verify, _DATA_SET)
+    diff = command(data, "diff", "data:diff", "say what differs between two data sets, down to the rows")
+    diff.add_argument("a", metavar="A", help=_DATA_SET)
+    diff.add_argument("b", metavar="B", help="another")
+    export = command(data, "export", "data:export", "write a data set as Parquet files")
+    _add_recipe(export, _DATA_SET)
+    export.add_argument("--out", metavar="FOLDER", required=True, help="folder or URI to write to")
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or a name in configs/recipes")
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return int(text)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, text: str = "a recipe file, or a name in configs/recipes") -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
 
 

@@ -31,7 +31,7 @@ def main() -> int:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
     last = run.metrics()[-1]
-    baseline = compressed_bits_per_byte(run.dataset(), "validation")
+    baseline = compressed_bits_per_byte(run.datasets()[0], "validation")
     print(f"\nHeld out: {baseline['documents']:,} files, {baseline['bytes']:,} bytes. Bits per byte, less is better:\n")
     rows = [
         ("gzip -9", baseline["gzip"]),

@@ -12,9 +12,9 @@ from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
 from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
 from configs.errors import UsageError
-from data_pipelines.build import ensure_dataset
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
+from trainer.run_data import fingerprint, open_datasets
 from trainer.validate import Plan
 
 POLL_S = 0.2
@@ -138,12 +138,11 @@ class Drive:
         return self.controller.run()
 
     def _build(self) -> None:
-        def progress(stage: str, documents: int) -> None:
-            self.activity = f"building the data set: {stage}, {documents:,} documents"
+        def progress(stage: str, rows: int) -> None:
+            self.activity = f"building the data set: {stage}, {rows:,} rows"
 
-        tokenizer = self._plan.tokenizer
-        dataset = ensure_dataset(Store(self._config.store), self._config.data, tokenizer, progress)
-        self._record.update_lineage(data_fingerprint=dataset.fingerprint)
+        datasets = open_datasets(self._plan, progress)
+        self._record.update_lineage(data_fingerprint=fingerprint(datasets))
         self.activity = "starting workers"
 
 

@@ -20,10 +20,10 @@ from cluster.ray_group import BODY
 from cluster.record_tail import RecordTail
 from configs.errors import Interrupted
 from configs.schema import RunConfig
-from data_pipelines.build import ensure_dataset
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
+from trainer.run_data import open_datasets
 from trainer.validate import Plan, load_recipe, validate
 
 # What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
@@ -119,10 +119,9 @@ class Run:
         samples = [event["text"] for event in self.record.events() if event["kind"] == "sample"]
         return samples[-1] if samples else None
 
-    def dataset(self) -> Dataset:
-        """The data set that the run trains on, built now if it is not there yet."""
-        config = self.record.config
-        return ensure_dataset(Store(config.store), config.data, self.plan.tokenizer)
+    def datasets(self) -> list[Dataset]:
+        """What the run trains on (several for a mixture), built now if it is not there yet."""
+        return open_datasets(self.plan)
 
     def stop(self, reason: str = "asked by the launching program") -> None:
         """Let the run save a checkpoint and stop; `wait` returns then."""

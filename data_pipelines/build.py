@@ -1,322 +1,213 @@
-"""From a source to a data set on disk, once: `ensure_dataset` builds what is not there yet.
+"""From a source to a data set in a store, once: `ensure_dataset` builds what is not there yet.
 
-One pass over the source, in bounded memory: a first part (up to 64 MB of text) is held back to see whether both sides
-of the split get something and to train the tokenizer on a spread of it; the rest streams through. A document is
-held out when the hash of its group falls below validation_fraction, so the split stays as it is when data is added.
+A source names its partitions, of about 64 MB of input each, and every step is a task a partition (partition.py), run
+here one after the other or by `run_tasks` on all cores of all nodes:
 
-The build happens in a folder beside the final one, under a lock that dies with its process, and is renamed in the end:
-a data set is there as a whole or not at all, of two builders one waits for the other, and what a killed build left is
-cleared by the next. For a remote store it happens in a local temporary folder; the index is uploaded last.
+1. where near-duplicates share a group, or duplicates are dropped: signatures of all rows, then groups (duplicates.py);
+2. the split (split.py), and the tokenizer, trained on a spread of texts over the whole source;
+3. the shards of each partition, and what became of it in parts/NNNNN.json, written last;
+4. the list of bad rows and the index; then parts/ goes.
+
+The files lie in the data set's own folder from the beginning. There is a data set when there is an index; a build that
+was killed, or that met a full disk, goes on from the partitions that are done. What a partition writes depends on the
+source and the settings alone, so the bytes are the same whatever the number of workers, kills and tries.
+
+Memory: a block for each split, and a batch of rows, a worker; here some 200 bytes a block, and with step 1 about 30
+bytes a row. In a local folder one process builds at a time, and others wait; in a remote store, which has no locks, two
+builders write the same bytes twice.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import xxhash
 
-from configs.errors import UsageError
-from configs.load import ConfigError, validate_plugin
-from configs.plugins import find_plugin
+from configs.errors import ShardyardError, UsageError
 from configs.schema import Plugin
-from data_pipelines.index import FORMAT_VERSION, INDEX_FILE, TOKENIZER_FILE, Index
-from data_pipelines.local_files import explain, sync_folder
+from data_pipelines import build_steps as steps
+from data_pipelines.build_folder import clear, refuse_other_files, sweep
+from data_pipelines.build_lock import hold
+from data_pipelines.build_steps import Progress, RunTasks, Work
+from data_pipelines.damage import DamagePolicy
+from data_pipelines.index import FORMAT_VERSION, INDEX_FILE
+from data_pipelines.local_files import explain
+from data_pipelines.partition import stored_columns
+from data_pipelines.partition_rows import PARTS, Job, source_of
 from data_pipelines.shards import Dataset
-from data_pipelines.sources import Document, SourceConfig
+from data_pipelines.sources import READING_SETTINGS, SourceConfig
 from data_pipelines.storage import Store
-from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig, train_tokenizer
-from data_pipelines.tokenizer_file import file_digest, read_tokenizer
-from data_pipelines.writer import SplitWriter
+from data_pipelines.tokenizer import TokenizerConfig
+from data_pipelines.tokenizer_file import file_digest
 
-Progress = Callable[[str, int], None]  # what is being done, documents done so far
-
-SPLITS = ("train", "validation")
-_HELD_BACK_BYTES = 64 << 20
-_TOKENIZER_SAMPLE_BYTES = 4 << 20
-_BATCH_DOCUMENTS = 256
-_LOCK_FILE = "lock"
-_POLL_S = 0.1
+__all__ = ["Build", "Progress", "RunTasks", "dataset_digest", "dataset_name", "ensure_dataset", "policy_of"]
 
 
-def dataset_digest(data: Plugin, tokenizer: TokenizerConfig) -> str:
+def dataset_digest(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
     """32 hex digits over the settings and the present state of the source (names, sizes, times: no content is read).
 
     Of a tokenizer's file the content counts, not where it lies. Raises NotFound where there is none.
     """
-    source, config = _source(data)
-    described = [
+    source, config = source_of(data)
+    described: list[Any] = [
         FORMAT_VERSION,
         data.name,
-        config.model_dump(mode="json"),
+        config.model_dump(mode="json", exclude=set(READING_SETTINGS)),
         source.identity(config),
-        tokenizer.model_dump(exclude={"file"}),
+        tokenizer.model_dump(exclude={"file"}) if tokenizer else None,
     ]
-    if tokenizer.file is not None:
+    if tokenizer is not None and tokenizer.file is not None:
         described.append(file_digest(tokenizer.file))
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
 
-def dataset_name(data: Plugin, tokenizer: TokenizerConfig) -> str:
+def dataset_name(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
     """The name of the data set's folder in <store>/datasets/."""
     return f"{data.name.replace('.', '-')}-{dataset_digest(data, tokenizer)[:16]}"
 
 
-def ensure_dataset(store: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress | None = None) -> Dataset:
+def ensure_dataset(
+    store: Store,
+    data: Plugin,
+    tokenizer: TokenizerConfig | None,
+    progress: Progress | None = None,
+    run_tasks: RunTasks | None = None,
+    *,
+    seq_lens: Sequence[int] = (),
+) -> Dataset:
     """The data set of a source, opened from <store>/datasets/; built first where it is not there.
 
-    Raises ShardyardErrors: a source or a tokenizer's file that is missing, empty or not readable, a full disk.
+    tokenizer: None keeps the rows as the source gives them. run_tasks: None works in this process. seq_lens: the
+    lengths of which a build counts the best-fit sequences (others are counted when the data set is opened).
+
+    Raises ShardyardErrors: a source or a tokenizer's file that is missing, empty or not readable, too many bad rows,
+    a full disk.
     """
+    if data.name == "mixture":
+        raise UsageError(
+            "A mixture is a data set for each of its sources. Build it with ensure_mixture, or each by itself."
+        )
+    _, config = source_of(data)
     folder = store.child("datasets", dataset_name(data, tokenizer))
-    if not folder.exists(INDEX_FILE):
-        if folder.is_local:
-            _build_locally(folder, data, tokenizer, progress or _silent)
-        else:
-            _build_and_upload(folder, data, tokenizer, progress or _silent)
-    return Dataset.open(folder)
+    Build(folder, data, tokenizer, Work(progress or _silent, run_tasks), tuple(seq_lens)).ensure()
+    return Dataset.open(folder, damage=policy_of(config))
 
 
-def _silent(_stage: str, _documents: int) -> None:
+def policy_of(config: SourceConfig) -> DamagePolicy:
+    """How a source's settings say that its data set is read."""
+    return DamagePolicy(
+        action=config.damage,
+        retry_s=config.retry_s,
+        stall_s=config.stall_s,
+        cache_path=config.cache_dir,
+        cache_bytes=config.cache_bytes,
+    )
+
+
+def _silent(_stage: str, _rows: int) -> None:
     pass
 
 
-def _source(data: Plugin) -> tuple[Any, SourceConfig]:
-    """The source's module and its checked settings."""
-    source = find_plugin("data_pipelines.sources", data.name)
-    config, problems = validate_plugin(source.Config, data, "data", {})
-    if not isinstance(config, SourceConfig):
-        raise ConfigError(problems)
-    return source, config
+class Build:
+    """One build of one data set."""
 
+    def __init__(
+        self,
+        folder: Store,
+        data: Plugin,
+        tokenizer: TokenizerConfig | None,
+        work: Work,
+        seq_lens: tuple[int, ...] = (),
+    ) -> None:
+        self._folder = folder
+        self._data = data
+        self._tokenizer = tokenizer
+        self._work = work
+        self._seq_lens = seq_lens
+        self._source, self._config = source_of(data)
 
-# --- where
+    def ensure(self) -> None:
+        """Build, unless it is there or another process does it; afterwards nothing is left of the work."""
+        target = self._folder.local_path()
+        if target is None:
+            if not self._folder.exists(INDEX_FILE):
+                self._run_or_clear()
+                self._folder.delete_dir(PARTS)
+            return
 
+        def is_done() -> bool:
+            return (target / INDEX_FILE).exists() and not (target / PARTS).exists()
 
-def _build_locally(folder: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress) -> None:
-    target = folder.local_path()
-    assert target is not None
-    building = target.with_name(f"{target.name}.building")
-    try:
-        with _lock(building, target, progress) as locked:
-            if not locked:
-                return
-            try:
-                _clear(building)
-                build(building, data, tokenizer, progress)
-                _remove_remains(target)
-                os.rename(building, target)
-                (target / _LOCK_FILE).unlink()  # not before: another builder could lock a new one in between
-                sync_folder(target.parent)
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)
-                raise
-    except OSError as error:
-        raise explain(error, "build the data set", target) from error
-
-
-@contextlib.contextmanager
-def _lock(building: Path, target: Path, progress: Progress) -> Iterator[bool]:
-    """Hold the lock of a build: True when this process shall build, False when another one has finished meanwhile.
-
-    The lock is an flock on a file in the folder of the build: the kernel drops it with the process, however it ends,
-    and it goes with the folder.
-    """
-    while not (target / INDEX_FILE).exists():
-        building.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(building / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # the other builder has just finished, or given up
+            with hold(target, is_done, self._waiting) as locked:
+                if locked and not (target / INDEX_FILE).exists():
+                    refuse_other_files(target)
+                    self._run_or_clear()
+                if locked:
+                    shutil.rmtree(target / PARTS, ignore_errors=True)
+        except OSError as error:
+            raise explain(error, "build the data set", target) from error
+
+    def _waiting(self) -> None:
+        self._work.progress("waiting for another process that builds the same data set", 0)
+
+    def _run_or_clear(self) -> None:
         try:
-            if not _try_lock(descriptor):
-                progress("waiting for another process that builds the same data set", 0)
-                time.sleep(_POLL_S)
-            elif _is_same_file(descriptor, building / _LOCK_FILE):
-                if (target / INDEX_FILE).exists():  # finished between our look and our lock: this folder is our own
-                    shutil.rmtree(building)
-                    break
-                yield True
-                return
-        finally:
-            os.close(descriptor)
-    yield False
+            sweep(self._folder)
+            self.run()
+        except BaseException as error:
+            with contextlib.suppress(ShardyardError, OSError):  # the disk is full, the store is gone: the next one does
+                if isinstance(error, UsageError):
+                    # Other input, or other settings, have another folder: what is here is of no use to them.
+                    clear(self._folder)
+                else:
+                    sweep(self._folder)
+            raise
 
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
-
-
-def _clear(building: Path) -> None:
-    """Remove what a killed build left, all but the lock."""
-    for leftover in building.iterdir():
-        if leftover.name != _LOCK_FILE:
-            leftover.unlink()
-
-
-def _remove_remains(target: Path) -> None:
-    """Remove a data set that has lost its index (and the lock of a builder killed at the very end), nothing else."""
-    if not target.is_dir():
-        return
-    for file in [*target.glob("*.arrow"), target / TOKENIZER_FILE, target / _LOCK_FILE]:
-        file.unlink(missing_ok=True)
-    try:
-        target.rmdir()
-    except OSError as error:
-        raise UsageError(
-            f"{target} holds files that are not a data set's ({', '.join(sorted(os.listdir(target))[:3])}) and no "
-            f"{INDEX_FILE}. Move them away: the data set is to be built there."
-        ) from error
-
-
-def _build_and_upload(folder: Store, data: Plugin, tokenizer: TokenizerConfig, progress: Progress) -> None:
-    with tempfile.TemporaryDirectory(prefix="shardyard-build-") as name:
-        building = Path(name)
-        build(building, data, tokenizer, progress)
-        names = sorted(file.name for file in building.iterdir() if file.name != INDEX_FILE)
-        for file in [*names, INDEX_FILE]:
-            progress(f"uploading {file}", 0)
-            with (building / file).open("rb") as source, folder.open_output(file) as output:
-                shutil.copyfileobj(source, output, 8 << 20)
-
-
-# --- what
-
-
-def build(folder: Path, data: Plugin, tokenizer_config: TokenizerConfig, progress: Progress) -> None:
-    """Write a data set's files into a local folder, the index last."""
-    source, config = _source(data)
-    store = Store(folder)
-    progress("reading", 0)
-    documents = (document for document in source.documents(config) if document.text)
-    held_back = _hold_back(documents)
-    split = Split.of(held_back, config.validation_fraction, data.name)
-
-    if tokenizer_config.file is not None:
-        tokenizer = read_tokenizer(tokenizer_config)
-    else:
-        progress("training the tokenizer", len(held_back))
-        sample = _spread(
-            [document.text for document in held_back if not split.is_validation(document)], _TOKENIZER_SAMPLE_BYTES
-        )
-        tokenizer = train_tokenizer(tokenizer_config, sample)
-    tokenizer_json = tokenizer.to_json()
-    store.write_atomic(TOKENIZER_FILE, tokenizer_json)
-
-    writers = {split: SplitWriter(store, split, tokenizer.dtype) for split in SPLITS}
-    with contextlib.ExitStack() as stack:
-        for writer in writers.values():
-            stack.enter_context(writer)
-        _encode(chain(held_back, documents), tokenizer, writers, split, progress)
-    index = Index(
-        name=data.name,
-        source=data.model_dump(mode="json"),
-        token_dtype=tokenizer.dtype.__name__,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=EOS_ID,
-        tokenizer_xxh3=xxhash.xxh3_128_hexdigest(tokenizer_json.encode("utf-8")),
-        file_sizes={name: size for writer in writers.values() for name, size in writer.file_sizes.items()},
-        splits={split: tuple(writer.blocks) for split, writer in writers.items()},
-    )
-    store.write_atomic(INDEX_FILE, index.to_json())
-
-
-def _encode(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    writers: dict[str, SplitWriter],
-    split: Split,
-    progress: Progress,
-) -> None:
-    remaining = iter(documents)
-    done = 0
-    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
-        encoded = tokenizer.encode([document.text for document in batch])
-        for document, tokens in zip(batch, encoded, strict=True):
-            writer = writers["validation" if split.is_validation(document) else "train"]
-            writer.add(document.key, tokens, len(document.text.encode("utf-8")))
-        done += len(batch)
-        progress("tokenizing", done)
-
-
-def _hold_back(documents: Iterator[Document]) -> list[Document]:
-    """The first documents: until their texts exceed the limit, and there are two groups to split."""
-    held_back = []
-    groups = set()
-    size = 0
-    for document in documents:
-        held_back.append(document)
-        groups.add(document.group)
-        size += len(document.text)
-        if size > _HELD_BACK_BYTES and len(groups) > 1:
-            break
-    return held_back
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which documents are held out: those whose group hashes to less than `fraction` of the range of the hash.
-
-    So that a small source has both sides, the group of the lowest hash is always held out, that of the highest never.
-    """
-
-    fraction: float
-    lowest: str
-    highest: str
-
-    @classmethod
-    def of(cls, documents: list[Document], fraction: float, name: str) -> Split:
-        """The split of a source that begins with (or is) `documents`.
-
-        Raises UsageError for a source with no documents, or with too few to hold one out.
-        """
-        groups = sorted({document.group for document in documents}, key=_share)
-        if not groups:
+    def run(self) -> None:
+        """Write the data set's files, the index last."""
+        digest = dataset_digest(self._data, self._tokenizer)
+        self._work.progress("reading", 0)
+        jobs = self.jobs()
+        near = self._config.duplicates == "near" or getattr(self._source, "NEAR_DUPLICATES_SHARE_A_SPLIT", False)
+        unique = self._config.duplicates != "keep"
+        values = self._source.schema(self._config)
+        if near or unique:
+            steps.check_near(self._data.name, near, values)
+            jobs = steps.group(self._work, [replace(job, near=near, unique=unique) for job in jobs])
+        jobs = self.split(jobs)
+        tokenizer = None
+        if self._tokenizer is not None:
+            steps.check_text(self._data.name, values)
+            tokenizer, tokenizer_digest = steps.tokenizer(self._work, jobs, self._tokenizer)
+            jobs = [replace(job, tokenizer=tokenizer_digest) for job in jobs]
+        stage = "writing" if tokenizer is None else "tokenizing"
+        steps.write_shards(self._work, jobs, self._data.name, self._config.max_bad_share, stage)
+        if dataset_digest(self._data, self._tokenizer) != digest:
             raise UsageError(
-                f"The source {name} has no text: it has no documents, or all are empty. Check what it is given in data."
+                f"The source {self._data.name} was changed while the data set was built from it. Run the same command "
+                "again when it stays as it is."
             )
-        if len(groups) == 1 and fraction > 0:
-            raise UsageError(
-                f"The source {name} has {len(documents)} document(s), all nearly the same, so none can be held out for "
-                "validation. Give it more documents (for the source text, data.separator cuts a file into several), or "
-                "set data.validation_fraction=0."
-            )
-        return cls(fraction, groups[0], groups[-1])
+        self._work.progress("writing the index", 0)
+        steps.finish(self._folder, self._data, jobs, stored_columns(values, tokenizer), tokenizer)
 
-    def is_validation(self, document: Document) -> bool:
-        """Whether the document is held out."""
-        if self.fraction == 0 or document.group == self.highest:
-            return False
-        return document.group == self.lowest or _share(document.group) < self.fraction
+    def jobs(self) -> list[Job]:
+        """A job for each partition of the source. Raises UsageError where there is none."""
+        partitions = self._source.partitions(self._config)
+        if not partitions:
+            raise UsageError(f"The source {self._data.name} has nothing to read. Check what it is given in data.")
+        return [
+            Job(self._folder, self._data, partition, number, seq_lens=self._seq_lens)
+            for number, partition in enumerate(partitions)
+        ]
 
-
-def _share(group: str) -> float:
-    """Where a group's hash stands in its range, in [0, 1)."""
-    return xxhash.xxh3_64_intdigest(group.encode("utf-8")) / 2**64
-
-
-def _spread(texts: list[str], limit_bytes: int) -> Iterator[str]:
-    """Every n-th text, with n so that they come to about the limit; of a long text its beginning."""
-    size = sum(map(len, texts))
-    stride = max(1, -(-size // limit_bytes))
-    for text in texts[::stride]:
-        yield text[:limit_bytes]
+    def split(self, jobs: Sequence[Job]) -> list[Job]:
+        """The same jobs, knowing the split."""
+        settings = self._config
+        rule = steps.split_of(jobs, self._data.name, settings.validation_fraction, settings.max_bad_share)
+        return [replace(job, split=rule) for job in jobs]

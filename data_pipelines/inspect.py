@@ -1,4 +1,4 @@
-"""What a data set holds, and how well general-purpose compressors do on it."""
+"""What a data set holds: counts, lengths, examples, and how well general-purpose compressors do on its text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from configs.errors import UsageError
+from data_pipelines.columns import BINARY, TEXT, Column
+from data_pipelines.pictures import as_picture, decode_picture, half_blocks
 from data_pipelines.shards import Dataset
+
+_LOOKED_AT_BLOCKS = 64
+_SHOWN_CHARACTERS = 400
+_SHOWN_NUMBERS = 8
 
 
 class CompressedBits(TypedDict):
@@ -22,43 +29,139 @@ class CompressedBits(TypedDict):
 
 
 def summary(dataset: Dataset) -> dict[str, Any]:
-    """Counts and lengths of each split, the tokenizer's size, the source; plain JSON values."""
+    """Schema, counts and lengths of each split, the tokenizer, the source; plain JSON values.
+
+    The lengths are read from at most 64 blocks of a split, spread evenly; all else stands in the index.
+    """
+    index = dataset.index
     return {
         "path": dataset.path,
-        "name": dataset.index.name,
-        "source": dict(dataset.index.source),
+        "name": index.name,
+        "source": dict(index.source),
         "fingerprint": dataset.fingerprint,
-        "vocab_size": dataset.index.vocab_size,
-        "columns": {"key": "utf8", "tokens": f"list<{dataset.index.token_dtype}>", "num_bytes": "int64"},
+        "columns": [column.to_json() for column in index.columns],
+        "tokenizer": vars(index.tokenizer) if index.tokenizer else None,
+        "compression": index.compression,
+        "packing": list(index.packing.seq_lens) if index.packing else None,
+        "quarantined": index.quarantined,
+        "dropped": dict(index.dropped),
         "splits": {split: _split_summary(dataset, split) for split in dataset.splits},
     }
 
 
 def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
-    blocks = dataset.blocks(split)
-    documents = sum(block.rows for block in blocks)
-    tokens = sum(block.tokens for block in blocks)
-    text_bytes = sum(block.text_bytes for block in blocks)
-    lengths = [np.diff(dataset.read(block).offsets) for block in blocks]
+    rows, blocks = dataset.split(split), dataset.index.splits[split]
+    tokens = rows.num_tokens - rows.num_rows if dataset.index.tokenizer else None  # without end marks
     return {
-        "documents": documents,
+        "rows": rows.num_rows,
         "tokens": tokens,
-        "bytes": text_bytes,
-        "bytes_per_token": text_bytes / tokens if tokens else None,
+        "bytes": rows.num_bytes,
+        "bytes_per_token": rows.num_bytes / tokens if tokens else None,
         "blocks": len(blocks),
-        "files": len({block.file for block in blocks}),
-        "document_tokens": _length_histogram(np.concatenate(lengths)) if lengths else [],
+        "files": len(np.unique(blocks.file)),
+        "stored_bytes": int((blocks.stop - blocks.start).sum()),
+        "lengths": {
+            column.name: length_histogram(dataset, split, column.name)
+            for column in dataset.index.columns
+            if column.is_ragged and column.name != "key"
+        },
     }
 
 
-def _length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents by length: at_least <= tokens < below, for powers of two; empty classes at both ends left out."""
-    classes = np.bincount(np.frexp(lengths)[1])  # class c: 2**(c - 1) <= length < 2**c; class 0: length 0
-    first = int(np.flatnonzero(classes)[0])
-    return [
-        {"at_least": 2 ** (c - 1) if c else 0, "below": 2**c, "documents": int(classes[c])}
-        for c in range(first, len(classes))
+def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any]:
+    """Rows by length in a ragged column (of "tokens" without the mark): at_least <= length < below, by powers of two.
+
+    {"rows": rows looked at, "shortest", "longest", "classes": [{"at_least", "below", "rows"}, ...]}; empty classes at
+    both ends are left out. Raises ShardyardErrors for blocks that cannot be read.
+    """
+    rows = dataset.split(split)
+    number = min(len(rows.blocks), _LOOKED_AT_BLOCKS)
+    looked_at = np.arange(number) * len(rows.blocks) // max(number, 1)
+    parts = [rows.lengths(block, column) for block in looked_at.tolist()]
+    lengths = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    if column == "tokens" and dataset.index.tokenizer:
+        lengths = lengths - 1
+    if not len(lengths):
+        return {"rows": 0, "shortest": None, "longest": None, "classes": []}
+    counts = np.bincount(np.frexp(lengths)[1])  # class c: 2**(c - 1) <= length < 2**c; class 0: length 0
+    classes = [
+        {"at_least": 2 ** (c - 1) if c else 0, "below": 2**c, "rows": int(counts[c])}
+        for c in range(int(np.flatnonzero(counts)[0]), len(counts))
     ]
+    return {
+        "rows": len(lengths),
+        "shortest": int(lengths.min()),
+        "longest": int(lengths.max()),
+        "classes": classes,
+    }
+
+
+# --- examples
+
+
+def examples(dataset: Dataset, split: str, count: int = 3) -> list[dict[str, Any]]:
+    """Rows spread evenly over a split, as plain JSON values.
+
+    Tokens become {"text", "length"}, text {"text", "length"} (its beginning), pictures {"shape", "picture": lines of
+    coloured half blocks for a terminal}, other arrays {"shape", "dtype", "first", "least", "greatest"}.
+    """
+    rows = dataset.split(split)
+    count = min(count, rows.num_rows)
+    ids = np.arange(count, dtype=np.int64) * rows.num_rows // max(count, 1)
+    found = rows.gather(ids, [column.name for column in rows.columns])
+    return [
+        {column.name: _shown(dataset, column, found[column.name][number]) for column in rows.columns}
+        for number in range(count)
+    ]
+
+
+def pictures(dataset: Dataset, split: str, count: int = 3) -> dict[str, np.ndarray]:
+    """The pictures among those examples: "<row>-<column>" -> (H, W, 3) uint8. See pictures.png for files of them."""
+    rows = dataset.split(split)
+    count = min(count, rows.num_rows)
+    ids = np.arange(count, dtype=np.int64) * rows.num_rows // max(count, 1)
+    names = [column.name for column in rows.columns if column.dtype in ("uint8", BINARY)]
+    found = rows.gather(ids, names)
+    shown = {}
+    for number, row in enumerate(ids.tolist()):
+        for name in names:
+            picture = _picture(found[name][number], dataset, name)
+            if picture is not None:
+                shown[f"{row}-{name}"] = picture
+    return shown
+
+
+def _picture(value: Any, dataset: Dataset, name: str) -> np.ndarray | None:
+    column = next(column for column in dataset.index.columns if column.name == name)
+    if column.dtype == BINARY:
+        return decode_picture(value.tobytes())
+    return as_picture(value) if column.dtype == "uint8" and column.shape else None
+
+
+def _shown(dataset: Dataset, column: Column, value: Any) -> Any:
+    if column.name == "tokens" and dataset.tokenizer is not None:
+        text = dataset.tokenizer.decode(value[1 : 1 + _SHOWN_CHARACTERS])
+        return {"text": text[:_SHOWN_CHARACTERS], "length": len(value) - 1}
+    if column.dtype == TEXT:
+        text = value.tobytes().decode("utf-8")
+        return text if column.name == "key" else {"text": text[:_SHOWN_CHARACTERS], "length": len(value)}
+    if not column.shape:
+        return value.item()
+    picture = _picture(value, dataset, column.name)
+    if picture is not None:
+        return {"shape": list(picture.shape), "picture": half_blocks(picture)}
+    if column.dtype == BINARY:
+        return {"length": len(value), "first": value[:_SHOWN_NUMBERS].tobytes().hex(" ")}
+    return {
+        "shape": list(value.shape),
+        "dtype": column.dtype,
+        "first": value.reshape(-1)[:_SHOWN_NUMBERS].tolist(),
+        "least": value.min().item() if value.size else None,
+        "greatest": value.max().item() if value.size else None,
+    }
+
+
+# --- compressors
 
 
 def compressed_bits_per_byte(
@@ -66,8 +169,11 @@ def compressed_bits_per_byte(
 ) -> CompressedBits:
     """`gzip -9` and `xz -9` of each document by itself: all their compressed bits / all bytes of the documents.
 
-    The texts are decoded from the tokens. Raises NotFound for an unknown split, Damaged for a broken block.
+    The texts are decoded from the tokens. Raises NotFound for an unknown split, UsageError for data that is no text,
+    Damaged for a broken block.
     """
+    if dataset.tokenizer is None:
+        raise UsageError(f"The data set {dataset.path} holds no text. Choose one that does.")
     total_bytes = documents = gzip_bytes = xz_bytes = 0
     for _, tokens, _ in dataset.documents(split):
         text = dataset.tokenizer.decode(tokens).encode("utf-8")

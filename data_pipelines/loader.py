@@ -8,55 +8,65 @@ ceil(K / w) of them. Say G = 10, m = 4, w = 2, at step 0 with ids i0 i1 ... i9:
     rank 0: k = 0, k = 2              rank 1: k = 1, and an idle slot that repeats k = 2
 
 An idle slot keeps the collectives of the ranks in step; whoever runs it must let it contribute nothing. Position runs
-on across epochs, so a batch may hold the end of one and the start of the next.
+on across epochs, so a batch may hold the end of one and the start of the next. Examples of skipped blocks
+(data_state.py) are left out of their micro-batch; one that loses all of them becomes idle.
+
+A thread makes a *hand-over* of several steps at once: one gather into buffers that are used again and again, so that a
+step costs a few microseconds of Python. The first hand-over is one step, the next ones double, up to a megabyte or two.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from configs.errors import UsageError
-from data_pipelines.order import sample_ids
+from configs.errors import Damaged, UsageError
+from data_pipelines.batches import Batcher, Cut, MicroBatch, Prepare
+from data_pipelines.buffers import Buffers
+from data_pipelines.data_state import Exceptions
+from data_pipelines.examples import Examples
+from data_pipelines.omissions import Omissions
+from data_pipelines.order import Order
 
-Prepare = Callable[[Any, np.random.Generator], Mapping[str, np.ndarray]]
+__all__ = ["Loader", "MicroBatch", "Prepare", "evaluation_batches"]
+
+_HAND_OVER_BYTES = 2 << 20
+_AHEAD = 2048  # examples ahead whose blocks are asked for
 
 
-class Examples(Protocol):
-    """What a loader reads from: rows by sample id."""
+@dataclass(slots=True, eq=False)
+class _HandOver:
+    """The micro-batches of some steps, in buffers that nobody else uses."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, sample_id: int, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One global micro-batch. `tensors` are stacked along the first dimension, in the order of `sample_ids`."""
-
-    index: int  # k: which global micro-batch of the step
-    idle: bool  # repeats a micro-batch that another slot runs; must contribute nothing
-    sample_ids: np.ndarray  # (examples,) int64
-    tensors: dict[str, torch.Tensor]
+    steps: range
+    cut: Cut
+    buffers: Buffers
+    event: Any = None  # copies to the device that still read the buffers
 
 
 class Loader:
-    """One rank's micro-batches, step by step; the next `prefetch` steps are made ready in a thread.
+    """One rank's micro-batches, step by step, made ready in a thread.
 
-    `prepare(row, generator)` turns a row into arrays; its generator is seeded by (seed, position), so results depend
-    neither on threads nor on ranks. Close it: it leaves no thread behind.
+    The tensors of a step are overwritten some time after the next step() call; copy what must last. `prepare(row,
+    generator)` turns an example into arrays; it runs in `threads` threads, its generator is seeded by (seed, position),
+    so results depend neither on threads nor on ranks. None takes the examples' arrays as they are. pad: what fills up
+    arrays that differ in length (batches.py). pin: page-locked buffers, for asynchronous copies
+    to a GPU. damage "skip": examples of damaged blocks are left out, and found_damage() has the blocks; the caller must
+    agree with the other ranks, skip() them, and ask for the step again. Close it: it leaves no thread behind.
     """
 
     def __init__(
         self,
         examples: Examples,
-        prepare: Prepare,
+        order: Order,
+        prepare: Prepare | None = None,
         *,
         seed: int,
         global_batch_size: int,
@@ -65,69 +75,233 @@ class Loader:
         world_size: int,
         start_step: int = 0,
         examples_seen: int = 0,
-        prefetch: int = 2,
+        prefetch_bytes: int = 8 << 20,
+        threads: int = 1,
+        pin: bool = False,
+        pad: float = 0,
+        exceptions: Exceptions = Exceptions(),  # noqa: B008 (immutable)
+        damage: str = "stop",
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         assert 1 <= micro_batch_size <= global_batch_size, (micro_batch_size, global_batch_size)
+        assert damage in ("stop", "skip"), damage
         if len(examples) == 0:
             raise UsageError("The training split is empty. Give the data source more documents.")
+        assert order.num_examples == len(examples), (order.num_examples, len(examples))
+        self.wait_s = 0.0  # how long the last step() waited for its data
         self._examples = examples
-        self._prepare = prepare
-        self._seed = seed
+        self._order = order
         self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._rank = rank
-        self._world_size = world_size
         self._start_step = start_step
         self._examples_seen = examples_seen
-        self._prefetch = prefetch
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
-        self.wait_s = 0.0  # how long the last step() waited for its data
+        self._prefetch_bytes = prefetch_bytes
+        self._damage = damage
+        self._pin = pin
+        slots = list(_slots(global_batch_size, micro_batch_size, rank, world_size))
+        self._slots = [(index, idle) for index, idle, _ in slots]
+        self._sizes = np.array([cut.stop - cut.start for _, _, cut in slots])
+        self._offsets = np.concatenate([np.arange(cut.start, cut.stop, dtype=np.int64) for _, _, cut in slots])
+        self._omissions = Omissions(examples, order, exceptions)
+        self._batcher = Batcher(prepare, seed, threads, pad)
+        self._planned: tuple[range, np.ndarray, np.ndarray] | None = None  # steps, positions, sample ids
+        self._asked = 0  # the step up to which blocks were asked for
+        self._free: list[Buffers] = []
+        self._ahead: deque[tuple[range, Future[_HandOver]]] = deque()
+        self._given: _HandOver | None = None
+        self._steps = range(0)  # of self._given
+        self._size = 1  # steps of the next hand-over
+        self._thread = ThreadPoolExecutor(1, "loader", initializer=_use_one_core)
+        num_threads = torch.get_num_threads()
+        self._thread.submit(int).result()
+        torch.set_num_threads(num_threads)  # what threads made later begin with
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; any step may be asked for, consecutive ones are ready.
 
         Raises what reading raised (Damaged, ...).
         """
-        started = time.perf_counter()
-        wanted = range(step, step + 1 + self._prefetch)
-        for other in [other for other in self._ahead if other not in wanted]:
-            self._ahead.pop(other).cancel()
-        for coming in wanted:
-            if coming not in self._ahead:
-                self._ahead[coming] = self._thread.submit(self._load, coming)
-        micro_batches = self._ahead.pop(step).result()
-        self.wait_s = time.perf_counter() - started
-        return micro_batches
+        self.wait_s = 0.0
+        if step not in self._steps:
+            started = time.perf_counter()
+            self._advance(step)
+            self.wait_s = time.perf_counter() - started
+        assert self._given is not None
+        width = len(self._slots)
+        first = (step - self._steps.start) * width
+        cut = self._given.cut
+        return [cut[number] for number in range(first, first + width)]
 
-    def close(self) -> None:
-        """Stop prefetching and end the thread; may be called twice."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._ahead.clear()
+    @property
+    def exceptions(self) -> Exceptions:
+        """What is left out, for the checkpoint."""
+        return self._omissions.exceptions
 
     def positions(self, step: int) -> np.ndarray:
         """Global positions of a step's examples, (G,) int64."""
-        first = self._examples_seen + (step - self._start_step) * self._global_batch_size
+        first = self._first_position(step)
         return np.arange(first, first + self._global_batch_size, dtype=np.int64)
 
-    def _load(self, step: int) -> list[MicroBatch]:
-        positions = self.positions(step)
-        ids = sample_ids(self._seed, len(self._examples), positions)
-        return [
-            _micro_batch(self._examples, self._prepare, index, idle, ids[cut], positions[cut], self._seed)
-            for index, idle, cut in _slots(len(ids), self._micro_batch_size, self._rank, self._world_size)
-        ]
+    def found_damage(self) -> list[tuple[str, int]]:
+        """Damaged blocks (split, number) that were found while reading and are not skipped yet; takes no time."""
+        return self._omissions.found()
+
+    def skip(self, blocks: Sequence[tuple[str, int]], position: int) -> None:
+        """Leave out the examples of blocks (split, number) from a position on. All ranks must do the same.
+
+        Raises Damaged where nothing would be left.
+        """
+        self._omissions.skip(blocks, position)
+        self._forget()
+
+    def close(self) -> None:
+        """Stop reading ahead and end the threads; may be called twice."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._batcher.close()
+        self._ahead.clear()
+        self._given, self._steps = None, range(0)
+
+    # --- in the caller's thread
+
+    def _advance(self, step: int) -> None:
+        """Take the hand-over that begins with `step`, and order the next ones."""
+        if not (self._ahead and self._ahead[0][0].start == step):
+            self._forget()
+        self._give_back()
+        self._order_hand_overs(step)
+        steps, future = self._ahead.popleft()
+        try:
+            given = future.result()
+        except Exception:
+            self._forget()
+            if len(steps) == 1:
+                raise
+            self._order_hand_overs(step, most=1)  # the error belongs to one of the steps: give those before it
+            _, future = self._ahead.popleft()
+            given = future.result()
+        self._given, self._steps = given, given.steps
+        a_step = max(1, given.cut.num_bytes // len(given.steps))
+        self._size = min(2 * len(given.steps), max(1, min(_HAND_OVER_BYTES, self._prefetch_bytes // 4) // a_step))
+        self._order_hand_overs(given.steps.stop)
+
+    def _order_hand_overs(self, step: int, most: int | None = None) -> None:
+        """Have the hand-overs from `step` on made: as many as there are buffers for."""
+        next_step = self._ahead[-1][0].stop if self._ahead else step
+        while len(self._ahead) < self._depth():
+            steps = range(next_step, next_step + (most or self._size))
+            self._ahead.append((steps, self._thread.submit(self._load, steps)))
+            next_step = steps.stop
+            if most or self._given is None:
+                break
+
+    def _depth(self) -> int:
+        """Hand-overs ahead: two where they fit, so that one is ready while one is made."""
+        size = self._given.cut.num_bytes if self._given is not None else _HAND_OVER_BYTES
+        if size > self._prefetch_bytes:
+            return 1
+        return min(4, self._prefetch_bytes // size) if size >= _HAND_OVER_BYTES // 2 else 2
+
+    def _give_back(self) -> None:
+        given, self._given, self._steps = self._given, None, range(0)
+        if given is None:
+            return
+        if self._pin:  # the buffers may be filled again when the copies that were asked for until now are through
+            given.event = torch.cuda.Event()
+            given.event.record()
+        self._thread.submit(self._recycle, given)
+
+    def _forget(self) -> None:
+        """Drop what was read ahead."""
+        self._give_back()
+        for _, future in self._ahead:
+            if not future.cancel():
+                future.add_done_callback(self._recycle_result)
+        self._ahead.clear()
+        self._thread.submit(self._forget_plan)
+        self._size = 1
+
+    # --- in the loader's thread
+
+    def _recycle(self, given: _HandOver) -> None:
+        if given.event is not None:
+            given.event.synchronize()
+        self._free.append(given.buffers)
+
+    def _recycle_result(self, future: Future[_HandOver]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._free.append(future.result().buffers)
+
+    def _forget_plan(self) -> None:
+        self._planned, self._asked = None, 0
+
+    def _load(self, steps: range) -> _HandOver:
+        buffers = self._free.pop() if self._free else Buffers(self._pin)
+        try:
+            return self._fill(steps, buffers)
+        except BaseException:
+            self._free.append(buffers)
+            raise
+
+    def _fill(self, steps: range, buffers: Buffers) -> _HandOver:
+        positions, ids = self._plan(steps)
+        sizes = np.tile(self._sizes, len(steps))
+        slots = self._slots * len(steps)
+        if self._omissions:
+            positions, ids, sizes, slots = self._omissions.leave_out(positions, ids, sizes, slots)
+        try:
+            arrays = self._examples.gather(ids, buffers)
+        except Damaged:
+            if self._damage == "stop":
+                raise
+            self._omissions.find_damage(ids)
+            return self._fill(steps, buffers)
+        return _HandOver(steps, self._batcher.cut(arrays, slots, positions, ids, sizes, buffers), buffers)
+
+    def _plan(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and sample ids of these steps' examples on this rank, (examples,) int64 each.
+
+        Those of the coming steps are worked out along with them, and their blocks are asked for.
+        """
+        width = len(self._offsets)
+        ahead = _AHEAD // width
+        planned = self._planned
+        if planned is None or steps.start not in planned[0] or planned[0].stop < steps.stop + ahead:
+            more = 2 * ahead if planned is not None else 0  # the first step comes as soon as it can
+            if self._order.end is not None:
+                more = max(
+                    0, min(more, (self._order.end - self._first_position(steps.stop)) // self._global_batch_size)
+                )
+            some = range(steps.start, steps.stop + more)
+            firsts = self._first_position(np.arange(some.start, some.stop, dtype=np.int64))
+            positions = (firsts[:, None] + self._offsets).reshape(-1)
+            self._planned = planned = some, positions, self._order.sample_ids(positions)
+        some, positions, ids = planned
+        start, stop = ((step - some.start) * width for step in (steps.start, steps.stop))
+        asked = max(stop, (self._asked - some.start) * width)
+        coming = ids[asked : stop + ahead * width]
+        if len(coming):
+            self._asked = steps.stop + ahead
+            self._examples.prefetch(np.unique(self._omissions.blocks_of(coming)))
+        return positions[start:stop], ids[start:stop]
+
+    def _first_position(self, step: Any) -> Any:
+        return self._examples_seen + (step - self._start_step) * self._global_batch_size
+
+
+def _use_one_core() -> None:
+    """For this thread: a gather is one memory copy, which more threads would only take from training."""
+    torch.get_num_threads()  # takes the setting of the process first, which would undo the next line later
+    torch.set_num_threads(1)
 
 
 def evaluation_batches(
     examples: Examples,
-    prepare: Prepare,
+    prepare: Prepare | None = None,
     *,
     micro_batch_size: int,
     rank: int,
     world_size: int,
     num_examples: int | None = None,
+    pad: float = 0,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of an evaluation: over all ranks each example once, the same number on every rank.
 
@@ -137,8 +311,12 @@ def evaluation_batches(
     total = len(examples)
     count = total if num_examples is None else min(num_examples, total)
     ids = np.arange(count, dtype=np.int64) * total // max(count, 1)
+    batcher = Batcher(prepare, 0, 1, pad)
     for index, idle, cut in _slots(count, micro_batch_size, rank, world_size):
-        yield _micro_batch(examples, prepare, index, idle, ids[cut], ids[cut], 0)
+        memory = Buffers()
+        arrays = examples.gather(ids[cut], memory)
+        sizes = np.array([cut.stop - cut.start])
+        yield batcher.cut(arrays, [(index, idle)], ids[cut], ids[cut], sizes, memory)[0]
 
 
 def _slots(count: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, bool, slice]]:
@@ -148,23 +326,3 @@ def _slots(count: int, micro_batch_size: int, rank: int, world_size: int) -> Ite
         wanted = rank + slot * world_size
         index = min(wanted, num_micro_batches - 1)
         yield index, wanted > index, slice(index * micro_batch_size, min((index + 1) * micro_batch_size, count))
-
-
-def _micro_batch(
-    examples: Examples,
-    prepare: Prepare,
-    index: int,
-    idle: bool,
-    ids: np.ndarray,
-    positions: np.ndarray,
-    seed: int,
-) -> MicroBatch:
-    rows = [
-        prepare(examples[sample_id], np.random.default_rng((seed & 0xFFFFFFFFFFFFFFFF, position)))
-        for sample_id, position in zip(ids.tolist(), positions.tolist(), strict=True)
-    ]
-    return MicroBatch(index, idle, ids, {name: _stack([row[name] for row in rows]) for name in rows[0]})
-
-
-def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(arrays))

@@ -1,4 +1,4 @@
-"""Texts that are nearly the same share a group, so that a train/validation split keeps them on one side.
+"""Signatures of texts: they are alike where the texts are nearly the same (duplicates.py groups them).
 
 MinHash (Broder 1997, https://doi.org/10.1109/SEQUEN.1997.666900) of the set of shingles of a text, with banding to
 find candidates (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3). A shingle is SHINGLE_TOKENS
@@ -9,9 +9,6 @@ Shape legend: B bytes of a text, N its tokens, S its different shingles, H = NUM
 """
 
 from __future__ import annotations
-
-from collections import defaultdict
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,44 +31,6 @@ _KIND = np.ones(256, np.uint8)  # 0 space, 1 a mark (a token by itself), 2 a byt
 _KIND[list(b" \t\r\n\x0b\x0c")] = 0
 _KIND[list(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")] = 2
 _KIND[128:] = 2
-
-
-def group_near_duplicates(texts: Iterable[tuple[str, bytes]]) -> dict[str, str]:
-    """The group of each (key, UTF-8 text): the smallest key among its near-duplicates, itself included.
-
-    Groups are closed under chains: A like B and B like C puts A and C together. Keeps NUM_HASHES * 4 bytes a text.
-    """
-    keys: list[str] = []
-    signatures: list[np.ndarray] = []
-    for key, text in texts:
-        keys.append(key)
-        signatures.append(signature(text))
-    leader = {key: key for key in keys}
-
-    def find(key: str) -> str:
-        while leader[key] != key:
-            leader[key] = leader[leader[key]]
-            key = leader[key]
-        return key
-
-    for first, second in _candidates(signatures):
-        one, other = find(keys[first]), find(keys[second])
-        if one != other and np.mean(signatures[first] == signatures[second]) >= MIN_SIMILARITY:
-            leader[max(one, other)] = min(one, other)
-    return {key: find(key) for key in keys}
-
-
-def _candidates(signatures: list[np.ndarray]) -> Iterable[tuple[int, int]]:
-    """Pairs of texts that agree in all rows of some band, each text with the first of its bucket."""
-    for start in range(0, NUM_HASHES, ROWS_PER_BAND):
-        buckets: defaultdict[bytes, list[int]] = defaultdict(list)
-        for index, values in enumerate(signatures):
-            buckets[values[start : start + ROWS_PER_BAND].tobytes()].append(index)
-        for first, *others in buckets.values():
-            for position, other in enumerate(others):
-                yield first, other
-                if position:
-                    yield others[position - 1], other
 
 
 def signature(text: bytes) -> np.ndarray:

@@ -2,87 +2,77 @@
 
     <store>/datasets/<name>-<digest>/
         index.json          written last: without it there is no data set
-        tokenizer.json      a Hugging Face tokenizer
-        train-00000.arrow, validation-00000.arrow, ...
+        blocks.arrow        what is known of each block
+        tokenizer.json      a Hugging Face tokenizer, where the data is text
+        train-00000-000.arrow, ..., validation-00000-000.arrow, ...
 
-A file holds blocks, each one Arrow record batch of 1-4 MB (more only where a single document is larger). Columns:
-`key` utf8, `tokens` list<uint16> (uint32 past 65,536 token ids), `num_bytes` int64 (the document's length in UTF-8).
-The index gives for each block its byte range (an encapsulated IPC message, which can be read without the rest of the
-file), rows, tokens, text bytes and xxh3 digest. Opening a data set reads the index and no Arrow file; a block is
-checked against its digest when it is first used.
+An Arrow file holds blocks, each one record batch of 1-4 MB (more only where a single row is larger). Opening a data set
+reads the index and no Arrow file; a block is checked against its digest when it is first used. Local blocks are mapped
+and read in place with numpy; remote ones come through a cache on this node's disk. docs/data.md has every byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 
-from configs.errors import Damaged, NotFound, ShardyardError
-from data_pipelines.index import INDEX_FILE, TOKENIZER_FILE, Block, Index
-from data_pipelines.pack import PackedSplit
+from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from data_pipelines.block_source import BlockSource, LocalBlocks, first_and_last_key
+from data_pipelines.damage import DamageLog, DamagePolicy
+from data_pipelines.index import REBUILD, TOKENIZER_FILE, Index
+from data_pipelines.mapped import MappedFiles
+from data_pipelines.rows import Ragged, Split
 from data_pipelines.storage import Store
-from data_pipelines.tokenizer import Tokenizer
 
-REBUILD = "Delete that folder and run the same command again: the data set is built anew from its source."
-_MAX_REMOTE_BLOCKS = 64
+if TYPE_CHECKING:
+    from data_pipelines.pack import PackedSplit
+    from data_pipelines.tokenizer import Tokenizer
 
-
-class BlockData(NamedTuple):
-    """The content of one block of D documents: views of the mapped file (but for the marks)."""
-
-    keys: pa.StringArray  # (D,)
-    tokens: np.ndarray  # all documents in a row, uint16 or uint32
-    offsets: np.ndarray  # (D + 1,) int32: document d is tokens[offsets[d]:offsets[d + 1]]
-    marks: np.ndarray  # (D + 1,) int64: where the end marks stand in the block's stream (pack.py)
-    num_bytes: np.ndarray  # (D,) int64
+__all__ = ["REBUILD", "Damage", "Dataset", "Ragged", "Split"]
 
 
 class Damage(NamedTuple):
     """A part of a data set that fails its digest; str() is one line."""
 
     file: str
-    block: int | None
-    documents: str
+    block: int | None  # number of the record batch within the file
+    examples: str
     cause: str
 
     def __str__(self) -> str:
-        place = self.file if self.block is None else f"{self.file}, block {self.block} ({self.documents})"
+        place = self.file if self.block is None else f"{self.file}, block {self.block} ({self.examples})"
         return f"{place}: {self.cause}"
 
 
 class Dataset:
-    """An opened data set. Safe to use from several threads."""
+    """An opened data set. Safe to use from several threads. Close it, or let it go, when nobody reads any more."""
 
-    def __init__(self, store: Store, index: Index) -> None:
+    def __init__(self, store: Store, index: Index, damage: DamagePolicy | None = None) -> None:
         self.store = store
         self.index = index
+        self.damage_policy = damage or DamagePolicy()
         self.fingerprint: str = index.fingerprint
         self.splits: tuple[str, ...] = tuple(index.splits)
-        self._files: dict[str, pa.Buffer] = {}
-        self._blocks: dict[Block, BlockData] = {}
+        self._opened: dict[str, Split] = {}
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, store: Store | str | Path) -> Dataset:
+    def open(cls, store: Store | str | Path, *, damage: DamagePolicy | None = None) -> Dataset:
         """Read the index of the data set in a folder.
 
         Raises NotFound where there is no index, and Damaged for one that is not whole.
         """
         folder = store if isinstance(store, Store) else Store(store)
-        if not folder.exists(INDEX_FILE):
-            raise NotFound(
-                f"There is no data set in {folder.path()}: it has no {INDEX_FILE}, which a build writes last. Build "
-                "the data set again (shardyard data build), or check the path."
-            )
-        return cls(folder, Index.from_json(folder.read_bytes(INDEX_FILE), folder.path(INDEX_FILE), REBUILD))
+        return cls(folder, Index.read(folder), damage)
 
-    def __reduce__(self) -> tuple[Any, tuple[Store]]:
-        return Dataset.open, (self.store,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (self.store, self.damage_policy)
 
     @property
     def path(self) -> str:
@@ -90,127 +80,139 @@ class Dataset:
         return self.store.path()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer whose ids the data set holds. Raises Damaged."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer whose ids the data set holds; None where it holds none. Raises Damaged."""
+        from data_pipelines.tokenizer import Tokenizer
+
+        if self.index.tokenizer is None:
+            return None
         raw = self.store.read_bytes(TOKENIZER_FILE)
-        if xxhash.xxh3_128_hexdigest(raw) != self.index.tokenizer_xxh3:
+        if xxhash.xxh3_128_hexdigest(raw) != self.index.tokenizer.xxh3:
             raise Damaged(f"{self.store.path(TOKENIZER_FILE)} fails its digest. {REBUILD}")
         return Tokenizer.from_json(raw.decode("utf-8"))
 
-    def blocks(self, split: str) -> tuple[Block, ...]:
-        """The blocks of a split, in order. Raises NotFound for a split it has not."""
-        if split not in self.index.splits:
-            raise NotFound(f"The data set {self.path} has no split '{split}'; it has {', '.join(self.splits)}.")
-        return self.index.splits[split]
+    def split(self, name: str) -> Split:
+        """A split by name. Raises NotFound for one that the data set has not."""
+        if name not in self.index.splits:
+            raise NotFound(f"The data set {self.path} has no split '{name}'; it has {', '.join(self.splits)}.")
+        with self._lock:
+            if name not in self._opened:
+                blocks, log = self.index.splits[name], DamageLog()
+                source = self._source(name, log)
+                self._opened[name] = Split(name, self.index.columns, blocks, source, log)
+            return self._opened[name]
+
+    def packed(self, split: str, seq_len: int, kind: str = "concat") -> PackedSplit:
+        """The split as sequences of seq_len tokens.
+
+        Raises NotFound for an unknown split, and UsageError for data without tokens.
+        """
+        from data_pipelines.pack import PackedSplit
+
+        if self.index.tokenizer is None:
+            raise UsageError(
+                f"The data set {self.path} holds no tokens; its columns are "
+                f"{', '.join(column.name for column in self.index.columns)}. Use it with a task that reads these, or a "
+                "source of text."
+            )
+        return PackedSplit(self.split(split), seq_len, self.index.tokenizer.eos_id, kind)
+
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """Each row of a split in order: column -> number, array, str or bytes."""
+        return self.split(split).rows()
 
     def documents(self, split: str) -> Iterator[tuple[str, np.ndarray, int]]:
-        """(key, token ids, length in bytes) of each document of a split, in order; the ids are a view, not a copy."""
-        for block in self.blocks(split):
-            data = self.read(block)
-            for row, key in enumerate(data.keys):
-                yield key.as_py(), data.tokens[data.offsets[row] : data.offsets[row + 1]], int(data.num_bytes[row])
+        """(key, token ids without the mark, length in bytes) of each document of a split of tokens, in order."""
+        for row in self.split(split).rows(("key", "tokens", "num_bytes")):
+            yield row["key"], row["tokens"][1:], row["num_bytes"]
 
-    def packed(self, split: str, seq_len: int) -> PackedSplit:
-        """The split as sequences of seq_len tokens."""
-        return PackedSplit(self.blocks(split), self.read, seq_len, self.index.eos_id)
+    def verify(self, progress: Callable[[str, int], None] | None = None) -> list[Damage]:
+        """Check every digest; what fails, in the order of the blocks. The list is empty when all is well.
 
-    def read(self, block: Block) -> BlockData:
-        """The block's content; on first use its digest is checked. Raises Damaged, naming file, block and documents."""
-        data = self._blocks.get(block)
-        if data is None:
-            raw = self._raw(block)
-            if xxhash.xxh3_64_intdigest(raw) != block.xxh3:
-                raise Damaged(
-                    f"{self.store.path(block.file)} is damaged: block {block.number} ({_documents(block, raw)}) fails "
-                    f"its digest. {REBUILD}"
-                )
-            data = self._view(raw)
-            if not self.store.is_local and len(self._blocks) >= _MAX_REMOTE_BLOCKS:
-                self._blocks.pop(next(iter(self._blocks)), None)
-            self._blocks[block] = data
-        return data
-
-    def verify(self) -> list[Damage]:
-        """Check every digest; what fails, in the order of the files. The list is empty when all is well."""
+        progress: called with what is being done and the blocks checked so far.
+        """
         found = []
         try:
             _ = self.tokenizer
         except ShardyardError as error:
             found.append(Damage(TOKENIZER_FILE, None, "", str(error)))
-        for name, size in self.index.file_sizes.items():
+        for name, size in self.index.files.items():
             actual = self.store.size(name) if self.store.exists(name) else None
             if actual != size:
                 cause = "missing" if actual is None else f"{actual} bytes long instead of {size}"
                 found.append(Damage(name, None, "", cause))
+        done = 0
         for split in self.splits:
-            for block in self.blocks(split):
-                try:
-                    raw = self._raw(block)
-                except ShardyardError:
-                    found.append(Damage(block.file, block.number, _documents(block, None), "not there"))
-                    continue
-                if xxhash.xxh3_64_intdigest(raw) != block.xxh3:
-                    found.append(Damage(block.file, block.number, _documents(block, raw), "fails its digest"))
+            for block, raw in enumerate(self._stored_blocks(split)):
+                fault = self._fault(split, block, raw)
+                if fault is not None:
+                    found.append(self._damage(split, block, raw, fault))
+                done += 1
+                if progress is not None:
+                    progress("checking blocks", done)
         return found
 
-    def _raw(self, block: Block) -> pa.Buffer:
-        """The block's bytes: a view of the mapped file, or a range read from a remote store."""
-        path = self.store.path(block.file)
-        if not self.store.is_local:
-            with self.store.open_input(block.file) as file:
-                file.seek(block.start)
-                raw = pa.py_buffer(file.read(block.stop - block.start))
-        else:
-            mapped = self._files.get(block.file)
-            if mapped is None:
-                self._files[block.file] = mapped = self._map(block.file)
-            start, stop = (min(place, mapped.size) for place in (block.start, block.stop))
-            raw = mapped.slice(start, stop - start)
-        if raw.size != block.stop - block.start:
-            raise Damaged(
-                f"{path} is truncated: block {block.number} ({_documents(block, None)}) should end at byte "
-                f"{block.stop}. {REBUILD}"
-            )
-        return raw
+    def close(self) -> None:
+        """Let go of files and caches. What was read stays valid."""
+        with self._lock:
+            for split in self._opened.values():
+                split.source.close()
+            self._opened.clear()
 
-    def _map(self, name: str) -> pa.Buffer:
-        if not self.store.exists(name):
-            raise Damaged(f"{self.store.path(name)} is missing, though the index names it. {REBUILD}")
-        if self.store.size(name) == 0:
-            return pa.py_buffer(b"")
-        with self.store.explained("read", name):
-            return pa.memory_map(self.store.path(name)).read_buffer()
+    # --- where blocks come from
 
-    def _view(self, raw: pa.Buffer) -> BlockData:
-        batch = pa.ipc.read_record_batch(raw, arrow_schema(self.index.token_dtype))
-        tokens = batch.column("tokens")
-        offsets = tokens.offsets.to_numpy(zero_copy_only=True)
-        return BlockData(
-            keys=batch.column("key"),
-            tokens=tokens.values.to_numpy(zero_copy_only=True),
-            offsets=offsets,
-            marks=offsets + np.arange(len(offsets)),
-            num_bytes=batch.column("num_bytes").to_numpy(zero_copy_only=True),
-        )
+    @cached_property
+    def _mapped(self) -> MappedFiles:
+        folder = self.store.local_path()
+        assert folder is not None
+        return MappedFiles(folder, self.index.files)
+
+    def _source(self, split: str, log: DamageLog) -> BlockSource:
+        if self.store.is_local and self.index.compression is None:
+            return LocalBlocks(self._mapped, self.index.splits[split], self.index.columns, self.damage_policy, log)
+        from data_pipelines.cache import CachedBlocks
+
+        return CachedBlocks(self.store, self.index, split, self.damage_policy, log)
+
+    # --- verify
+
+    def _stored_blocks(self, split: str) -> Iterator[np.ndarray]:
+        """The bytes of each block as they are stored, as far as they are there."""
+        blocks, opened, file = self.index.splits[split], -1, None
+        try:
+            for number, start, stop in zip(
+                blocks.file.tolist(), blocks.start.tolist(), blocks.stop.tolist(), strict=True
+            ):
+                if number != opened:
+                    if file is not None:
+                        file.close()
+                    name, opened = self.index.file_names[number], number
+                    file = self.store.open_input(name) if self.store.exists(name) else None
+                if file is None:
+                    yield np.empty(0, np.uint8)
+                    continue
+                with self.store.explained("read", self.index.file_names[number]):
+                    file.seek(start)
+                    yield np.frombuffer(file.read(stop - start), np.uint8)
+        finally:
+            if file is not None:
+                file.close()
+
+    def _fault(self, split: str, block: int, raw: np.ndarray) -> str | None:
+        blocks = self.index.splits[split]
+        if len(raw) != int(blocks.stop[block] - blocks.start[block]):
+            return "not there"
+        return None if xxhash.xxh3_64_intdigest(raw.data) == int(blocks.xxh3[block]) else "fails its digest"
+
+    def _damage(self, split: str, block: int, raw: np.ndarray, cause: str) -> Damage:
+        blocks = self.index.splits[split]
+        first = int(blocks.rows[:block].sum())
+        examples = f"examples {first} to {first + int(blocks.rows[block]) - 1} of {split}"
+        if not blocks.compressed and len(raw) == int(blocks.content_bytes[block]):
+            keys = first_and_last_key(raw, blocks, block, self.index.columns)
+            examples += f", '{keys[0]}' to '{keys[1]}'" if keys else ""
+        return Damage(self.index.file_names[int(blocks.file[block])], int(blocks.number[block]), examples, cause)
 
 
-def arrow_schema(token_dtype: str) -> pa.Schema:
-    """The columns of a data set whose token ids are "uint16" or "uint32"."""
-    token_type = {"uint16": pa.uint16(), "uint32": pa.uint32()}[token_dtype]
-    return pa.schema([("key", pa.string()), ("tokens", pa.list_(token_type)), ("num_bytes", pa.int64())])
-
-
-def _documents(block: Block, raw: pa.Buffer | None) -> str:
-    """The documents of a damaged block for people: by key where they can still be read, else by number."""
-    names = f"documents {block.first_row} to {block.first_row + block.rows - 1} of its split"
-    if raw is None:
-        return names
-    try:
-        for dtype in ("uint16", "uint32"):
-            batch = pa.ipc.read_record_batch(raw, arrow_schema(dtype))
-            keys = batch.column("key")
-            keys.validate(full=True)
-            return f"{names}, '{keys[0].as_py()}' to '{keys[-1].as_py()}'"
-    except (pa.ArrowException, OSError, ValueError, IndexError):
-        pass
-    return names
+def _open(store: Store, damage: DamagePolicy) -> Dataset:
+    return Dataset.open(store, damage=damage)

@@ -1,4 +1,4 @@
-"""The one way to touch a store: a local folder, or any file system that pyarrow.fs reaches by URI.
+"""The one way to touch a store: a local folder, or any file system that pyarrow.fs or fsspec reaches by URI.
 
 Paths are relative to the store's root and use "/". Whatever the operating system or the object store reports comes
 out as one paragraph: the path, the cause, the remedy. Object stores cannot append or rename, so what grows is written
@@ -12,7 +12,9 @@ import io
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,13 +24,23 @@ from configs.errors import ShardyardError, UsageError
 from data_pipelines.local_files import explain, is_temporary, replace_file
 from data_pipelines.segments import SegmentWriter
 
-__all__ = ["OutputFile", "SegmentWriter", "Store", "explain"]
+__all__ = ["FileFacts", "OutputFile", "SegmentWriter", "Store", "explain"]
 
 Names = list[str]  # inside the class, `list` is the method
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file system tells of a file or a folder. changed: time of change in ns, where it is told."""
+
+    path: str
+    is_folder: bool
+    size: int
+    changed: int | None
+
+
 class Store:
-    """A folder of files, on a local disk or behind a pyarrow.fs URI (s3://, gs://, hdfs://, ...).
+    """A folder of files, on a local disk, or behind a URI of pyarrow.fs (s3://, gs://, hdfs://) or fsspec (hf://, ...).
 
     A local root is made absolute at once, so that a store means the same folder in every process. Stores pickle.
     Every method raises a ShardyardError for what goes wrong (NotFound for what is not there).
@@ -58,15 +70,18 @@ class Store:
     @cached_property
     def _remote(self) -> tuple[Any, str]:
         """(pyarrow file system, root path in it)."""
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowInvalid, ArrowNotImplementedError
         from pyarrow.fs import FileSystem
 
         try:
             file_system, root = FileSystem.from_uri(self.uri)
-        except ArrowInvalid as error:
-            raise UsageError(
-                f"The store {self.uri} is not understood: {error}. Use a local folder or a URI such as s3://bucket/path."
-            ) from error
+        except (ArrowInvalid, ArrowNotImplementedError) as error:
+            if not str(error).startswith(("Unrecognized filesystem type", "Got ")):  # or pyarrow was built without it
+                raise UsageError(
+                    f"The store {self.uri} is not understood: {error}. Use a local folder or a URI such as "
+                    "s3://bucket/path."
+                ) from error
+            file_system, root = _fsspec(self.uri, error)
         except OSError as error:
             raise explain(error, "open", self.uri) from error
         return file_system, root.rstrip("/")
@@ -117,7 +132,7 @@ class Store:
                 replace_file(self._root / path, raw)
                 return
             file_system, root = self._remote
-            with file_system.open_output_stream(f"{root}/{path}") as stream:
+            with file_system.open_output_stream(f"{root}/{path}", compression=None) as stream:
                 stream.write(raw)
 
     def exists(self, path: str = "") -> bool:
@@ -140,6 +155,20 @@ class Store:
             if size is None:
                 raise FileNotFoundError(path)
             return int(size)
+
+    def info(self, path: str = "") -> FileFacts | None:
+        """What there is of this name; None where there is nothing."""
+        with self.explained("look up", path), contextlib.suppress(FileNotFoundError):
+            if self._root is not None:
+                status = (self._root / path).stat()
+                return FileFacts(path, stat.S_ISDIR(status.st_mode), status.st_size, status.st_mtime_ns)
+            from pyarrow.fs import FileType
+
+            file_system, root = self._remote
+            info = file_system.get_file_info(f"{root}/{path}".rstrip("/"))
+            if info.type != FileType.NotFound:
+                return FileFacts(path, info.type == FileType.Directory, info.size or 0, info.mtime_ns)
+        return None
 
     def delete(self, path: str) -> None:
         """Remove a file; one that is not there is no error."""
@@ -173,6 +202,26 @@ class Store:
             wanted = FileType.Directory if folders else FileType.File
             found = file_system.get_file_info(FileSelector(f"{root}/{folder}".rstrip("/"), allow_not_found=True))
             return sorted(info.base_name for info in found if info.type == wanted)
+
+    def walk(self, folder: str = "") -> Iterator[FileFacts]:
+        """The files of a folder and of all folders in it, in any order, by their paths inside it."""
+        with self.explained("list", folder):
+            if self._root is not None:
+                base = self._root / folder
+                for parent, _, names in os.walk(base):
+                    for name in names:
+                        status = os.stat(os.path.join(parent, name))
+                        path = Path(parent, name).relative_to(base).as_posix()
+                        yield FileFacts(path, False, status.st_size, status.st_mtime_ns)
+                return
+            from pyarrow.fs import FileSelector, FileType
+
+            file_system, root = self._remote
+            top = f"{root}/{folder}".rstrip("/")
+            for info in file_system.get_file_info(FileSelector(top, recursive=True)):
+                if info.type == FileType.File:
+                    inside = info.path.lstrip("/").removeprefix(top.lstrip("/")).lstrip("/")
+                    yield FileFacts(inside, False, info.size or 0, info.mtime_ns)
 
     def delete_dir(self, path: str = "") -> None:
         """Remove a folder and all in it; one that is not there is no error."""
@@ -220,6 +269,27 @@ class Store:
         return b"".join(part[: part.rfind(b"\n") + 1] for part in parts)
 
 
+def _fsspec(uri: str, refusal: Exception) -> tuple[Any, str]:
+    """(pyarrow file system over fsspec's, root path in it) for a URI that pyarrow itself does not serve."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    scheme = uri.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+        file_system, root = url_to_fs(uri.partition("?")[0])
+    except ImportError as error:
+        raise UsageError(
+            f"{uri} needs a package for {scheme}:// that is not installed: {error}. Install it, or copy the files to a "
+            "local folder."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"{uri} is not understood: {refusal}. Use a local folder or a URI such as s3://bucket/path."
+        ) from error
+    return PyFileSystem(FSSpecHandler(file_system)), root
+
+
 class OutputFile(io.RawIOBase):
     """A file being written in a store; its errors are ShardyardErrors."""
 
@@ -235,7 +305,7 @@ class OutputFile(io.RawIOBase):
                 self._file: Any = open(target, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
             else:
                 file_system, root = store._remote
-                self._file = file_system.open_output_stream(f"{root}/{path}")
+                self._file = file_system.open_output_stream(f"{root}/{path}", compression=None)
 
     def writable(self) -> bool:
         """Always; it cannot be read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,6 +14,7 @@ from configs.messages import section_of
 from configs.plugins import find_plugin, plugin_names
 from configs.schema import Plugin, RunConfig
 from configs.yaml_text import write_value
+from data_pipelines.sources import SourceConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
@@ -49,26 +50,39 @@ def page() -> str:
             f"## {title}\n\n`{key}.name` is the name of a file in `{package.replace('.', '/')}/`, or the module path "
             "of a file of your own.\nThe other keys of the section are that file's.\n"
         )
+        if key == "data":
+            summary = "Settings that every source has; the tables below leave them out, but where the default differs."
+            parts += _sections(SourceConfig, "### Every source", summary, "data.")
         for name in plugin_names(package):
             config = find_plugin(package, name).Config
-            parts += _sections(config, f"### `{key}: {{name: {name}}}`", config.__doc__ or "", f"{key}.")
+            inherited = SourceConfig if key == "data" else None
+            parts += _sections(config, f"### `{key}: {{name: {name}}}`", config.__doc__ or "", f"{key}.", inherited)
     return "\n".join(parts)
 
 
-def _sections(model: type[BaseModel], heading: str, summary: str, prefix: str) -> Iterator[str]:
-    """A section's table, then those of the sections in it."""
+def _sections(
+    model: type[BaseModel], heading: str, summary: str, prefix: str, inherited: type[BaseModel] | None = None
+) -> Iterator[str]:
+    """A section's table, then those of the sections in it. inherited: whose settings are left out."""
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
     inner: list[str] = []
+    known = inherited.model_fields if inherited else {}
     for name, field in model.model_fields.items():
+        if name in known and known[name].default == field.default:
+            continue
         key, description = prefix + name, field.description or ""
         section = section_of(field.annotation)
         if section is None:
             rows.append(_row(key, field))
         elif issubclass(section, Plugin):
             rows.append(f"| `{key}.name` | text | required | {description} |")
+        elif field.default is None:
+            rows.append(f"| `{key}` | null, or the settings below | `null` | {description} |")
+            inner += _sections(section, f"{heading.partition(' ')[0]}# `{key}`", description, f"{key}.")
         else:
             inner += _sections(section, f"{heading.partition(' ')[0]}# `{key}`", description, f"{key}.")
-    yield f"{heading}\n\n{summary}\n\n" + "\n".join(rows) + "\n"
+    table = "\n".join(rows) + "\n" if len(rows) > 2 else "It has no settings of its own.\n"
+    yield f"{heading}\n\n{summary}\n\n{table}"
     yield from inner
 
 
@@ -99,6 +113,8 @@ def _kinds(annotation: Any) -> list[str]:
         items = [argument for argument in get_args(annotation) if argument is not Ellipsis]
         count = "any number" if Ellipsis in get_args(annotation) else str(len(items))
         return [f"list ({_kinds(items[0])[0]}, {count} of them)"]
+    if get_origin(annotation) is Mapping:
+        return [f"mapping of names to {' or '.join(_kinds(get_args(annotation)[1]))}"]
     if hasattr(annotation, "__metadata__"):  # Annotated
         return _kinds(get_args(annotation)[0])
     return [kind for option in get_args(annotation) for kind in _kinds(option)]

@@ -19,7 +19,10 @@ HOMES = {
     "deepspeed": ("trainer/engine.py",),
     "ray": ("cluster/",),
     "mlflow": ("cluster/",),
-    "torch": ("data_pipelines/loader.py", "trainer/", "cluster/"),
+    "torch": (
+        *(f"data_pipelines/{name}.py" for name in ("batches", "buffers", "loader", "native")),
+        *("trainer/", "cluster/"),
+    ),
     "transformers": ("trainer/", "cluster/"),
     "numpy": ("data_pipelines/", "trainer/", "cluster/"),
     "pyarrow": ("data_pipelines/", "trainer/", "cluster/"),

@@ -10,15 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.cli import build_parser
 from configs.schema import Plugin
 from data_pipelines.build import ensure_dataset
-from data_pipelines.order import sample_ids
+from data_pipelines.order import BlockOrder, ExampleOrder
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
 from tests.data_pipelines.conftest import sample_texts, write_jsonl
+from tests.data_pipelines.small_sets import some_rows, write_set
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -149,34 +151,61 @@ def reader(page: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_the_data_format_page_reads_a_data_set(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_page_reads_tokens(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipelines.writer.BLOCK_BYTES", 2000)
     source: Plugin = write_jsonl(tmp_path / "rows.jsonl", sample_texts())
     tokenizer = TokenizerConfig.model_validate({"name": kind} if kind == "bytes" else {"vocab_size": 300})
     dataset = ensure_dataset(Store(tmp_path / "store"), source, tokenizer)
-    folder, page = Path(dataset.path), reader("docs/data-format.md")
+    folder, page = Path(dataset.path), reader("docs/data.md")
 
     for split in dataset.splits:
-        assert len(dataset.blocks(split)) >= 1
+        assert len(dataset.index.splits[split]) >= 1
         documents = [
-            (row["key"], row["tokens"], row["num_bytes"]) for block in page["blocks"](folder, split) for row in block
+            (row["key"], row["tokens"][1:], row["num_bytes"])
+            for block in page["blocks"](folder, split)
+            for row in block
         ]
         assert documents == [(key, tokens.tolist(), size) for key, tokens, size in dataset.documents(split)]
         sequences, packed = list(page["sequences"](folder, split, 16)), dataset.packed(split, 16)
         assert len(sequences) == len(packed)
-        for number, tokens in enumerate(sequences):
-            assert tokens == packed[number]["tokens"][: packed[number]["valid"] + 1].tolist()
+        found = packed.gather(np.arange(len(packed)))
+        for tokens, expected, valid in zip(sequences, found["tokens"], found["valid"], strict=True):
+            assert tokens == expected[: valid + 1].tolist()
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_the_data_page_reads_columns_of_every_kind(
+    tmp_path: Path, compression: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipelines.writer.BLOCK_BYTES", 2000)
+    rows = some_rows(60)
+    write_set(tmp_path, {"train": rows, "validation": []}, compression=compression)
+    page = reader("docs/data.md")
+    found = [row for block in page["blocks"](tmp_path, "train") for row in block]
+    assert list(page["blocks"](tmp_path, "validation")) == []
+    for got, want in zip(found, rows, strict=True):
+        for name, value in want.items():
+            flat = value.reshape(-1) if name == "image" else value
+            assert got[name] == (flat.tolist() if isinstance(flat, np.ndarray) else flat)
 
 
 @pytest.mark.parametrize("seed", [0, 1337, -1, 2**63 - 1])
-@pytest.mark.parametrize("num_examples", [1, 2, 3, 10, 1000])
-def test_the_data_format_page_tells_the_order(seed: int, num_examples: int) -> None:
-    import numpy as np
-
-    sample_id = reader("docs/data-format.md")["sample_id"]
+@pytest.mark.parametrize("num_examples", [1, 2, 3, 10, 1000, 2**32, 2**32 + 1, 2**40])
+def test_the_data_page_tells_the_order_of_examples(seed: int, num_examples: int) -> None:
+    example_at = reader("docs/data.md")["example_at"]
     positions = np.arange(min(3 * num_examples, 300))
-    expected = sample_ids(seed, num_examples, positions).tolist()
-    assert [sample_id(seed, num_examples, position) for position in positions.tolist()] == expected
+    expected = ExampleOrder(seed, num_examples).sample_ids(positions).tolist()
+    assert [example_at(position, seed, num_examples) for position in positions.tolist()] == expected
+
+
+@pytest.mark.parametrize("seed", [0, -1])
+@pytest.mark.parametrize("window_blocks", [1, 3, 64])
+def test_the_data_page_tells_the_order_of_blocks(seed: int, window_blocks: int) -> None:
+    block_example_at = reader("docs/data.md")["block_example_at"]
+    sizes = [5, 1, 9, 2, 7, 3, 4]
+    positions = np.arange(3 * sum(sizes))
+    expected = BlockOrder(seed, np.array(sizes), window_blocks).sample_ids(positions).tolist()
+    assert [block_example_at(position, seed, sizes, window_blocks) for position in positions.tolist()] == expected
 
 
 def test_the_checkpoint_format_page_reads_a_checkpoint(tmp_path: Path) -> None:

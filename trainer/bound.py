@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,12 @@ from configs.schema import Section
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow
     import torch
     from torch import Tensor, nn
+
+    from data_pipelines.columns import Column
+
+    Prepare = Callable[[Mapping[str, Any], np.random.Generator], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -23,29 +26,49 @@ class BoundTask:
     module: ModuleType
     config: Section
 
-    def schema(self) -> pyarrow.Schema:
-        """Arrow schema of one example."""
-        return self.module.schema()
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a stored row that it reads."""
+        return self.module.columns(self.config)
 
     def packing(self) -> int | None:
-        """Length to which documents are packed; None where examples stay as they are."""
+        """Length to which documents are packed; None where examples are rows as they are stored."""
         return self.module.packing(self.config)
+
+    def packing_kind(self) -> str:
+        """How documents are packed: "concat" or "best_fit" (data_pipelines/pack.py)."""
+        kind: str = getattr(self.config, "packing", "concat")
+        return kind
 
     def io(self) -> tuple[Any, Any]:
         """Shapes (trainer/shapes.py) that a model must take and give."""
         return self.module.io(self.config)
 
-    def prepare(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One example as the arrays that the loader stacks to a batch; `rng` is the example's own."""
-        return self.module.prepare(row, rng, self.config)
+    def preparation(self, stored: Sequence[Column], *, training: bool) -> Prepare | None:
+        """What the loader does to each row of these columns, in Python, with a generator of the example's own.
+
+        None where the stored columns are a batch already: then no Python runs for an example. Augmentation is for
+        training alone.
+
+        Raises:
+            UsageError: the columns are not what the task's settings say.
+        """
+        make = getattr(self.module, "preparation", None)
+        return None if make is None else make(self.config, stored, training=training)
+
+    @property
+    def pad(self) -> float:
+        """What fills arrays that are shorter than the longest of their batch."""
+        value: float = getattr(self.module, "PAD", 0)
+        return value
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """The loss's denominator: how many terms `loss` sums."""
         return self.module.num_items(batch)
 
     def num_tokens(self, batch: Mapping[str, Tensor]) -> int:
-        """How many tokens the model reads in this batch: the measure of speed."""
-        return self.module.num_tokens(batch)
+        """How many tokens the model reads in this batch, the measure of its speed; 0 for a task that has none."""
+        count = getattr(self.module, "num_tokens", None)
+        return 0 if count is None else count(batch)
 
     def idle(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same batch with nothing to learn from: its loss and gradients are exactly zero."""
@@ -62,6 +85,11 @@ class BoundTask:
     def metrics(self, sums: Mapping[str, float], split: Any) -> dict[str, float]:
         """Metrics from the sums of `evaluate` over examples of `split`."""
         return self.module.metrics(sums, self.config, split)
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether its models make something that people can look at."""
+        return hasattr(self.module, "sample")
 
     def sample(self, model: nn.Module, tokenizer: Any, length: int, seed: int) -> str:
         """Something that the model makes by itself, as text, for people to look at."""

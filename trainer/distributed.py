@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,6 +104,21 @@ def all_sum(values: Sequence[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Every worker's plain value, by rank. All workers call it; no value is unpickled."""
+    size = dist.get_world_size()
+    raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = all_sum([float(len(raw)) if rank == dist.get_rank() else 0.0 for rank in range(size)])
+    ends = [int(end) for end in itertools.accumulate(sizes)]
+    starts = [0, *ends[:-1]]
+    joined = torch.zeros(ends[-1], dtype=torch.uint8)
+    joined[starts[dist.get_rank()] : ends[dist.get_rank()]] = raw
+    if size > 1:
+        dist.all_reduce(joined)  # every byte has one summand
+    text = joined.numpy().tobytes()
+    return [json.loads(text[start:stop]) for start, stop in zip(starts, ends, strict=True)]
 
 
 def _set_default_timeout(timeout: timedelta) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from configs.schema import RunConfig
 from trainer import optimizers
+from trainer.batch_norm import RunningStatistics
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
@@ -101,6 +102,7 @@ class Engine:
             )
             optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes)
             self.deepspeed = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)[0]
+        self._statistics = RunningStatistics(self.module)
 
     def train_step(
         self, task: BoundTask, micro_batches: Sequence[MicroBatch], *, lr: float, step: int, votes: Sequence[bool] = ()
@@ -124,6 +126,8 @@ class Engine:
             seed_forward(self.config.seed, step, micro_batches[index].index)
             loss = task.loss(engine, self._to_device(batch))
             loss_sum += loss.detach()
+            if not micro_batches[index].idle:
+                self._statistics.add(micro_batches[index].index)
             forward_done = time.perf_counter()
             progress.phase = "backward"
             self._backward(loss, counts.wait()[0])
@@ -135,6 +139,7 @@ class Engine:
         progress.phase = "optimizer"
         started = time.perf_counter()
         loss_total = _Sum(loss_sum, self.world.device)
+        self._statistics.fold(self.config.num_micro_batches)
         grad_norm = self._update()
         items, num_tokens, *ayes = counts.wait()
         loss_mean = loss_total.wait()[0] / max(items, 1)

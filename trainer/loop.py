@@ -40,7 +40,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     for step in range(session.start_step, config.steps):
         done = step + 1
         progress.phase = "data"
-        micro_batches = session.loader.step(step)
+        micro_batches = session.micro_batches(step)
         lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
         votes = (stop.is_set(), saves.due(done))
         stats = engine.train_step(session.task, micro_batches, lr=lr, step=step, votes=votes)
@@ -77,15 +77,16 @@ def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
     """Metrics over `num_examples` of the validation split, spread over it (None: all), each counted exactly once."""
     started = time.perf_counter()
     batches = evaluation_batches(
-        session.validation,
-        session.prepare,
+        session.validation(num_examples),
+        session.data.prepare_evaluation,
         micro_batch_size=session.config.batch.micro_batch_size,
         rank=session.world.rank,
         world_size=session.world.size,
         num_examples=num_examples,
+        pad=session.data.pad,
     )
     sums = session.engine.evaluate(session.task, batches)
-    metrics = session.task.metrics(sums, session.validation)
+    metrics = session.task.metrics(sums, session.data.validation_totals)
     return {f"validation/{name}": value for name, value in metrics.items()} | {
         "validation/seconds": time.perf_counter() - started
     }
@@ -144,7 +145,7 @@ class Meter:
         self._tokens += stats.num_tokens
         self._data_wait_s += self._session.loader.wait_s
         self._mark = now
-        self.tokens_per_s = self._tokens / self._step_s
+        self.tokens_per_s = self._tokens / self._step_s if self._tokens else None
 
     def pause(self) -> None:
         """Leave out what happened since the step ended."""
@@ -157,7 +158,7 @@ class Meter:
             "loss": stats.loss,
             "lr": lr,
             "items": float(stats.num_items),
-            "tokens_per_s": self._tokens / self._step_s,
+            "examples_per_s": self._session.config.batch.global_batch_size / step_s,
             "step_s": step_s,
             "data_wait_s": self._data_wait_s / self._steps,
             "forward_s": stats.forward_s,
@@ -165,6 +166,8 @@ class Meter:
             "optimizer_s": stats.optimizer_s,
             "skipped": float(stats.skipped),
         }
+        if self._tokens:
+            metrics["tokens_per_s"] = self._tokens / self._step_s
         if stats.grad_norm is not None:
             metrics["grad_norm"] = stats.grad_norm
         metrics |= self._session.device_metrics(step_s)

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 # and the optimizer's state a meaning.
 SAME_FOR_WEIGHTS = ("model", "task.name", "task.tokenizer")
 SAME_FOR_ALL = ("model", "task", "data", "seed", "optimizer.name")
-# Settings that no weight depends on. What a tokenizer's file holds is compared, not where it lies: see
+# Settings that no weight, and no position in the data, depends on (of a mixture's changes those that are past count:
+# see Schedule.check_history). What a tokenizer's file holds is compared, not where it lies: see
 # trainer/session.py (for a branch it is part of the data set's fingerprint).
-FREE = ("model.dropout", "model.activation_checkpointing", "task.tokenizer.file")
+FREE = (
+    *("model.dropout", "model.activation_checkpointing", "task.tokenizer.file", "data.changes"),
+    *("data.damage", "data.retry_s", "data.stall_s", "data.cache_bytes", "data.cache_dir"),
+)
 
 State = Literal["weights", "all"]
 
@@ -64,7 +68,7 @@ def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -
 
 
 def tokenizer_of(source: str) -> str | None:
-    """The tokenizer.json of a checkpoint, or of a Hugging Face folder (None where it has none), as text.
+    """The tokenizer.json of a checkpoint, or of a Hugging Face folder, as text; None where it has none.
 
     Raises NotFound, Damaged for what cannot be read.
     """
@@ -72,7 +76,7 @@ def tokenizer_of(source: str) -> str | None:
 
     store = Store(source)
     if store.exists(MANIFEST):
-        text: str = read_manifest(store)["tokenizer"]
+        text: str | None = read_manifest(store).get("tokenizer")
         return text
     return store.read_text(TOKENIZER_FILE) if store.exists(TOKENIZER_FILE) else None
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 from configs.errors import PeerFailed, RunFailed, UsageError
 from configs.schema import RunConfig
-from data_pipelines.build import ensure_dataset
-from data_pipelines.loader import Loader
-from data_pipelines.pack import PackedSplit
+from data_pipelines.examples import Examples
+from data_pipelines.loader import Loader, MicroBatch
 from data_pipelines.shards import Dataset
-from data_pipelines.storage import Store
 from data_pipelines.tokenizer_file import same_ids
 from trainer import checkpoint, device
 from trainer.bound import BoundModel, BoundTask
@@ -26,6 +21,8 @@ from trainer.engine import Engine
 from trainer.parent import check_parent, tokenizer_of
 from trainer.progress import Progress
 from trainer.record import RunRecord
+from trainer.run_data import Position, RunData, open_datasets
+from trainer.skipping import NumberedBlock, agreed, unreadable, without_skipped
 from trainer.validate import validate
 
 
@@ -39,14 +36,16 @@ class Session:
     progress: Progress
     task: BoundTask
     model: BoundModel
-    dataset: Dataset
-    validation: PackedSplit
-    prepare: Callable[[dict[str, Any], np.random.Generator], dict[str, np.ndarray]]
+    data: RunData
     loader: Loader
     engine: Engine
     checkpointer: Checkpointer
-    start_step: int
-    start_examples: int
+    start: Position
+
+    @property
+    def start_step(self) -> int:
+        """Completed steps at the start of this attempt."""
+        return self.start.step
 
     @property
     def writes_record(self) -> bool:
@@ -56,21 +55,61 @@ class Session:
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         """Metrics after `step` completed steps, into the run's record."""
         if self.writes_record:
-            self.record.metrics(step, values | {"examples": float(self.examples_seen(step))})
+            seen = {"examples": float(self.examples_seen(step))}
+            self.record.metrics(step, values | seen | self.data.metrics(self.position(step)))
 
     def log_sample(self, step: int) -> None:
         """What the model now makes of nothing: text, for a language model. Every rank takes part (ZeRO-3 shards)."""
         length = self.config.evaluation.sample_tokens
-        if length:
+        if length and self.task.has_samples:
             with self.engine.inference() as module:
-                text = self.task.sample(module, self.dataset.tokenizer, length, self.config.seed)
+                text = self.task.sample(module, self.data.datasets[0].tokenizer, length, self.config.seed)
             if self.writes_record:
                 self.record.sample(step, text)
 
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of `step`; every rank calls it.
+
+        With data.damage=skip the ranks first agree on the damaged blocks that any of them has met: from this step's
+        first position on all of them leave out their examples, and so does every resume.
+
+        Raises:
+            Damaged: with data.damage=stop, or when nothing would be left.
+        """
+        while True:
+            micro_batches = self.loader.step(step)
+            if not self.data.skips_damage or not (found := agreed(self.loader.found_damage())):
+                return micro_batches
+            self._leave_out(found, step)
+
+    def validation(self, num_examples: int | None) -> Examples:
+        """What an evaluation of so many examples reads; every rank calls it. Less damaged blocks, as micro_batches."""
+        if not self.data.skips_damage:
+            return self.data.validation
+        while True:
+            examples = without_skipped(self.data.validation, self.loader.exceptions)
+            found = agreed(unreadable(examples, self.world, self.config.batch.micro_batch_size, num_examples))
+            if not found:
+                return examples
+            self._leave_out(found, self.progress.step)
+
+    def _leave_out(self, blocks: list[NumberedBlock], step: int) -> None:
+        position = self.examples_seen(step)
+        self.loader.skip(blocks, position)
+        if self.writes_record:
+            self.record.event("data_skipped", step=step, position=position, blocks=blocks)
+            named = ", ".join(f"block {block} of split '{split}'" for split, block in blocks)
+            print(f"The data is damaged: {named} left out from step {step + 1} on.", file=sys.stderr, flush=True)
+
+    def position(self, step: int) -> Position:
+        """Where the run stands after `step` completed steps."""
+        return Position(step, self.examples_seen(step), self.loader.exceptions)
+
     def save(self, step: int) -> None:
         """Start saving a checkpoint after `step` completed steps; it is written behind the next ones."""
-        data_state = {"examples_seen": self.examples_seen(step), "fingerprint": self.dataset.fingerprint}
-        self.checkpointer.save(step, self.engine, data_state, {"tokenizer": self.dataset.tokenizer.to_json()})
+        tokenizer = self.data.datasets[0].tokenizer
+        extra = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
+        self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra)
 
     def wait_until_saved(self, step: int) -> None:
         """Wait for the save of `step`, the last one of this attempt; all ranks call it.
@@ -91,7 +130,7 @@ class Session:
 
     def examples_seen(self, step: int) -> int:
         """Position in the global order after `step` completed steps."""
-        return self.start_examples + (step - self.start_step) * self.config.batch.global_batch_size
+        return self.start.examples + (step - self.start.step) * self.config.batch.global_batch_size
 
     def device_metrics(self, step_s: float) -> dict[str, float]:
         """Memory of this worker, and model FLOPs utilisation where the device's peak is known."""
@@ -115,11 +154,8 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
     plan = validate(record.resolved)
     with ExitStack() as stack:
         progress.phase = "data"
-        tokenizer = plan.tokenizer
-        dataset = ensure_dataset(Store(config.store), config.data, tokenizer)
-        seq_len = plan.task.packing()
-        assert seq_len is not None, "only tasks on packed documents have a loader"
-        train_split = dataset.packed("train", seq_len)
+        data = RunData.of(open_datasets(plan), plan)
+        stack.callback(data.close)
 
         progress.phase = "model"
         engine = Engine(plan.model, config, world, progress)
@@ -127,18 +163,19 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         checkpointer = Checkpointer(checkpoints, world, config.checkpoint.keep, progress, record)
         stack.callback(checkpointer.close)
         progress.phase = "restore"
-        start_step, start_examples = _restore(record, engine, world, dataset)
+        start = _restore(record, engine, world, data)
 
-        loader = _loader(train_split, plan.task, config, world, start_step, start_examples)
+        loader = data.loader(config, world, start)
         stack.callback(loader.close)
-        progress.step, progress.steps = start_step, config.steps
+        progress.step, progress.steps = start.step, config.steps
         if world.rank == 0:
             record.event(
                 "started",
-                step=start_step,
+                step=start.step,
                 world_size=world.size,
                 parameters=plan.num_parameters,
-                data_fingerprint=dataset.fingerprint,
+                data_fingerprint=data.fingerprint,
+                **({} if data.waste is None else {"packing_waste": round(data.waste, 6)}),
             )
         yield Session(
             config=config,
@@ -147,66 +184,39 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
             progress=progress,
             task=plan.task,
             model=plan.model,
-            dataset=dataset,
-            validation=dataset.packed("validation", seq_len),
-            prepare=plan.task.prepare,
+            data=data,
             loader=loader,
             engine=engine,
             checkpointer=checkpointer,
-            start_step=start_step,
-            start_examples=start_examples,
+            start=start,
         )
 
 
-def _loader(
-    split: PackedSplit, task: BoundTask, config: RunConfig, world: World, start_step: int, start_examples: int
-) -> Loader:
-    """This rank's micro-batches of the global order, from (completed steps, examples seen) on."""
-    return Loader(
-        split,
-        task.prepare,
-        seed=config.seed,
-        global_batch_size=config.batch.global_batch_size,
-        micro_batch_size=config.batch.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        start_step=start_step,
-        examples_seen=start_examples,
-    )
-
-
-def _restore(record: RunRecord, engine: Engine, world: World, dataset: Dataset) -> tuple[int, int]:
-    """Load the run's newest good checkpoint, else its parent's; returns (completed steps, examples seen)."""
+def _restore(record: RunRecord, engine: Engine, world: World, data: RunData) -> Position:
+    """Load the run's newest good checkpoint, else its parent's."""
     reader = _newest_agreed(record, world)
     if reader is not None:
-        return _load_all(reader, engine, dataset)
+        return _load_all(reader, engine, data)
     parent = record.config.parent
     if parent is None:
-        return 0, 0
+        return Position()
     if parent.state == "all":
         reader = checkpoint.open_checkpoint(parent.checkpoint)
         check_parent(record.config, reader.manifest, "all")
-        return _load_all(reader, engine, dataset)
+        return _load_all(reader, engine, data)
     source = checkpoint.open_weights(parent.checkpoint)
     if isinstance(source, CheckpointReader):
         check_parent(record.config, source.manifest, "weights")
     if (tokenizer := tokenizer_of(parent.checkpoint)) is not None:
-        check_tokenizer(tokenizer, parent.checkpoint, dataset)
+        check_tokenizer(tokenizer, parent.checkpoint, data.datasets[0])
     checkpoint.load_weights(engine, source)
-    return 0, 0
+    return Position()
 
 
-def _load_all(reader: CheckpointReader, engine: Engine, dataset: Dataset) -> tuple[int, int]:
-    data = reader.manifest["data"]
-    if data["fingerprint"] != dataset.fingerprint:
-        raise UsageError(
-            f"Checkpoint {reader.store.path()} was trained on data set {data['fingerprint']}, but the data set is now "
-            f"{dataset.fingerprint}: the position in the data means nothing there. Restore the data, or start a new "
-            "run from its weights alone: "
-            f"shardyard train RECIPE --from {reader.manifest['run']}@{reader.manifest['step']} name=..."
-        )
+def _load_all(reader: CheckpointReader, engine: Engine, data: RunData) -> Position:
+    position = data.position(reader.manifest, f"Checkpoint {reader.store.path()}")
     checkpoint.load(engine, reader)
-    return int(reader.manifest["step"]), int(data["examples_seen"])
+    return position
 
 
 def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
@@ -215,7 +225,8 @@ def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
     Raises:
         UsageError: a BPE is trained on its data, so on other data the same ids mean something else.
     """
-    if not same_ids(parents, dataset.tokenizer.to_json()):
+    tokenizer = dataset.tokenizer
+    if tokenizer is None or not same_ids(parents, tokenizer.to_json()):
         raise UsageError(
             f"The weights of {source} know the token ids of another tokenizer than that of data set {dataset.path}: a "
             "bpe tokenizer is trained on its data. Give the parent's tokenizer.json as task.tokenizer.file "

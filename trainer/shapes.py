@@ -17,7 +17,23 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture of normalised values: (channels, height, width)."""
+
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Logits:
     """For each position of the input, `size` unnormalised log-probabilities."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class ClassLogits:
+    """For the whole input, `size` unnormalised log-probabilities."""
 
     size: int

@@ -15,7 +15,9 @@ from configs.errors import ShardyardError, UsageError
 from configs.load import Resolved, load, validate_plugin
 from configs.plugins import find_plugin, plugin_names
 from configs.problems import ConfigError, Problem, where
-from configs.schema import Plugin, RunConfig, Section
+from configs.schema import Plugin, RunConfig
+from data_pipelines.columns import Column
+from data_pipelines.sources import SourceConfig
 from data_pipelines.tokenizer import TokenizerConfig
 from data_pipelines.tokenizer_file import read_tokenizer
 from trainer.bound import BoundModel, BoundTask
@@ -24,9 +26,9 @@ _PACKAGES = {"task": "trainer.tasks", "model": "trainer.models", "data": "data_p
 
 # What each kind of file has to define.
 _NEEDED = {
-    "task": ("Config", "io", "packing", "prepare", "num_items", "num_tokens", "idle", "loss", "evaluate", "metrics"),
+    "task": ("Config", "columns", "io", "packing", "num_items", "idle", "loss", "evaluate", "metrics"),
     "model": ("Config", "ACCEPTS", "build", "init_parameter", "num_parameters", "flops_per_example"),
-    "data": ("Config", "documents", "identity"),
+    "data": ("Config", "schema", "partitions", "read", "identity"),
 }
 
 
@@ -43,18 +45,23 @@ class Plan:
     task: BoundTask
     model: BoundModel
     source: ModuleType
-    source_config: Section
+    source_config: SourceConfig
     num_parameters: int
     examples_seen: int
     accumulation_steps: int
     idle_share: float
 
     @property
-    def tokenizer(self) -> TokenizerConfig:
-        """How the task turns text into tokens."""
-        config: Any = self.task.config
-        tokenizer: TokenizerConfig = config.tokenizer
+    def tokenizer(self) -> TokenizerConfig | None:
+        """How the task turns text into tokens; None for a task that reads no text."""
+        tokenizer: TokenizerConfig | None = getattr(self.task.config, "tokenizer", None)
         return tokenizer
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        """Lengths of best-fit sequences that a build has to count."""
+        length = self.task.packing()
+        return (length,) if length is not None and self.task.packing_kind() == "best_fit" else ()
 
     def describe(self) -> dict[str, Any]:
         """The plan as plain values, for `check` and for the head of `train`."""
@@ -134,12 +141,15 @@ def validate(resolved: Resolved) -> Plan:
     if not isinstance(given, model_module.ACCEPTS):
         place = where("model.name", resolved.origins, "default")
         raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given)),))
+    task = BoundTask(task_module, task_config)
+    if (misfit := _data_misfit(config, task, source, source_config)) is not None:
+        raise ConfigError((Problem(where("data.name", resolved.origins, "default"), "data.name", misfit),))
     model = BoundModel(model_module, model_config, given, wanted)
     workers = config.resources.workers
     slots = workers * config.accumulation(workers)
     return Plan(
         config=config,
-        task=BoundTask(task_module, task_config),
+        task=task,
         model=model,
         source=source,
         source_config=source_config,
@@ -180,6 +190,38 @@ def _tokenizer_problems(task_config: Any, resolved: Resolved) -> list[Problem]:
     except ShardyardError as error:
         return [Problem(where(key, resolved.origins, "default"), key, str(error))]
     return []
+
+
+def columns_misfit(config: RunConfig, task: BoundTask, names: Sequence[str]) -> str | None:
+    """Why the task cannot read data of these columns; None if it can."""
+    missing = [name for name in task.columns() if name not in names]
+    if not missing:
+        return None
+    return (
+        f"data '{config.data.name}' has the columns {', '.join(name for name in names if name != 'key')}; task "
+        f"'{config.task.name}' reads {', '.join(task.columns())}. Use a source that has {', '.join(missing)}, or "
+        "another task."
+    )
+
+
+def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, settings: SourceConfig) -> str | None:
+    """Why the task cannot read what the source gives, told before anything is built."""
+    try:
+        columns: tuple[Column, ...] = source.schema(settings)
+    except UsageError as error:
+        return str(error)
+    except ShardyardError:
+        return None  # it cannot be looked at from here, or not yet: the build will tell
+    names = [column.name for column in columns]
+    if task.packing() is not None:  # text becomes tokens in the build
+        names = ["tokens" if name == "text" else name for name in names]
+    misfit = columns_misfit(config, task, names)
+    if misfit is None:
+        try:
+            task.preparation(columns, training=True)
+        except UsageError as error:
+            return str(error)
+    return misfit
 
 
 def _misfit(config: RunConfig, model_module: ModuleType, given: object) -> str:

@@ -1,94 +1,154 @@
-"""`shardyard data build | inspect | verify`: the data set that a recipe names."""
+"""`shardyard data build | inspect | verify | diff | export`: the data set of a recipe, or one that lies in a folder."""
 
 from __future__ import annotations
 
 import shlex
-import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from cluster.commands.output import facts, say, table
-from configs.errors import Damaged, NotFound
-from data_pipelines.build import dataset_name, ensure_dataset
-from data_pipelines.inspect import summary
+from cluster.build_progress import BuildProgress
+from cluster.commands.data_views import show, show_diff, show_example, show_lengths
+from cluster.commands.output import say
+from configs.errors import Damaged, NotFound, UsageError
+from data_pipelines.build import dataset_name
+from data_pipelines.index import INDEX_FILE
+from data_pipelines.inspect import examples, pictures, summary
+from data_pipelines.quarantine import QUARANTINE_FILE
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
+from trainer.run_data import MIXTURE, open_datasets
 from trainer.validate import Plan, load_recipe, validate
-
-PROGRESS_EVERY_S = 2.0
-SHOWN_CHARACTERS = 200
 
 
 def build(arguments: Namespace) -> dict[str, Any]:
     """Build the data set, or say that it is there."""
-    plan = _plan(arguments)
-    dataset = ensure_dataset(Store(plan.config.store), plan.config.data, plan.tokenizer, _Progress(arguments).tell)
-    return _show(arguments, dataset)
+    plan = _plan(arguments.recipe, arguments.overrides)
+    with _progress(arguments) as progress:
+        datasets = _build(arguments, plan, progress)
+    described = []
+    for dataset in datasets:
+        described.append(summary(dataset))
+        show(arguments, described[-1])
+        if described[-1]["quarantined"]:
+            say(arguments, f"\nThe bad rows are listed in {dataset.store.path(QUARANTINE_FILE)}")
+        if dataset is not datasets[-1]:
+            say(arguments)
+    return described[0] if plan.config.data.name != MIXTURE else {"sources": described}
+
+
+def _build(arguments: Namespace, plan: Plan, progress: BuildProgress) -> list[Dataset]:
+    """The data set of the recipe; of a mixture, that of each source."""
+    from cluster.ray_build import RayTasks
+
+    store = Store(plan.config.store)
+    tasks = None
+    if arguments.workers != 1 or arguments.address is not None:
+        tasks = RayTasks(workers=arguments.workers, address=arguments.address, store=store, watch=progress.watch)
+    with tasks or nullcontext() as run_tasks:
+        return open_datasets(plan, progress.tell, run_tasks)
 
 
 def inspect(arguments: Namespace) -> dict[str, Any]:
-    """Show splits, counts and the beginning of a document."""
-    dataset = _open(arguments)
-    shown = _show(arguments, dataset)
-    key, tokens, _ = next(dataset.documents("train"))
-    beginning = dataset.tokenizer.decode(tokens[:SHOWN_CHARACTERS])[:SHOWN_CHARACTERS]
-    say(arguments, f"\nThe first document, {key}, begins:\n\n{beginning}")
-    return shown | {"first_document": {"key": key, "beginning": beginning}}
+    """Show columns, counts, lengths and examples."""
+    dataset = _open(arguments, arguments.recipe)
+    described = summary(dataset)
+    show(arguments, described)
+    for split, values in described["splits"].items():
+        for column, lengths in values["lengths"].items():
+            show_lengths(arguments, split, column, lengths)
+    split = next(split for split in dataset.splits if described["splits"][split]["rows"])
+    found = examples(dataset, split, arguments.examples)
+    for example in found:
+        show_example(arguments, split, example)
+    files = _write_pictures(arguments, dataset, split) if arguments.out else []
+    return described | {"examples": {split: found}, "pictures": files}
+
+
+def _write_pictures(arguments: Namespace, dataset: Dataset, split: str) -> list[str]:
+    """The examples' pictures as PNG files in --out."""
+    from data_pipelines.pictures import png
+
+    folder = Store(arguments.out)
+    files = []
+    for name, picture in pictures(dataset, split, arguments.examples).items():
+        folder.write_atomic(f"{split}-{name}.png", png(picture))
+        files.append(folder.path(f"{split}-{name}.png"))
+    say(
+        arguments, f"\nWrote {len(files)} pictures to {folder.path()}" if files else "\nThere are no pictures to write."
+    )
+    return files
 
 
 def verify(arguments: Namespace) -> dict[str, Any]:
     """Read every block of the data set and compare its digest."""
-    dataset = _open(arguments)
-    damage = [str(item) for item in dataset.verify()]
+    dataset = _open(arguments, arguments.recipe)
+    with _progress(arguments, "blocks") as progress:
+        damage = dataset.verify(progress.tell)
     if damage:
         raise Damaged(
-            f"The data set {dataset.path} is damaged: {'; '.join(damage)}. Delete that folder and build it anew: "
-            f"shardyard data build {shlex.join([arguments.recipe, *arguments.overrides])}"
+            f"The data set {dataset.path} is damaged: {'; '.join(map(str, damage))}. Copy what is damaged again from "
+            "where it is whole, or delete that folder and build it anew: shardyard data build RECIPE"
         )
-    blocks = sum(len(dataset.blocks(split)) for split in dataset.splits)
+    blocks = len(dataset.index.blocks)
     say(arguments, f"All {blocks:,} blocks of {dataset.path} match their digests.")
     return {"path": dataset.path, "fingerprint": dataset.fingerprint, "blocks": blocks, "damage": []}
 
 
-def _plan(arguments: Namespace) -> Plan:
-    return validate(load_recipe(arguments.recipe, arguments.overrides))
+def diff(arguments: Namespace) -> dict[str, Any]:
+    """Say what differs between two data sets."""
+    from data_pipelines.diff import diff as compare
+
+    one, other = (_open(arguments, name) for name in (arguments.a, arguments.b))
+    with _progress(arguments) as progress:
+        found = compare(one, other, progress.tell)
+    show_diff(arguments, one.path, other.path, found)
+    return {"a": one.path, "b": other.path, **found}
 
 
-def _open(arguments: Namespace) -> Dataset:
-    """The recipe's data set, which must be there."""
-    plan = _plan(arguments)
+def export(arguments: Namespace) -> dict[str, Any]:
+    """Write the data set as Parquet files."""
+    from data_pipelines.export import export as write
+
+    dataset = _open(arguments, arguments.recipe)
+    folder = Store(arguments.out)
+    with _progress(arguments, "blocks") as progress:
+        files = write(dataset, folder, progress.tell)
+    say(arguments, f"Wrote {', '.join(files)} to {folder.path()}")
+    return {"path": dataset.path, "folder": folder.path(), "files": files}
+
+
+@contextmanager
+def _progress(arguments: Namespace, unit: str = "rows") -> Iterator[BuildProgress]:
+    progress = BuildProgress(arguments, unit)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
+
+def _plan(recipe: str, overrides: list[str]) -> Plan:
+    return validate(load_recipe(recipe, overrides))
+
+
+def _open(arguments: Namespace, name: str) -> Dataset:
+    """The data set in a folder of this name, else that of a recipe, which must be there."""
+    if Store(name).exists(INDEX_FILE):
+        return Dataset.open(name)
+    overrides = getattr(arguments, "overrides", [])
+    plan = _plan(name, overrides)
+    if plan.config.data.name == MIXTURE:
+        raise UsageError(
+            f"The data of {name} is a mixture, a data set for each of its sources. Give the folder of one of them: "
+            f"`shardyard data build {name}` names them."
+        )
     store = Store(plan.config.store).child("datasets", dataset_name(plan.config.data, plan.tokenizer))
     try:
         return Dataset.open(store)
     except NotFound as error:
-        recipe = shlex.join([arguments.recipe, *arguments.overrides])
+        recipe = shlex.join([name, *overrides])
         raise NotFound(
             f"The data set of {recipe} is not built yet (it would be {store.path()}). Build it: "
             f"shardyard data build {recipe}"
         ) from error
-
-
-def _show(arguments: Namespace, dataset: Dataset) -> dict[str, Any]:
-    described = summary(dataset)
-    facts(arguments, {key: described[key] for key in ("path", "fingerprint", "vocab_size")})
-    say(arguments)
-    header = ("SPLIT", "DOCUMENTS", "TOKENS", "BYTES", "BYTES/TOKEN", "BLOCKS", "FILES")
-    keys = ("documents", "tokens", "bytes", "bytes_per_token", "blocks", "files")
-    splits = described["splits"].items()
-    table(arguments, header, [(name, *(split[key] for key in keys)) for name, split in splits])
-    return described
-
-
-class _Progress:
-    """Says what a build does: each stage at once, counts every few seconds."""
-
-    def __init__(self, arguments: Namespace) -> None:
-        self._arguments = arguments
-        self._stage = ""
-        self._said_at = 0.0
-
-    def tell(self, stage: str, documents: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage or now - self._said_at >= PROGRESS_EVERY_S:
-            self._stage, self._said_at = stage, now
-            say(self._arguments, stage + (f": {documents:,} documents" if documents else ""))

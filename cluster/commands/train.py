@@ -112,7 +112,7 @@ def _tokenizer_file(arguments: Namespace, parent: ParentConfig) -> str | None:
     from trainer.validate import load_recipe, validate
 
     plan = validate(load_recipe(arguments.recipe, arguments.overrides))
-    if plan.tokenizer.name != "bpe" or plan.tokenizer.file is not None:
+    if plan.tokenizer is None or plan.tokenizer.name != "bpe" or plan.tokenizer.file is not None:
         return None
     store = Store(plan.config.store)
     with suppress(NotFound):

@@ -16,31 +16,43 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from configs.errors import UsageError
-from data_pipelines.near_duplicates import group_near_duplicates
-from data_pipelines.sources import Document, SourceConfig
+from data_pipelines.sources import Bad, Column, InputFile, Partition, Row, SourceConfig, partition_files
 
+NEAR_DUPLICATES_SHARE_A_SPLIT = True
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_PARTITION_BYTES = 4 << 20  # the whole is small: so that several processes have something to do
 
 
 class Config(SourceConfig):
     """It needs no settings of its own."""
 
 
-def documents(config: Config) -> Iterator[Document]:  # noqa: ARG001 - the signature of every source
-    """The files that are text, near-duplicates grouped. Raises UsageError where this Python has no source files."""
+def schema(config: Config) -> tuple[Column, ...]:  # noqa: ARG001 - the signature of every source
+    """The text alone."""
+    return (Column("text", "utf8"),)
+
+
+def partitions(config: Config) -> list[Partition]:  # noqa: ARG001
+    """The files in a few groups. Raises UsageError where this Python has no source files."""
     root = _root()
-    raw = {path.relative_to(root).as_posix(): content for path in _files(root) if (content := _read(path))}
-    if not raw:
+    files = [_input_file(path, root) for path in _files(root)]
+    if not files:
         raise UsageError(
             f"There are no .py files in {root}: this Python keeps its standard library elsewhere (in an archive, or "
             "compiled). Use a Python with its sources, or data: {name: text, paths: [...]}."
         )
-    groups = group_near_duplicates(raw.items())
-    for key, content in raw.items():
-        yield Document(key, content.decode("utf-8"), groups[key])
+    return partition_files(files, cut=False, target_bytes=_PARTITION_BYTES)
 
 
-def identity(config: Config) -> list[object]:  # noqa: ARG001 - the signature of every source
+def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:  # noqa: ARG001
+    """The files that are text."""
+    for path, key in zip(partition.files, partition.keys, strict=True):
+        text = _read(Path(path))
+        if text:
+            yield Row(key, {"text": text})
+
+
+def identity(config: Config) -> list[object]:  # noqa: ARG001
     """The Python version, and name and size of each file."""
     root = _root()
     sizes = [[path.relative_to(root).as_posix(), path.stat().st_size] for path in _files(root)]
@@ -59,10 +71,12 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in files if path.is_file())
 
 
-def _read(path: Path) -> bytes | None:
+def _input_file(path: Path, root: Path) -> InputFile:
+    return InputFile(path.relative_to(root).as_posix(), str(path), path.stat().st_size, None)
+
+
+def _read(path: Path) -> str:
     try:
-        content = path.read_bytes()
-        content.decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError):
-        return None
-    return content
+        return ""

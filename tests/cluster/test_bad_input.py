@@ -24,7 +24,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     output = capsys.readouterr()
     assert code != 0 and "Traceback" not in output.err
     (paragraph,) = [part for part in output.err.split("shardyard: ") if part.strip()]
-    assert output.out == ""
+    assert all(line.startswith("checking ") for line in output.out.splitlines())  # progress at most, no result
     return code, paragraph.strip()
 
 
@@ -127,7 +127,7 @@ def test_a_corrupt_shard(finished: Path, copied: Path, capsys: pytest.CaptureFix
     shard.write_bytes(content)
 
     code, text = refused(capsys, "data", "verify", recipe, store)
-    assert code == 1 and "train-00000.arrow, block 0" in text and "shardyard data build" in text
+    assert code == 1 and "train-00000-000.arrow, block 0" in text and "shardyard data build" in text
     code, _, err = run_main(copied, recipe, store, "name=other", "steps=4")
     assert code == 1 and str(shard) in err and "fails its digest" in err and "Traceback" not in err
     assert RunRecord.open(str(copied / "runs"), "other").status() == "failed"

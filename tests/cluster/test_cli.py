@@ -72,11 +72,12 @@ def test_every_command_has_a_function() -> None:
         *(["init"], ["check", "r"], ["train", "r"], ["logs", "r"], ["generate", "r"], ["export", "r", "f"], ["doctor"]),
         *(["runs", "ls"], *(["runs", name, "r"] for name in ("show", "stop", "sync", "resume"))),
         *(["data", name, "r"] for name in ("build", "inspect", "verify")),
+        *(["data", "diff", "a", "b"], ["data", "export", "r", "--out", "f"]),
     ]:
         module, _, function = build_parser().parse_args(command).handler.partition(":")
         assert callable(getattr(importlib.import_module(f"cluster.commands.{module}"), function))
         found.add(f"{module}:{function}")
-    assert len(found) == 15
+    assert len(found) == 17
 
 
 def test_overrides_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,19 +112,6 @@ def test_json_lists_every_problem_of_a_config(tmp_path: Path, capsys: pytest.Cap
     assert main(["check", str(write_recipe(tmp_path, seed=-1)), "zero.stage=9", "--json"]) == 2
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert [problem["key"] for problem in problems] == ["seed", "zero.stage"]
-
-
-def test_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(write_recipe(tmp_path))
-    assert main(["data", "inspect", recipe]) == 4
-    assert f"Build it: shardyard data build {recipe}" in capsys.readouterr().err
-    built = ask(capsys, "data", "build", recipe)
-    assert built["splits"]["train"]["documents"] + built["splits"]["validation"]["documents"] == 60
-    assert re.search(r"SPLIT +DOCUMENTS +TOKENS", tell(capsys, "data", "build", recipe))
-    shown = ask(capsys, "data", "inspect", recipe)
-    assert (tmp_path / "text.txt").read_text().find(shown["first_document"]["beginning"]) >= 0
-    assert "begins:" in tell(capsys, "data", "inspect", recipe)
-    assert ask(capsys, "data", "verify", recipe)["damage"] == []
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

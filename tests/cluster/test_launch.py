@@ -96,7 +96,7 @@ def test_a_run_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert kinds(record) == ["created", "queued", "placed", "finished"]
     assert record.status() == "finished"
     assert "fingerprint" in str(record.lineage())
-    assert run.dataset().splits
+    assert run.datasets()[0].splits
     assert not list(Path(tempfile.gettempdir()).glob(f"shardyard-ray-{os.getpid()}-*"))
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
     printed = capsys.readouterr()

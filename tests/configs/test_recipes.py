@@ -24,12 +24,14 @@ def test_each_recipe_loads_and_says_how_it_is_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipe_heads_tell_the_tokens_of_a_step(name: str) -> None:
+def test_recipe_heads_tell_the_size_of_a_step(name: str) -> None:
     config = load(name).config
     head = (RECIPES / f"{name}.yaml").read_text().partition("\n\n")[0]
-    tokens = re.search(r"([0-9,]+) tokens a step", head)
-    assert tokens is not None
-    assert int(tokens[1].replace(",", "")) == config.batch.global_batch_size * config.task.settings["seq_len"]
+    each = config.task.settings.get("seq_len", 1)
+    told = re.search(r"([0-9,]+) (tokens|examples) a step", head)
+    assert told is not None
+    assert told[2] == ("tokens" if "seq_len" in config.task.settings else "examples")
+    assert int(told[1].replace(",", "")) == config.batch.global_batch_size * each
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from configs.plugins import find_plugin, plugin_names
 from configs.schema import Section
-from data_pipelines.pack import PackedSequence
+from data_pipelines.columns import Column
+from data_pipelines.tokenizer import EOS_ID
 from trainer.bound import BoundModel, BoundTask
 from trainer.initialization import materialize
-from trainer.shapes import Logits, Tokens
+from trainer.shapes import ClassLogits, Image, Logits, Tokens
 
 MODELS = plugin_names("trainer.models")
 TASKS = plugin_names("trainer.tasks")
-SEQ_LEN, VOCAB_SIZE = 12, 300
+SEQ_LEN, VOCAB_SIZE, IMAGE_PX, NUM_CLASSES = 12, 300, 16, 5
 
 
 def example_config(module: ModuleType, **settings: Any) -> Section:
@@ -31,14 +32,19 @@ def example_config(module: ModuleType, **settings: Any) -> Section:
 
 def example_shapes(kind: type) -> tuple[Any, Any]:
     """An input of this kind, and an output that suits it."""
-    shapes = {Tokens: (Tokens(VOCAB_SIZE, SEQ_LEN), Logits(VOCAB_SIZE))}
+    shapes = {
+        Tokens: (Tokens(VOCAB_SIZE, SEQ_LEN), Logits(VOCAB_SIZE)),
+        Image: (Image(3, IMAGE_PX, IMAGE_PX), ClassLogits(NUM_CLASSES)),
+    }
     return shapes[kind]
 
 
 def example_input(shape: Any, examples: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
     if isinstance(shape, Tokens):
-        generator = torch.Generator().manual_seed(0)
         return torch.randint(0, shape.vocab_size, (examples, shape.seq_len), generator=generator)
+    if isinstance(shape, Image):
+        return torch.randn(examples, shape.channels, shape.height, shape.width, generator=generator)
     raise AssertionError(f"say here what a batch of {shape} looks like")
 
 
@@ -59,10 +65,11 @@ def built(model: BoundModel, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def bound_task(name: str) -> BoundTask:
+def bound_task(name: str, **settings: Any) -> BoundTask:
     module = find_plugin("trainer.tasks", name)
-    settings = {"seq_len": SEQ_LEN} if "seq_len" in module.Config.model_fields else {}
-    return BoundTask(module, example_config(module, **settings))
+    small = {"seq_len": SEQ_LEN, "image_size": IMAGE_PX, "num_classes": NUM_CLASSES}
+    own = {key: value for key, value in small.items() if key in module.Config.model_fields}
+    return BoundTask(module, example_config(module, **own, **settings))
 
 
 def fitting_model(task: BoundTask) -> BoundModel:
@@ -75,26 +82,37 @@ def fitting_model(task: BoundTask) -> BoundModel:
     raise AssertionError(f"no model accepts {given}")
 
 
-def example_rows(task: BoundTask, count: int) -> list[PackedSequence]:
-    """Rows as a data set gives them: packed sequences, the last one padded."""
-    seq_len = task.packing()
-    assert seq_len is not None, "say here what a row of a task that does not pack looks like"
+def stored_columns(task: BoundTask) -> list[Column]:
+    """What a data set for this task holds, as far as it reads it."""
+    given, _ = task.io()
+    kinds = {"tokens": ("uint16", (None,)), "label": ("int64", ())}
+    if isinstance(given, Image):
+        kinds["image"] = ("uint8", (given.height, given.width, given.channels))
+    return [Column(name, *kinds[name]) for name in task.columns()]
+
+
+def example_rows(task: BoundTask, count: int) -> list[dict[str, np.ndarray]]:
+    """Examples as a loader reads them: packed sequences, the last one padded; or stored rows."""
     rng = np.random.default_rng(0)
+    given, wanted = task.io()
+    if (seq_len := task.packing()) is None:
+        shapes = {column.name: column.shape for column in stored_columns(task)}
+        values = {"image": lambda: rng.integers(0, 256, shapes["image"]).astype(np.uint8)}
+        values["label"] = lambda: np.int64(rng.integers(0, wanted.size))
+        return [{name: values[name]() for name in task.columns()} for _ in range(count)]
     rows = []
     for number in range(count):
-        document = (np.arange(seq_len + 1) > seq_len // 2).astype(np.int32)
-        position = np.where(document == 0, np.arange(seq_len + 1), np.arange(seq_len + 1) - seq_len // 2 - 1)
-        rows.append(
-            PackedSequence(
-                tokens=rng.integers(1, task.io()[0].vocab_size, seq_len + 1).astype(np.int32),
-                document=document,
-                position=position.astype(np.int32),
-                valid=seq_len if number + 1 < count else seq_len // 3,
-            )
-        )
+        tokens = rng.integers(1, given.vocab_size, seq_len + 1).astype(np.uint16)
+        tokens[[0, seq_len // 2]] = EOS_ID  # two documents
+        valid = seq_len if number + 1 < count else seq_len // 3
+        tokens[valid + 1 :] = EOS_ID
+        rows.append({"tokens": tokens, "valid": np.int32(valid)})
     return rows
 
 
-def batch_of(task: BoundTask, rows: list[PackedSequence]) -> dict[str, Tensor]:
-    prepared = [task.prepare(row, np.random.default_rng((0, number))) for number, row in enumerate(rows)]
-    return {name: torch.from_numpy(np.stack([example[name] for example in prepared])) for name in prepared[0]}
+def batch_of(task: BoundTask, rows: list[dict[str, np.ndarray]], *, training: bool = True) -> dict[str, Tensor]:
+    """The batch that a loader makes of these rows."""
+    prepare = task.preparation(stored_columns(task), training=training)
+    if prepare is not None:
+        rows = [dict(prepare(row, np.random.default_rng((0, number)))) for number, row in enumerate(rows)]
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

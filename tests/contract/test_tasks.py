@@ -5,15 +5,24 @@ from __future__ import annotations
 import inspect
 
 import numpy as np
-import pyarrow as pa
 import pydantic
 import pytest
 import torch
 
 from configs.plugins import find_plugin
 from configs.schema import Section
-from tests.contract.examples import TASKS, batch_of, bound_task, built, example_config, example_rows, fitting_model
+from tests.contract.examples import (
+    TASKS,
+    batch_of,
+    bound_task,
+    built,
+    example_config,
+    example_rows,
+    fitting_model,
+    stored_columns,
+)
 from trainer import shapes
+from trainer.bound import BoundTask
 
 each_task = pytest.mark.parametrize("name", TASKS)
 
@@ -39,26 +48,49 @@ def test_it_is_described_and_its_config_is_strict(name: str) -> None:
 
 
 @each_task
-def test_shapes_and_schema(name: str) -> None:
+def test_shapes_and_columns(name: str) -> None:
     task = bound_task(name)
     known = {kind for _, kind in inspect.getmembers(shapes, inspect.isclass)}
     assert {type(shape) for shape in task.io()} <= known
-    assert isinstance(task.schema(), pa.Schema)
+    assert task.columns() and all(isinstance(column, str) for column in task.columns())
+    assert task.packing() is None or task.columns() == ("tokens",)
     fitting_model(task)
+
+
+def preparations(name: str) -> list[BoundTask]:
+    """The task with every setting off, and with each number and switch on: augmentation, where it has any."""
+    fields = find_plugin("trainer.tasks", name).Config.model_fields
+    on = {key: True for key, field in fields.items() if field.annotation is bool}
+    on |= {key: 2 for key, field in fields.items() if field.annotation is int and field.default == 0}
+    return [bound_task(name), bound_task(name, **on)]
 
 
 @each_task
 def test_preparing_depends_on_the_row_and_its_own_generator_alone(name: str) -> None:
-    task = bound_task(name)
-    row = example_rows(task, 1)[0]
-    np.random.seed(0)
-    first = task.prepare(row, np.random.default_rng(3))
-    np.random.seed(1)
-    again = task.prepare(row, np.random.default_rng(3))
-    assert first.keys() == again.keys()
-    for key in first:
-        assert isinstance(first[key], np.ndarray), key
-        np.testing.assert_array_equal(first[key], again[key])
+    for task in preparations(name):
+        row = example_rows(task, 1)[0]
+        for training in (True, False):
+            prepare = task.preparation(stored_columns(task), training=training)
+            if prepare is None:
+                continue
+            np.random.seed(0)
+            first = prepare(row, np.random.default_rng(3))
+            np.random.seed(1)
+            again = prepare(row, np.random.default_rng(3))
+            assert first.keys() == again.keys() == row.keys()
+            for key in first:
+                assert isinstance(first[key], np.ndarray), key
+                assert first[key].shape == np.shape(row[key]), key
+                np.testing.assert_array_equal(first[key], again[key])
+
+
+@each_task
+def test_nothing_is_random_in_evaluation(name: str) -> None:
+    for task in preparations(name):
+        rows = example_rows(task, 3)
+        batches = [batch_of(task, rows[at:], training=False) for at in range(2)]  # other generators for the same rows
+        for key, tensor in batches[1].items():
+            assert torch.equal(batches[0][key][1:], tensor), key
 
 
 @each_task
@@ -73,7 +105,8 @@ def test_the_loss_is_a_sum_over_examples_in_fp32(name: str) -> None:
     assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-4)
     batches = [batch_of(task, [row]) for row in rows]
     for count in (task.num_items, task.num_tokens):
-        assert count(batch_of(task, rows)) == sum(count(batch) for batch in batches) > 0
+        assert count(batch_of(task, rows)) == sum(count(batch) for batch in batches)
+    assert task.num_items(batches[0]) > 0
 
 
 @each_task

@@ -1,174 +1,398 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import Damaged, UsageError
+from data_pipelines import batches as batches_module
+from data_pipelines import loader as loader_module
+from data_pipelines.buckets import BucketOrder
+from data_pipelines.data_state import Exceptions
+from data_pipelines.examples import Examples
 from data_pipelines.loader import Loader, MicroBatch, evaluation_batches
-from data_pipelines.order import sample_ids
+from data_pipelines.mixture import Change, MixtureExamples, MixtureOrder, Schedule
+from data_pipelines.order import BlockOrder, ExampleOrder, Order, SequentialOrder, choose_order
+from tests.data_pipelines.fakes import Lists, Numbers, packed, random_documents
 
 WORLD_SIZES = (1, 2, 3, 4, 6)
 
 
-class Numbers:
-    """Examples that are their own sample id; sample `broken` cannot be read."""
-
-    def __init__(self, count: int, broken: int | None = None) -> None:
-        self.count = count
-        self.broken = broken
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, sample_id: int) -> int:
-        if sample_id == self.broken:
-            raise Damaged("block 7 is damaged")
-        return sample_id
+@pytest.fixture(scope="module", autouse=True)
+def little_read_ahead() -> Iterator[None]:
+    """Few examples are planned at once, so that a plan ends within a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_module, "_AHEAD", 40)
+        yield
 
 
-def prepare(row: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"id": np.array([row, row]), "noise": generator.random(3)}
+def with_noise(row: dict[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
+    return {**row, "noise": generator.random(3)}
 
 
-def loaders(examples: Numbers, world_size: int, **settings: Any) -> Iterator[Loader]:
-    for rank in range(world_size):
-        loader = Loader(examples, prepare, rank=rank, world_size=world_size, **settings)
-        yield loader
-        loader.close()
+def copied(batch: MicroBatch) -> MicroBatch:
+    """As it is now: tensors lie in memory that is used again."""
+    return MicroBatch(
+        batch.index,
+        batch.idle,
+        batch.sample_ids.copy(),
+        {name: tensor.clone() for name, tensor in batch.tensors.items()},
+    )
 
 
-def global_batch(micro_batches: list[MicroBatch]) -> tuple[list[int], np.ndarray]:
-    """Sample ids and noise of a step in the order of k, over all ranks; checks that each k comes once."""
+def global_batch(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    """A step's micro-batches in the order of k, over all ranks; checks that each k comes once."""
     real = sorted((batch for batch in micro_batches if not batch.idle), key=lambda batch: batch.index)
-    assert [batch.index for batch in real] == list(range(len(real)))
-    ids = [sample_id for batch in real for sample_id in batch.sample_ids.tolist()]
-    assert ids == [row for batch in real for row in batch.tensors["id"][:, 0].tolist()]
-    return ids, np.concatenate([batch.tensors["noise"].numpy() for batch in real])
+    assert len({batch.index for batch in real}) == len(real)
+    return real
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.data(), st.integers(0, 2**40), st.integers(1, 60), st.integers(1, 25), st.integers(0, 200))
-def test_the_same_global_batch_at_every_world_size(
-    data: st.DataObject, seed: int, num_examples: int, global_batch_size: int, examples_seen: int
-) -> None:
-    micro_batch_size = data.draw(st.integers(1, global_batch_size))
-    start_step = data.draw(st.integers(0, 5))
-    step = start_step + data.draw(st.integers(0, 5))
-    first = examples_seen + (step - start_step) * global_batch_size
-    expected = sample_ids(seed, num_examples, np.arange(first, first + global_batch_size)).tolist()
-    num_micro_batches = -(-global_batch_size // micro_batch_size)
-    reference: np.ndarray | None = None
-    for world_size in WORLD_SIZES:
-        every: list[MicroBatch] = []
-        for loader in loaders(
-            Numbers(num_examples),
-            world_size,
+def ids_of(batches: list[MicroBatch]) -> list[int]:
+    return [sample_id for batch in batches for sample_id in batch.sample_ids.tolist()]
+
+
+def same(first: list[MicroBatch], second: list[MicroBatch]) -> bool:
+    return len(first) == len(second) and all(
+        one.index == other.index
+        and one.sample_ids.tolist() == other.sample_ids.tolist()
+        and one.tensors.keys() == other.tensors.keys()
+        and all(
+            tensor.dtype == other.tensors[name].dtype and torch.equal(tensor, other.tensors[name])
+            for name, tensor in one.tensors.items()
+        )
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def steps_of(make: Callable[..., Loader], world_size: int, steps: range, **options: Any) -> dict[int, list[MicroBatch]]:
+    """The global batches of some steps, read by `world_size` ranks."""
+    found: dict[int, list[MicroBatch]] = {step: [] for step in steps}
+    for rank in range(world_size):
+        loader = make(rank=rank, world_size=world_size, start_step=steps.start, **options)
+        try:
+            for step in steps:
+                found[step] += map(copied, loader.step(step))
+        finally:
+            loader.close()
+    return {step: global_batch(batches) for step, batches in found.items()}
+
+
+def some_data(kind: str, seed: int, global_batch_size: int, micro_batch_size: int) -> tuple[Examples, Order]:
+    """Examples and an order of each kind; a few dozen examples each, so that epochs end often."""
+    if kind == "concat":
+        examples: Examples = packed(random_documents(seed, 7), 12)
+        return examples, BlockOrder(seed, examples.block_examples, 3)
+    if kind == "best_fit":
+        examples = packed(random_documents(seed, 5), 16, "best_fit")
+        return examples, ExampleOrder(seed, len(examples))
+    if kind == "mixture":
+        parts = [packed(random_documents(seed + i, 2 + i), 12, ("concat", "best_fit")[i % 2]) for i in range(3)]
+        orders = [
+            choose_order(name, seed, part.block_examples, 2)
+            for name, part in zip(("blocks", "examples", "sequential"), parts, strict=True)
+        ]
+        schedule = Schedule([5, 2, 3], [None, 2 * len(parts[1]), None], [Change(31, (1, 1, 1))])
+        return MixtureExamples(parts), MixtureOrder(orders, schedule)
+    lists = Lists([9, 0, 14, 3, 8])
+    base = BlockOrder(seed, lists.block_examples, 2)
+    order = BucketOrder(
+        base,
+        lists.lengths,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        window=20,
+    )
+    return lists, order
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), st.sampled_from(["concat", "best_fit", "mixture", "ragged"]), st.integers(0, 2**40))
+def test_identical_global_batches_whatever_the_cluster(data: st.DataObject, kind: str, seed: int) -> None:
+    """World sizes, threads, read-ahead and where a run was stopped and resumed change nothing; blocks are skipped."""
+    global_batch_size = data.draw(st.integers(1, 14), "global batch")
+    micro_batch_size = data.draw(st.integers(1, global_batch_size), "micro batch")
+    num_steps = data.draw(st.integers(1, 12), "steps")
+    examples, order = some_data(kind, seed, global_batch_size, micro_batch_size)
+    prepare = data.draw(st.sampled_from([None, with_noise]), "prepare")
+    blocks = data.draw(st.sets(st.integers(0, len(examples.block_examples) - 1), max_size=2), "skipped")
+    exceptions = Exceptions()
+    for block in blocks:
+        exceptions = exceptions.skip([("train", block)], data.draw(st.integers(0, 60), "from"))
+    if blocks and sum(np.delete(examples.block_examples, list(blocks))) == 0:
+        return
+
+    def make(**options: Any) -> Loader:
+        return Loader(
+            examples,
+            order,
+            prepare,
             seed=seed,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
-            start_step=start_step,
-            examples_seen=examples_seen,
-            prefetch=0,
-        ):
-            mine = loader.step(step)
-            assert len(mine) == -(-num_micro_batches // world_size)
-            assert all(batch.index == num_micro_batches - 1 for batch in mine if batch.idle)
-            every += mine
-        ids, noise = global_batch(every)
-        assert ids == expected
-        assert reference is None or np.array_equal(noise, reference)
-        reference = noise
+            exceptions=exceptions,
+            **options,
+        )
+
+    reference = steps_of(make, 1, range(num_steps))
+    cuts = sorted(data.draw(st.sets(st.integers(0, num_steps), max_size=3), "stops") | {0, num_steps})
+    seen: dict[int, list[MicroBatch]] = {}
+    for start, stop in pairwise(cuts):
+        seen |= steps_of(
+            make,
+            data.draw(st.sampled_from(WORLD_SIZES), "world"),
+            range(start, stop),
+            examples_seen=start * global_batch_size,
+            threads=data.draw(st.sampled_from([1, 3]), "threads"),
+            prefetch_bytes=data.draw(st.sampled_from([1, 2000, 1 << 20]), "prefetch"),
+        )
+    for step in range(num_steps):
+        assert same(seen[step], reference[step])
+    ends = np.cumsum(examples.block_examples)
+    for step, batches in reference.items():
+        positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
+        ids = order.sample_ids(positions)
+        kept = exceptions.kept("train", ends.searchsorted(ids, side="right"), positions)
+        assert ids_of(batches) == ids[kept].tolist()
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_each_example_once_an_epoch_across_uneven_steps_and_resumes(world_size: int) -> None:
-    examples, seen, ids, noise = Numbers(101), 0, [], []
-    for start_step, stop_step in ((0, 7), (7, 20), (20, 31)):  # stopped and resumed twice
-        batches: dict[int, list[MicroBatch]] = {step: [] for step in range(start_step, stop_step)}
-        for loader in loaders(
-            examples,
-            world_size,
-            seed=5,
-            global_batch_size=10,
-            micro_batch_size=4,
-            start_step=start_step,
-            examples_seen=seen,
-        ):
-            for step in batches:
-                batches[step] += loader.step(step)
-        noise += [row for step in batches for row in global_batch(batches[step])[1].tolist()]
-        ids += [sample_id for step in batches for sample_id in global_batch(batches[step])[0]]
-        seen += 10 * len(batches)
-    assert ids == sample_ids(5, 101, np.arange(310)).tolist()
+    examples, ids, noise = Numbers([30, 41, 30]), [], []
+    order = BlockOrder(5, examples.block_examples)
+
+    def make(**options: Any) -> Loader:
+        return Loader(examples, order, with_noise, seed=5, global_batch_size=10, micro_batch_size=4, **options)
+
+    for start, stop in ((0, 7), (7, 20), (20, 31)):  # stopped and resumed twice
+        for batches in steps_of(make, world_size, range(start, stop), examples_seen=10 * start).values():
+            assert [batch.index for batch in batches] == [0, 1, 2]
+            ids += ids_of(batches)
+            noise += [row for batch in batches for row in batch.tensors["noise"].tolist()]
+            assert ids_of(batches) == [row for batch in batches for row in batch.tensors["id"][:, 0].tolist()]
+    assert ids == order.sample_ids(np.arange(310)).tolist()
     assert len({tuple(row) for row in noise}) == 310  # each position has random numbers of its own
     for epoch in range(3):
         assert sorted(ids[101 * epoch : 101 * (epoch + 1)]) == list(range(101))
 
 
+def numbers_loader(examples: Numbers | None = None, order: Order | None = None, **options: Any) -> Loader:
+    examples = Numbers([20, 30]) if examples is None else examples
+    settings = {"seed": 0, "global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+    return Loader(examples, SequentialOrder(len(examples)) if order is None else order, **(settings | options))
+
+
+def test_every_rank_has_as_many_slots_and_idle_ones_repeat_the_last() -> None:
+    for world_size in WORLD_SIZES:
+        for rank in range(world_size):
+            loader = numbers_loader(global_batch_size=10, micro_batch_size=3, rank=rank, world_size=world_size)
+            batches = loader.step(0)
+            assert len(batches) == -(-4 // world_size)
+            for slot, batch in enumerate(batches):
+                k = rank + slot * world_size
+                assert (batch.index, batch.idle) == (min(k, 3), k > 3)
+                assert ids_of([batch]) == list(range(10))[3 * batch.index : 3 * batch.index + 3]
+            loader.close()
+
+
 def test_any_step_may_be_asked_and_nothing_stays_behind() -> None:
     before = set(threading.enumerate())
-    loader = Loader(
-        Numbers(50), prepare, seed=0, global_batch_size=4, micro_batch_size=2, rank=0, world_size=1, prefetch=3
-    )
-    for step in (0, 1, 2, 40, 41, 3, 3, 0):
-        assert global_batch(loader.step(step))[0] == sample_ids(0, 50, np.arange(4 * step, 4 * step + 4)).tolist()
+    num_threads = torch.get_num_threads()
+    loader = numbers_loader(prepare=with_noise, threads=3)
+    assert torch.get_num_threads() == num_threads
+    for step in (*range(9), 40, 41, 3, 3, 0, *range(1, 30), 7):
+        batches = loader.step(step)
+        assert ids_of(batches) == [position % 50 for position in range(4 * step, 4 * step + 4)]
+        assert [row for batch in batches for row in batch.tensors["id"][:, 1].tolist()] == ids_of(batches)
         assert loader.wait_s >= 0
-        assert len(loader._ahead) <= 3
     assert set(threading.enumerate()) > before
     loader.close()
     loader.close()
     assert set(threading.enumerate()) == before
 
 
-def test_steps_ahead_are_read_before_they_are_asked_for() -> None:
-    seen = threading.Event()
+def test_a_gather_uses_one_core_and_training_keeps_its_own() -> None:
+    seen = []
 
     class Watched(Numbers):
-        def __getitem__(self, sample_id: int) -> int:
-            if sample_id in later:
-                seen.set()
-            return sample_id
+        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+            seen.append(torch.get_num_threads())
+            return super().gather(ids, out)
 
-    later = sample_ids(0, 100, np.arange(4, 8)).tolist()
-    loader = Loader(Watched(100), prepare, seed=0, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1)
+    num_threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(2)
+        loader = numbers_loader(Watched([20, 30]))
         loader.step(0)
-        loader.step(1)
-        assert seen.wait(timeout=10)
+        loader.close()
+        assert torch.get_num_threads() == 2
+        assert set(seen) == {1}
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_steps_ahead_are_read_before_they_are_asked_for() -> None:
+    read = threading.Event()
+
+    class Watched(Numbers):
+        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+            if 30 in ids:
+                read.set()
+            return super().gather(ids, out)
+
+    examples = Watched([20, 30])
+    loader = numbers_loader(examples)
+    try:
+        for step in range(4):
+            loader.step(step)
+        assert read.wait(timeout=10)
+        assert examples.asked == {0, 1}  # blocks were announced
     finally:
         loader.close()
 
 
-def test_an_error_in_the_thread_is_raised_by_its_step() -> None:
-    order = sample_ids(0, 40, np.arange(40))
-    loader = Loader(
-        Numbers(40, broken=int(order[9])),
-        prepare,
-        seed=0,
-        global_batch_size=4,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-    )
+def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_HAND_OVER_BYTES", 1 << 10)
+    examples = packed(random_documents(0, 6), 12)
+    loader = numbers_loader(examples, SequentialOrder(len(examples)), prefetch_bytes=1 << 12)  # type: ignore[arg-type]
+    for step in range(100):  # hand-overs have reached their size
+        loader.step(step)
+    addresses = {loader.step(step)[0].tensors["tokens"].untyped_storage().data_ptr() for step in range(100, 600)}
+    loader.close()
+    assert len(addresses) <= 6
+
+
+def test_hand_overs_grow_but_not_beyond_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Watched(Numbers):
+        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+            sizes.append(len(ids) // 4)
+            return super().gather(ids, out)
+
+    monkeypatch.setattr(loader_module, "_HAND_OVER_BYTES", 64 * 10)  # a step is 4 rows of 16 bytes
+    loader = numbers_loader(Watched([20, 30]))
+    for step in range(100):
+        loader.step(step)
+    loader.close()
+    assert sizes[0] == 1 and max(sizes) == 10
+
+
+def test_an_error_is_raised_by_its_own_step() -> None:
+    loader = numbers_loader(Numbers([90, 4, 100], broken=[1]))  # steps 22 and 23 read block 1
     try:
-        loader.step(0)
-        loader.step(1)
-        with pytest.raises(Damaged, match="block 7"):
-            loader.step(2)
-        loader.step(3)
+        for step in range(22):
+            assert ids_of(loader.step(step)) == list(range(4 * step, 4 * step + 4))
+        for _ in range(2):
+            with pytest.raises(Damaged, match="block 1"):
+                loader.step(22)
+        with pytest.raises(Damaged, match="block 1"):
+            loader.step(23)
+        for step in range(24, 40):
+            assert ids_of(loader.step(step)) == list(range(4 * step, 4 * step + 4))
     finally:
         loader.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_damaged_blocks_are_left_out_as_agreed(world_size: int) -> None:
+    """As a run does it: before each step the ranks tell each other what they found, and skip it from there on."""
+    examples = Numbers([10, 5, 10, 8], broken=[1, 3])
+    order = BlockOrder(3, examples.block_examples)
+    ranks = [
+        numbers_loader(examples, order, rank=rank, world_size=world_size, global_batch_size=7, damage="skip")
+        for rank in range(world_size)
+    ]
+    try:
+        for step in range(30):
+            while True:
+                batches = [copied(batch) for loader in ranks for batch in loader.step(step)]
+                found = sorted({block for loader in ranks for block in loader.found_damage()})
+                if not found:
+                    break
+                for loader in ranks:
+                    loader.skip(found, 7 * step)
+            expected = [
+                number
+                for number in order.sample_ids(np.arange(7 * step, 7 * step + 7)).tolist()
+                if not (10 <= number < 15 or number >= 25)
+            ]
+            assert ids_of(global_batch(batches)) == expected
+            for batch in batches:  # also an idle one can be run
+                assert len(batch.sample_ids) and batch.tensors["id"][:, 0].tolist() == batch.sample_ids.tolist()
+        states = [loader.exceptions.state() for loader in ranks]
+        assert all(state == states[0] for state in states)
+        assert {entry["block"] for entry in states[0]} == {1, 3}
+        with pytest.raises(Damaged, match="Every block"):
+            ranks[0].skip([("train", 0), ("train", 2)], 0)
+    finally:
+        for loader in ranks:
+            loader.close()
+
+
+def test_skipping_the_last_whole_block_is_damage() -> None:
+    loader = numbers_loader(Numbers([4, 4], broken=[0, 1]), damage="skip")
+    with pytest.raises(Damaged):
+        loader.step(0)
+    loader.close()
+
+
+def test_a_mixture_that_ends_is_read_to_its_end() -> None:
+    parts = [Numbers([9]), Numbers([12])]
+    schedule = Schedule([1, 2], [2 * 9, 12])
+    order = MixtureOrder([SequentialOrder(9), SequentialOrder(12)], schedule)
+    for bucketed in (False, True):
+        if bucketed:
+            whole: Order = BucketOrder(
+                order, lambda ids: ids, seed=1, global_batch_size=4, micro_batch_size=2, window=8
+            )
+        else:
+            whole = order
+        loader = numbers_loader(MixtureExamples(parts), whole)  # type: ignore[arg-type]
+        ids = [number for step in range(7) for number in ids_of(loader.step(step))]
+        assert sorted(ids)[-12:] == list(range(9, 21)) and len(ids) == 28
+        with pytest.raises(UsageError, match="has 30 examples"):
+            loader.step(7)
+        loader.close()
+
+
+@pytest.mark.parametrize("long_row", [1, 1 << 20])
+def test_lists_are_padded_to_the_longest_of_their_micro_batch(long_row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_module, "_LONG_ROW", long_row)
+    lists = Lists([50])
+    for prepare in (None, lambda row, _: {"list": row["list"].astype(np.float32)}):
+        loader = numbers_loader(lists, prepare=prepare, pad=-1)
+        for step in range(12):
+            for batch in loader.step(step):
+                lengths = [number * 7 % 10 for number in batch.sample_ids.tolist()]
+                values = batch.tensors["list"]
+                assert values.shape == (2, max(lengths))
+                assert values.tolist() == [
+                    [number] * length + [-1] * (max(lengths) - length)
+                    for number, length in zip(batch.sample_ids.tolist(), lengths, strict=True)
+                ]
+                if prepare is None or lengths[0] != lengths[1]:
+                    assert batch.tensors["list_length"].tolist() == lengths
+        loader.close()
+
+
+def test_shapes_that_cannot_be_padded_are_refused() -> None:
+    loader = numbers_loader(prepare=lambda row, _: {"x": np.zeros((2, int(row["id"][0]) + 1))})
+    with pytest.raises(UsageError, match="only the first size"):
+        loader.step(0)
+    loader.close()
 
 
 def test_an_empty_split_is_refused() -> None:
     with pytest.raises(UsageError, match="empty"):
-        Loader(Numbers(0), prepare, seed=0, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+        numbers_loader(Numbers([0]), SequentialOrder(1))
 
 
 @pytest.mark.parametrize("num_examples", [None, 1, 7, 64, 1000])
@@ -177,21 +401,17 @@ def test_evaluation_counts_each_example_once(total: int, num_examples: int | Non
     count = total if num_examples is None else min(total, num_examples)
     reference: list[int] | None = None
     for world_size in WORLD_SIZES:
-        ranks = [
-            list(
-                evaluation_batches(
-                    Numbers(total),
-                    prepare,
-                    micro_batch_size=4,
-                    rank=rank,
-                    world_size=world_size,
-                    num_examples=num_examples,
-                )
-            )
-            for rank in range(world_size)
-        ]
+        ranks = [list(evaluation(total, num_examples, rank, world_size)) for rank in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
-        ids = sorted(i for batches in ranks for batch in batches if not batch.idle for i in batch.sample_ids.tolist())
+        real = [batch for batches in ranks for batch in batches if not batch.idle]
+        ids = sorted(ids_of(real))
+        assert sorted(row for batch in real for row in batch.tensors["id"][:, 0].tolist()) == ids
         assert len(ids) == len(set(ids)) == count
         assert reference is None or ids == reference
         reference = ids
+
+
+def evaluation(total: int, num_examples: int | None, rank: int, world_size: int) -> Iterator[MicroBatch]:
+    return evaluation_batches(
+        Numbers([total]), with_noise, micro_batch_size=4, rank=rank, world_size=world_size, num_examples=num_examples
+    )

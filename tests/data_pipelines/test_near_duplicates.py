@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from data_pipelines.near_duplicates import NUM_HASHES, SHINGLE_TOKENS, _token_hashes, group_near_duplicates, signature
+from data_pipelines.near_duplicates import NUM_HASHES, SHINGLE_TOKENS, _token_hashes, signature
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -41,36 +41,6 @@ def test_signatures_estimate_the_similarity(changes: int) -> None:
         errors.append(agreeing - similarity(first, second))
     assert np.abs(errors).max() < 4 * 0.5 / NUM_HASHES**0.5  # 4 standard deviations
     assert abs(np.mean(errors)) < 0.04
-
-
-def test_near_duplicates_share_a_group_and_others_do_not() -> None:
-    originals = {f"{number:02d}-a": text(number) for number in range(40)}
-    copies = {key.replace("-a", "-b"): changed(words, 8, 7) for key, words in originals.items()}
-    texts = {key: " ".join(words).encode() for key, words in {**copies, **originals}.items()}
-    groups = group_near_duplicates(texts.items())
-    assert groups == {key: key.replace("-b", "-a") for key in texts}
-
-
-def test_chains_are_one_group_named_by_its_smallest_key() -> None:
-    words = text(1)
-    chain = [words]
-    for step in range(6):
-        chain.append(changed(chain[-1], 12, step))
-    assert similarity(chain[0], chain[-1]) < 0.5
-    groups = group_near_duplicates((f"key{9 - number}", " ".join(words).encode()) for number, words in enumerate(chain))
-    assert set(groups.values()) == {"key3"}
-
-
-def test_spaces_do_not_count_and_short_texts_compare_whole() -> None:
-    groups = group_near_duplicates(
-        [("a", b"x = [1,2]"), ("b", b"x  =\n[1, 2]\n"), ("c", b"import os"), ("d", b"import re"), ("e", b"import  os")]
-    )
-    assert groups == {"a": "a", "b": "a", "c": "c", "d": "d", "e": "c"}
-
-
-def test_empty_and_blank_texts_are_one_group() -> None:
-    assert group_near_duplicates([("a", b""), ("b", b" \n"), ("c", b"x")]) == {"a": "a", "b": "a", "c": "c"}
-    assert group_near_duplicates([]) == {}
 
 
 def test_equal_tokens_have_equal_hashes_wherever_they_stand() -> None:

@@ -188,3 +188,23 @@ def test_two_writers_of_one_prefix_keep_apart(tmp_path: Path) -> None:
     assert sorted(zip(lines[::2], lines[1::2], strict=True)) == sorted(
         (b"%d" % number, b"%d" % line) for number in range(4) for line in range(50)
     )
+
+
+def test_a_name_does_not_make_a_remote_store_compress(remote: Store) -> None:
+    remote.write_atomic("a.gz", b"as it is")
+    with remote.open_output("b.gz") as output:
+        output.write(b"as it is")
+    assert remote.read_bytes("a.gz") == remote.read_bytes("b.gz") == b"as it is"
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_what_there_is_and_all_files_below(kind: str, remote: Store, tmp_path: Path) -> None:
+    store = remote if kind == "remote" else Store(tmp_path / "store")
+    for name in ("a.txt", "d/b.txt", "d/e/c.txt"):
+        store.write_atomic(name, name)
+    assert sorted((file.path, file.size) for file in store.walk("d")) == [("b.txt", 7), ("e/c.txt", 9)]
+    assert {file.path for file in store.walk()} == {"a.txt", "d/b.txt", "d/e/c.txt"}
+    file, folder = store.info("a.txt"), store.info("d")
+    assert file is not None and (file.size, file.is_folder) == (5, False)
+    assert folder is not None and folder.is_folder
+    assert store.info("nothing") is None

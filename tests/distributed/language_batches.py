@@ -11,26 +11,28 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from data_pipelines.loader import MicroBatch
+from data_pipelines.tokenizer import EOS_ID
 
 VOCAB_SIZE = 257  # of the tokenizer `bytes`
 SEQ_LEN = 16
-IGNORED = -100
 
 
 def global_batch(config: RunConfig, step: int) -> dict[str, Tensor]:
     """Examples whose valid labels differ widely in number, so that a mean of the ranks' means would be wrong."""
     rng = np.random.default_rng((config.seed, step))
-    shape = (config.batch.global_batch_size, SEQ_LEN)
-    tokens = rng.integers(0, VOCAB_SIZE, shape)
-    labels = (tokens * 7 + 3) % VOCAB_SIZE
-    valid = rng.integers(1, SEQ_LEN + 1, shape[0])
-    labels[np.arange(SEQ_LEN) >= valid[:, None]] = IGNORED
-    starts = rng.random(shape) < 0.2
-    starts[:, 0] = True
-    document = starts.cumsum(axis=1)
-    first = np.maximum.accumulate(np.where(starts, np.arange(SEQ_LEN), 0), axis=1)
-    arrays = {"tokens": tokens, "labels": labels, "document": document, "position": np.arange(SEQ_LEN) - first}
-    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(torch.int64) for name, array in arrays.items()}
+    examples = config.batch.global_batch_size
+    tokens = np.empty((examples, SEQ_LEN + 1), np.uint16)
+    tokens[:, 0] = rng.integers(1, VOCAB_SIZE, examples)
+    ends = rng.random(tokens.shape) < 0.2
+    for place in range(1, SEQ_LEN + 1):
+        begins = tokens[:, place - 1] == EOS_ID
+        follows = np.where(
+            begins, rng.integers(1, VOCAB_SIZE, examples), tokens[:, place - 1] * 7 % (VOCAB_SIZE - 1) + 1
+        )
+        tokens[:, place] = np.where(ends[:, place], EOS_ID, follows)
+    valid = rng.integers(1, SEQ_LEN + 1, examples, dtype=np.int32)
+    tokens[np.arange(SEQ_LEN + 1) > valid[:, None]] = EOS_ID  # padding
+    return {"tokens": torch.from_numpy(tokens), "valid": torch.from_numpy(valid)}
 
 
 def global_micro_batches(config: RunConfig, step: int) -> list[dict[str, Tensor]]:

@@ -266,3 +266,18 @@ def fail(world: World) -> None:
 def test_the_pool_ends_with_the_first_failure() -> None:
     with pytest.raises(WorkerFailed, match=r"(?s)rank 1 raised.*does not like it"):
         run_workers(fail, 2)
+
+
+# --- agreement
+
+
+def gathered(world: World, values: list[Any]) -> list[Any]:
+    from trainer.distributed import all_gather_json
+
+    return all_gather_json(values[world.rank])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_rank_hears_every_ranks_value(world_size: int) -> None:
+    values: list[Any] = [[["train", 7], ["ünï", 2**40]], [], {"a": None}][:world_size]
+    assert run_workers(gathered, world_size, values) == [values] * world_size

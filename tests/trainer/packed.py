@@ -1,38 +1,52 @@
-"""A packed split from documents in memory, and a batch of some of its sequences."""
+"""Documents packed to sequences in plain Python: batches without a data set."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
-
-from data_pipelines.index import Block
-from data_pipelines.pack import PackedSplit
-from data_pipelines.shards import BlockData
-from trainer.tasks import language_modeling
 
 EOS_ID = 0
 
 
-def packed_split(documents: Sequence[Sequence[int]], seq_len: int, bytes_a_token: int = 4) -> PackedSplit:
-    lengths = np.array([len(document) for document in documents])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    data = BlockData(
-        keys=pa.array([str(number) for number in range(len(documents))]),
-        tokens=np.array([token for document in documents for token in document], np.uint16),
-        offsets=offsets,
-        marks=offsets.astype(np.int64) + np.arange(len(documents) + 1),
-        num_bytes=lengths * bytes_a_token,
-    )
-    tokens = int(lengths.sum())
-    block = Block("x.arrow", 0, 0, len(documents), 0, 0, tokens, tokens * bytes_a_token, 0)
-    return PackedSplit([block], lambda _: data, seq_len, EOS_ID)
+@dataclass(frozen=True)
+class Packed:
+    """One block of documents: [eos, tokens...] each, one after the other, cut every `seq_len` tokens."""
+
+    documents: Sequence[Sequence[int]]
+    seq_len: int
+    bytes_a_token: int = 4
+
+    @property
+    def stream(self) -> list[int]:
+        return [token for document in self.documents for token in (EOS_ID, *document)]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.stream)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.bytes_a_token * sum(map(len, self.documents))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.stream) / self.seq_len)
+
+    def cut(self, number: int) -> tuple[list[int], int]:
+        """(tokens of the sequence, padded with the end mark; labels that count)."""
+        start = number * self.seq_len
+        tokens = self.stream[start : start + self.seq_len + 1]
+        valid = min(self.seq_len, len(self.stream) - start)
+        return tokens + [EOS_ID] * (self.seq_len + 1 - len(tokens)), valid
 
 
-def batch_of(
-    split: PackedSplit, config: language_modeling.Config, sample_ids: Iterable[int]
-) -> dict[str, torch.Tensor]:
-    rows = [language_modeling.prepare(split[number], np.random.default_rng(0), config) for number in sample_ids]
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+def batch_of(split: Packed, sample_ids: Iterable[int]) -> dict[str, torch.Tensor]:
+    """As the loader gives it."""
+    tokens, valid = zip(*(split.cut(number) for number in sample_ids), strict=True)
+    return {
+        "tokens": torch.from_numpy(np.array(tokens, np.uint16)),
+        "valid": torch.from_numpy(np.array(valid, np.int32)),
+    }

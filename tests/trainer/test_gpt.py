@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.trainer.models import SMALL, small_gpt
-from tests.trainer.packed import EOS_ID, batch_of, packed_split
+from tests.trainer.packed import EOS_ID, Packed, batch_of
 from trainer.cross_entropy import summed_cross_entropy
 from trainer.models import gpt
 from trainer.shapes import Logits, Tokens
@@ -29,10 +29,10 @@ def test_packed_documents_give_the_logits_of_each_document_alone(settings: dict[
     model = small_gpt(**settings).eval()
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(1, 50, (n,), generator=generator).tolist() for n in (3, 1, 9, 0, 5, 2)]
-    split = packed_split(documents, seq_len=24)
-    batch = batch_of(split, language_modeling.Config(seq_len=24), range(len(split)))
+    split = Packed(documents, seq_len=24)
+    sequences = language_modeling.unpack(**batch_of(split, range(len(split))))
     with torch.no_grad():
-        packed = model(batch["tokens"], batch["document"], batch["position"]).flatten(0, 1)
+        packed = model(sequences.tokens, sequences.document, sequences.position).flatten(0, 1)
     start = 0
     for document in documents:
         alone = torch.tensor([[EOS_ID, *document]])

@@ -4,7 +4,6 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from data_pipelines.columns import Column
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
 from tests.trainer.models import small_gpt
-from tests.trainer.packed import EOS_ID, batch_of, packed_split
+from tests.trainer.packed import EOS_ID, Packed, batch_of
 from trainer.bound import BoundTask
 from trainer.shapes import Logits, Tokens
 from trainer.tasks import language_modeling
@@ -29,24 +29,51 @@ class Uniform(nn.Module):
         return torch.zeros(*tokens.shape, 50)
 
 
+documents_of_tokens = st.lists(st.lists(st.integers(1, 49), max_size=20), min_size=1, max_size=6)
+
+
 @settings(max_examples=40, deadline=None)
-@given(
-    documents=st.lists(st.lists(st.integers(1, 49), max_size=20), min_size=1, max_size=6), seq_len=st.integers(1, 12)
-)
+@given(documents=documents_of_tokens, seq_len=st.integers(1, 12))
 def test_every_token_and_every_end_is_a_label_once_and_follows_its_input(
     documents: list[list[int]], seq_len: int
 ) -> None:
-    split = packed_split(documents, seq_len)
-    config = language_modeling.Config(seq_len=seq_len)
-    batch = batch_of(split, config, range(len(split)))
-    counted = batch["labels"][batch["labels"] != -100]
+    split = Packed(documents, seq_len)
+    batch = batch_of(split, range(len(split)))
+    sequences = language_modeling.unpack(batch["tokens"], batch["valid"])
+    counted = sequences.labels[sequences.labels != -100]
     assert counted.tolist() == [token for document in documents for token in [*document, EOS_ID]]
     assert language_modeling.num_items(batch) == split.num_tokens == len(counted)
-    inputs, labels = batch["tokens"].flatten(), batch["labels"].flatten()
+    inputs, labels = sequences.tokens.flatten(), sequences.labels.flatten()
     follows = labels[:-1] != -100
     assert torch.equal(inputs[1:][follows], labels[:-1][follows])
-    assert batch["tokens"].shape == batch["document"].shape == (len(split), seq_len)
-    assert batch["tokens"].dtype == batch["labels"].dtype == torch.int64
+    assert {each.shape for each in sequences} == {(len(split), seq_len)}
+    assert inputs.dtype == labels.dtype == torch.int64
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents=documents_of_tokens, seq_len=st.integers(1, 12))
+def test_documents_and_positions_follow_the_end_marks(documents: list[list[int]], seq_len: int) -> None:
+    """The oracle walks along each sequence; the first token of the padding begins a document of its own."""
+    split = Packed(documents, seq_len)
+    batch = batch_of(split, range(len(split)))
+    sequences = language_modeling.unpack(batch["tokens"], batch["valid"])
+    for number in range(len(split)):
+        tokens, valid = split.cut(number)
+        document = position = 0
+        for place, token in enumerate(tokens[:-1]):
+            if place and ((token == EOS_ID and place <= valid) or place == valid + 1):
+                document, position = document + 1, 0
+            assert sequences.document[number, place] == document
+            assert sequences.position[number, place] == position
+            position += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int32, torch.int64])
+def test_tokens_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
+    batch = batch_of(Packed(DOCUMENTS, 8), [0, 1])
+    expected = language_modeling.unpack(batch["tokens"], batch["valid"])
+    found = language_modeling.unpack(batch["tokens"].to(dtype), batch["valid"])
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_shapes_follow_the_tokenizer() -> None:
@@ -58,8 +85,8 @@ def test_shapes_follow_the_tokenizer() -> None:
 def test_loss_is_the_sum_of_each_document_alone() -> None:
     model = small_gpt().eval()
     config = language_modeling.Config(seq_len=24)
-    split = packed_split(DOCUMENTS, 24)
-    batch = batch_of(split, config, [0])
+    split = Packed(DOCUMENTS, 24)
+    batch = batch_of(split, [0])
     expected = 0.0
     for document in DOCUMENTS:
         text = torch.tensor([EOS_ID, *document, EOS_ID])
@@ -72,7 +99,7 @@ def test_loss_is_the_sum_of_each_document_alone() -> None:
 
 def test_an_idle_batch_contributes_exactly_nothing() -> None:
     model = small_gpt()
-    batch = TASK.idle(batch_of(packed_split(DOCUMENTS, 8), CONFIG, [0, 1]))
+    batch = TASK.idle(batch_of(Packed(DOCUMENTS, 8), [0, 1]))
     assert TASK.num_items(batch) == 0
     loss = TASK.loss(model, batch)
     loss.backward()
@@ -81,26 +108,26 @@ def test_an_idle_batch_contributes_exactly_nothing() -> None:
 
 
 def test_idle_leaves_the_batch_as_it_was() -> None:
-    batch = batch_of(packed_split(DOCUMENTS, 8), CONFIG, [0])
-    before = batch["labels"].clone()
+    batch = batch_of(Packed(DOCUMENTS, 8), [0])
+    before = batch["valid"].clone()
     TASK.idle(batch)
-    assert torch.equal(batch["labels"], before)
+    assert torch.equal(batch["valid"], before)
 
 
 def test_sums_over_batches_are_the_sum_over_all() -> None:
     model = small_gpt().eval()
-    split = packed_split(DOCUMENTS, 8)
+    split = Packed(DOCUMENTS, 8)
     with torch.no_grad():
-        together = TASK.evaluate(model, batch_of(split, CONFIG, range(len(split))))
-        apart = [TASK.evaluate(model, batch_of(split, CONFIG, [number])) for number in range(len(split))]
+        together = TASK.evaluate(model, batch_of(split, range(len(split))))
+        apart = [TASK.evaluate(model, batch_of(split, [number])) for number in range(len(split))]
     assert together["tokens"] == split.num_tokens
     for name, value in together.items():
         assert sum(sums[name] for sums in apart) == pytest.approx(value, rel=1e-6)
 
 
 def test_a_model_that_knows_nothing_takes_log_v_bits_a_token() -> None:
-    split = packed_split(DOCUMENTS, 8, bytes_a_token=3)
-    sums = TASK.evaluate(Uniform(), batch_of(split, CONFIG, range(len(split))))
+    split = Packed(DOCUMENTS, 8, bytes_a_token=3)
+    sums = TASK.evaluate(Uniform(), batch_of(split, range(len(split))))
     metrics = TASK.metrics(sums, split)
     tokens = sum(len(document) + 1 for document in DOCUMENTS)
     text_bytes = 3 * sum(map(len, DOCUMENTS))
@@ -128,8 +155,8 @@ def test_accuracy_counts_likeliest_labels_only_where_they_count() -> None:
         def forward(self, tokens: Tensor, document: Tensor, position: Tensor) -> Tensor:
             return F.one_hot(tokens, 50).float()  # says that every token is repeated
 
-    split = packed_split([[7, 7, 7], [8, 9]], 16)
-    sums = TASK.evaluate(Copy(), batch_of(split, language_modeling.Config(seq_len=16), [0]))
+    split = Packed([[7, 7, 7], [8, 9]], 16)
+    sums = TASK.evaluate(Copy(), batch_of(split, [0]))
     assert sums["correct"] == 2
     assert sums["tokens"] == 7
 
@@ -142,9 +169,5 @@ def test_sample_is_text_and_the_same_for_the_same_seed() -> None:
     assert TASK.sample(model, tokenizer, 0, seed=1) == ""
 
 
-def test_prepare_uses_no_randomness() -> None:
-    row = packed_split(DOCUMENTS, 8)[0]
-    rng = np.random.default_rng(0)
-    state = rng.bit_generator.state
-    TASK.prepare(row, rng)
-    assert rng.bit_generator.state == state
+def test_no_python_runs_for_an_example() -> None:
+    assert TASK.preparation([Column("tokens", "uint16", (None,))], training=True) is None

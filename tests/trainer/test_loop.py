@@ -35,8 +35,11 @@ class FakeSession:
     task: None = None
 
     def __post_init__(self) -> None:
-        self.loader = SimpleNamespace(step=lambda step: [], wait_s=0.0)
+        self.loader = SimpleNamespace(wait_s=0.0)
         self.engine = self
+
+    def micro_batches(self, step: int) -> list[Any]:
+        return []
 
     def train_step(self, task: None, micro_batches: Any, *, lr: float, step: int, votes: tuple[bool, ...]) -> StepStats:
         self.done.append(("step", step))

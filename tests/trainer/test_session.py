@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +17,7 @@ from data_pipelines.loader import evaluation_batches
 from data_pipelines.storage import Store
 from tests.pool import WorkerFailed, run_workers
 from tests.tiny import tiny_config, write_recipe
+from tests.trainer.attempts import curve, data_state, state, train
 from trainer.checkpoint_files import CheckpointReader
 from trainer.distributed import World
 from trainer.inference import export_checkpoint
@@ -24,60 +25,6 @@ from trainer.progress import Progress
 from trainer.record import RunRecord
 
 pytestmark = pytest.mark.distributed
-
-
-class StopAfter(Progress):
-    """Asks for a stop once `step` steps are completed; the vote is taken in the next one."""
-
-    def __init__(self, step: int | None, stop: threading.Event) -> None:
-        self._at, self._stop = step, stop
-        super().__init__()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "step" and value == self._at:
-            self._stop.set()
-
-
-def work(world: World, store: str, run: str, attempt: int, stop_after: int | None) -> tuple[str, int]:
-    from trainer import loop, session
-
-    record = RunRecord.open(store, run, rank=world.rank)
-    record.attempt = attempt
-    stop = threading.Event()
-    with session.open_session(record, world, StopAfter(stop_after if world.rank == 0 else None, stop)) as opened:
-        outcome = loop.train(opened, stop)
-    record.close()
-    return outcome.outcome, outcome.step
-
-
-def train(config: dict[str, Any], *, world_size: int = 2, stop_after: int | None = None) -> RunRecord:
-    """One attempt of a run."""
-    config = config | {"resources": {"workers": world_size}}
-    record = RunRecord.create(Store(config["store"]), load(config))
-    attempt = record.next_attempt()
-    outcomes = run_workers(work, world_size, config["store"], config["name"], attempt, stop_after)
-    expected = ("finished", config["steps"]) if stop_after is None else ("stopped", stop_after + 1)
-    assert outcomes == [expected] * world_size
-    record.close()
-    return record
-
-
-def state(record: RunRecord, step: int) -> dict[str, torch.Tensor]:
-    """Everything in a checkpoint: weights and optimizer state, in full."""
-    reader = CheckpointReader(record.store.child("checkpoints", f"step-{step:08d}"))
-    assert reader.verify() == []
-    found = {}
-    for name in reader.manifest["parameters"]:
-        for kind in reader.kinds(name):
-            found[f"{kind}/{name}"] = reader.read(name, kind, 0, torch.Size(reader.shape(name)).numel())
-    return found
-
-
-def curve(record: RunRecord) -> list[dict[str, float]]:
-    """All metrics by step that are no measurement of time or memory."""
-    kept = ("step", "loss", "lr", "grad_norm", "items", "examples", "validation/loss", "validation/bits_per_byte")
-    return [{name: row[name] for name in kept if name in row} for row in record.stitched()]
 
 
 def assert_equal_runs(found: RunRecord, expected: RunRecord, from_step: int = 0) -> None:
@@ -110,8 +57,9 @@ def test_the_record_of_a_run_tells_all(undisturbed: RunRecord) -> None:
     assert [row["step"] for row in rows if "validation/bits_per_byte" in row] == [4, 8]
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "step_s", "data_wait_s"} <= rows[0].keys()
     assert [row["step"] for row in undisturbed.checkpoints()] == [2, 4, 6, 8]
-    manifest = CheckpointReader(undisturbed.store.child("checkpoints", "step-00000006")).manifest
-    assert manifest["data"]["examples_seen"] == 30
+    data = data_state(undisturbed, 6)
+    assert data["examples_seen"] == 30 and data["exceptions"] == []
+    assert data["dataset"]["splits"]["train"]["rows"] > 0
     assert len(samples(undisturbed)) == 1
 
 
@@ -246,19 +194,18 @@ def evaluated(world: World, config: dict[str, Any]) -> tuple[list[dict[str, floa
 
     record = RunRecord.open(config["store"], config["name"], rank=world.rank)
     with session.open_session(record, world, Progress()) as opened:
-        split = opened.validation
+        split = opened.data.validation
         options = {"micro_batch_size": 2, "rank": world.rank, "world_size": world.size}
         sums = [
-            opened.engine.evaluate(
-                opened.task, evaluation_batches(split, opened.prepare, num_examples=number, **options)
-            )
+            opened.engine.evaluate(opened.task, evaluation_batches(split, None, num_examples=number, **options))
             for number in (None, 3)
         ]
         metrics = loop.evaluate(opened, None)
         sums[0]["loss"] = metrics["validation/loss"]
-        labels = [int(split[example]["valid"]) for example in range(len(split))]
+        labels = split.gather(np.arange(len(split)))["valid"]
+        part = labels[np.arange(3) * len(split) // 3]
     record.close()
-    return sums, sum(labels), sum(labels[:3])
+    return sums, int(labels.sum()), int(part.sum())
 
 
 def test_evaluation_counts_each_example_once_at_any_world_size(folder: Path) -> None:

@@ -107,3 +107,22 @@ def test_what_is_described(tmp_path: Path) -> None:
     assert found.describe()["parameters"] == sum(parameter.numel() for parameter in module.parameters())
     assert found.describe()["examples"] == 40
     assert found.headline().splitlines()[1] == "8 steps of 5 examples: micro-batches of 2, 3 a worker."
+
+
+def test_data_that_the_task_cannot_read(tmp_path: Path) -> None:
+    images = {"name": "image_classification", "num_classes": 4, "image_size": 8, "channels": 1}
+    cnn = {"name": "cnn", "blocks": [1], "width": 4}
+    (found,) = problems(tmp_path, task=images, model=cnn)
+    assert "data.name: data 'text' has the columns text; task 'image_classification' reads image, label" in found
+    (found,) = problems(tmp_path, data={"name": "digits"})
+    assert "has the columns image, label; task 'language_modeling' reads tokens" in found
+    (found,) = problems(tmp_path, task=images | {"image_size": 32}, model=cnn, data={"name": "digits"})
+    assert "uint8 of shape (8, 8, 1); the task wants uint8 of shape (32, 32, 1)" in found
+    plan = validate(load(tiny_config(tmp_path, task=images, model=cnn, data={"name": "digits"})))
+    assert plan.tokenizer is None and plan.seq_lens == ()
+
+
+def test_best_fit_packing_is_counted_when_the_data_is_built(tmp_path: Path) -> None:
+    task = {"name": "language_modeling", "seq_len": 32, "tokenizer": {"name": "bytes"}}
+    assert validate(load(tiny_config(tmp_path, task=task))).seq_lens == ()
+    assert validate(load(tiny_config(tmp_path, task=task | {"packing": "best_fit"}))).seq_lens == (32,)

@@ -3,31 +3,29 @@
 Documents are packed to sequences of `seq_len` tokens with their boundaries kept (data_pipelines/pack.py). Every token
 of every document, and each document's end, is predicted exactly once an epoch.
 
-A batch, B = examples, T = seq_len: tokens (B, T) int64; labels (B, T) int64, the token that follows each position, or
--100 where none counts; document, position (B, T) int32.
+A batch, B = examples, T = seq_len: tokens (B, T + 1), ids, of which the first T are read and the last T predicted;
+valid (B,), how many predictions of an example count, from its first on. What follows from them (labels, and which
+document a token belongs to, since each begins with the end mark) is computed on the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from configs.schema import Section
-from data_pipelines.tokenizer import Tokenizer, TokenizerConfig
+from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.generate import generate_text
 from trainer.shapes import Logits, Tokens
 
 if TYPE_CHECKING:
-    import pyarrow
-
-    from data_pipelines.pack import PackedSplit
+    from trainer.run_data import Totals
 
 
 class Config(Section):
@@ -35,15 +33,15 @@ class Config(Section):
 
     seq_len: int = Field(ge=1, description="Tokens a sequence: the most context the model sees.", examples=[256])
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="How text becomes tokens.")
-
-
-def schema() -> pyarrow.Schema:
-    """One example before packing: a document."""
-    import pyarrow
-
-    return pyarrow.schema(
-        [("key", pyarrow.string()), ("tokens", pyarrow.list_(pyarrow.uint32())), ("num_bytes", pyarrow.int64())]
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="How documents fill sequences: concat cuts one stream; best_fit splits none that fits in one.",
     )
+
+
+def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
+    """What it reads of a stored row."""
+    return ("tokens",)
 
 
 def packing(config: Config) -> int:
@@ -57,54 +55,63 @@ def io(config: Config) -> tuple[Tokens, Logits]:
     return Tokens(vocab_size, config.seq_len), Logits(vocab_size)
 
 
-def prepare(row: Mapping[str, Any], rng: np.random.Generator, config: Config) -> dict[str, np.ndarray]:  # noqa: ARG001
-    """Inputs and labels from a packed sequence of T + 1 tokens, of which `valid` labels count."""
-    tokens = row["tokens"].astype(np.int64)  # (T + 1,)
-    labels = tokens[1:].copy()
-    labels[row["valid"] :] = IGNORED
-    return {
-        "tokens": tokens[:-1],
-        "labels": labels,
-        "document": row["document"][:-1],
-        "position": row["position"][:-1],
-    }
-
-
 def num_items(batch: Mapping[str, Tensor]) -> int:
     """Labels that count."""
-    return int((batch["labels"] != IGNORED).sum())
+    return int(batch["valid"].sum())
 
 
 def num_tokens(batch: Mapping[str, Tensor]) -> int:
     """Positions that the model computes, padding included."""
-    return batch["tokens"].numel()
+    examples, length = batch["tokens"].shape
+    return examples * (length - 1)
 
 
 def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The batch with no label that counts: its loss is zero, and so is every gradient."""
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+    return {**batch, "valid": torch.zeros_like(batch["valid"])}
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:  # noqa: ARG001
     """Sum of -log p(label) in nats over the labels that count: an fp32 scalar."""
-    logits = _logits(model, batch)  # (B, T, V)
-    return summed_cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    sequences = unpack(batch["tokens"], batch["valid"])
+    return summed_cross_entropy(_logits(model, sequences).flatten(0, 1), sequences.labels.flatten())
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:  # noqa: ARG001
     """Sums over the labels that count: nll_nats, tokens, and correct (those that were the likeliest)."""
-    labels = batch["labels"]
-    logits = _logits(model, batch)  # (B, T, V)
+    sequences = unpack(batch["tokens"], batch["valid"])
+    labels = sequences.labels
+    logits = _logits(model, sequences)  # (B, T, V)
     nll = summed_cross_entropy(logits.flatten(0, 1), labels.flatten())
     correct = (logits.argmax(-1) == labels) & (labels != IGNORED)
     return {"nll_nats": float(nll), "tokens": float(num_items(batch)), "correct": float(correct.sum())}
 
 
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    return model(batch["tokens"], batch["document"], batch["position"])
+class Sequences(NamedTuple):
+    """What a model reads and has to predict, each (B, T)."""
+
+    tokens: Tensor  # int64
+    labels: Tensor  # int64: the token that follows, or -100 where none counts
+    document: Tensor  # int32: 0 for the sequence's first document, one more after each end mark
+    position: Tensor  # int32: since the document's end mark, or since the start of the sequence
 
 
-def metrics(sums: Mapping[str, float], config: Config, split: PackedSplit) -> dict[str, float]:  # noqa: ARG001
+def unpack(tokens: Tensor, valid: Tensor) -> Sequences:
+    """tokens: (B, T + 1) of any integer type; valid: (B,). Padding is a document of its own."""
+    ids = tokens.to(torch.int64)
+    index = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+    marks = (ids == EOS_ID) & (index <= valid.unsqueeze(1) + 1)  # padding is made of end marks: its first is one
+    document = marks.cumsum(1, dtype=torch.int32)
+    position = index - torch.where(marks, index, 0).cummax(1).values
+    labels = ids[:, 1:].masked_fill(index[:-1] >= valid.unsqueeze(1), IGNORED)
+    return Sequences(ids[:, :-1], labels, (document - document[:, :1])[:, :-1], position[:, :-1])
+
+
+def _logits(model: nn.Module, sequences: Sequences) -> Tensor:
+    return model(sequences.tokens, sequences.document, sequences.position)
+
+
+def metrics(sums: Mapping[str, float], config: Config, split: Totals) -> dict[str, float]:  # noqa: ARG001
     """loss (nats a token), perplexity, accuracy, and bits_per_byte of the documents' text.
 
     bits_per_byte needs no tokenizer to be compared: -log2 p over every token (a document's end is one) / bytes. Over

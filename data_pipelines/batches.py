@@ -1,0 +1,194 @@
+"""Gathered examples cut into micro-batches of tensors.
+
+Arrays of equal shape are stacked. Lists that differ in length are padded to the longest of their *micro-batch*, never
+of more, so that a batch does not depend on what is read with it; `<name>_length`, (B,) int32, has the lengths (of
+arrays that `prepare` gives: where they differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs.errors import UsageError
+from data_pipelines.buffers import Buffers
+
+_LONG_ROW = 512  # elements from which copying row by row is faster than by a mask over all
+
+Prepare = Callable[[Any, np.random.Generator], Mapping[str, np.ndarray]]
+
+
+@dataclass(slots=True, eq=False)
+class MicroBatch:
+    """One global micro-batch. `tensors` are stacked along the first dimension, in the order of `sample_ids`."""
+
+    index: int  # k: which global micro-batch of the step
+    idle: bool  # repeats a micro-batch that another slot runs, or has no examples left; must contribute nothing
+    sample_ids: np.ndarray  # (examples,) int64
+    tensors: dict[str, torch.Tensor]
+
+
+class Cut:
+    """Micro-batches one after the other; [i] is made when it is asked for, so that readying many takes few calls."""
+
+    def __init__(
+        self,
+        slots: Sequence[tuple[int, bool]],
+        sizes: np.ndarray,
+        ids: np.ndarray,
+        tensors: Callable[[int], dict[str, torch.Tensor]],
+        num_bytes: int,
+    ) -> None:
+        self.num_bytes = num_bytes
+        self._slots = slots  # (k, idle) of each
+        self._ends = [0, *np.cumsum(sizes).tolist()]  # examples up to each
+        self._ids = ids  # (examples,) int64
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        index, idle = self._slots[number]
+        ends = self._ends
+        return MicroBatch(index, idle, self._ids[ends[number] : ends[number + 1]], self._tensors(number))
+
+
+class Batcher:
+    """Makes micro-batches of gathered examples, with `prepare` for each example or without."""
+
+    def __init__(self, prepare: Prepare | None, seed: int, threads: int, pad: float) -> None:
+        assert threads >= 1, threads
+        self._prepare = prepare
+        self._seed = seed & 0xFFFFFFFFFFFFFFFF
+        self._pad = pad
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "prepare") if prepare is not None and threads > 1 else None
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def cut(
+        self,
+        arrays: Mapping[str, Any],
+        slots: Sequence[tuple[int, bool]],
+        positions: np.ndarray,
+        ids: np.ndarray,
+        sizes: np.ndarray,
+        buffers: Buffers,
+    ) -> Cut:
+        """A micro-batch for each slot (k, idle), of `sizes` (slots,) examples one after the other.
+
+        arrays: name -> (examples, ...) array or Ragged; positions and ids (examples,) int64. The tensors lie in the
+        arrays or in `buffers`.
+        """
+        counts = sizes.tolist()
+        if self._prepare is not None:
+            batches, num_bytes = self._collated(self._prepared(arrays, positions), counts, buffers)
+            return Cut(slots, sizes, ids, batches.__getitem__, num_bytes)
+        columns: dict[str, Sequence[torch.Tensor]] = {}
+        for name, values in arrays.items():
+            if isinstance(values, np.ndarray):
+                columns[name] = torch.from_numpy(values).split_with_sizes(counts)
+            else:
+                columns[name], columns[f"{name}_length"] = self._padded_lists(name, values, counts, buffers)
+        names, rows = tuple(columns), list(zip(*columns.values(), strict=True))
+        num_bytes = sum(tensors[0].nbytes for tensors in columns.values()) * len(counts)
+        return Cut(slots, sizes, ids, lambda number: dict(zip(names, rows[number])), num_bytes)  # noqa: B905
+
+    def _padded_lists(
+        self, name: str, ragged: Any, counts: list[int], buffers: Buffers
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Stored lists as one padded tensor (B, longest, ...) a micro-batch, and lengths (B,) int32."""
+        values, start = ragged.values, 0
+        padded, lengths = [], []
+        for number, count in enumerate(counts):
+            cut = ragged.offsets[start : start + count + 1]
+            start += count
+            sizes = np.diff(cut)
+            longest = int(sizes.max(initial=0))
+            shape = (count, longest, *values.shape[1:])
+            if longest == sizes.min(initial=longest):  # nothing to pad: they lie there as they are wanted
+                target = values[cut[0] : cut[-1]].reshape(shape)
+            else:
+                target = buffers.take(f"{name}/padded/{number}", shape, values.dtype)
+                _pad_rows(values, cut, sizes, target, self._pad)
+            padded.append(torch.from_numpy(target))
+            lengths.append(torch.from_numpy(sizes.astype(np.int32)))
+        return padded, lengths
+
+    def _prepared(self, arrays: Mapping[str, Any], positions: np.ndarray) -> list[Mapping[str, np.ndarray]]:
+        """prepare() of each example, in order."""
+        total = len(positions)
+        if self._pool is None:
+            return self._prepare_rows(arrays, positions, 0, total)
+        each = -(-total // (4 * self._threads))
+        starts = range(0, total, max(1, each))
+        parts = [self._pool.submit(self._prepare_rows, arrays, positions, start, start + each) for start in starts]
+        return [row for part in parts for row in part.result()]
+
+    def _prepare_rows(
+        self, arrays: Mapping[str, Any], positions: np.ndarray, start: int, stop: int
+    ) -> list[Mapping[str, np.ndarray]]:
+        assert self._prepare is not None
+        rows = []
+        for number, position in enumerate(positions[start:stop].tolist(), start):
+            row = {name: values[number] for name, values in arrays.items()}
+            rows.append(self._prepare(row, np.random.default_rng((self._seed, position))))
+        return rows
+
+    def _collated(
+        self, rows: list[Mapping[str, np.ndarray]], counts: list[int], buffers: Buffers
+    ) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The tensors of each micro-batch, and their bytes."""
+        batches, num_bytes, start = [], 0, 0
+        for number, count in enumerate(counts):
+            batch = rows[start : start + count]
+            start += count
+            tensors = {}
+            for name in batch[0]:
+                arrays = [np.asarray(row[name]) for row in batch]
+                key = f"{name}/prepared/{number}"
+                if len({array.shape for array in arrays}) == 1:
+                    target = np.stack(arrays, out=buffers.take(key, (count, *arrays[0].shape), arrays[0].dtype))
+                else:
+                    target = self._padded(name, key, arrays, buffers)
+                    lengths = np.array([len(array) for array in arrays], np.int32)
+                    tensors[f"{name}_length"] = torch.from_numpy(lengths)
+                tensors[name] = torch.from_numpy(target)
+                num_bytes += target.nbytes
+            batches.append(tensors)
+        return batches, num_bytes
+
+    def _padded(self, name: str, key: str, arrays: Sequence[np.ndarray], buffers: Buffers) -> np.ndarray:
+        rest = {array.shape[1:] for array in arrays}
+        if len(rest) > 1 or len({array.ndim for array in arrays}) > 1:
+            shapes = ", ".join(map(str, sorted({array.shape for array in arrays})[:3]))
+            raise UsageError(
+                f"Examples of one batch have '{name}' of shapes {shapes}; only the first size may differ. Give them "
+                "one shape in the task's preparation."
+            )
+        target = buffers.take(key, (len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype)
+        for row, array in zip(target, arrays, strict=True):
+            row[: len(array)] = array
+            row[len(array) :] = self._pad
+        return target
+
+
+def _pad_rows(values: np.ndarray, cut: np.ndarray, sizes: np.ndarray, target: np.ndarray, pad: float) -> None:
+    """target[i] = values[cut[i] : cut[i + 1]], then `pad`; sizes are the differences of cut."""
+    if target.size < _LONG_ROW * len(target):
+        target.fill(pad)
+        target[np.arange(target.shape[1]) < sizes[:, None]] = values[cut[0] : cut[-1]]
+        return
+    bounds = cut.tolist()
+    for row, start, stop in zip(target, bounds, bounds[1:], strict=False):
+        row[: stop - start] = values[start:stop]
+        row[stop - start :] = pad

@@ -1,0 +1,216 @@
+"""What is done to one partition of a source: plain functions of plain values, so that any process may run them.
+
+`sign` writes the signatures of its rows (duplicates.py), `sample` returns some of its texts for the tokenizer to be
+trained on, `write` writes its shards. Each writes files of its own and may be run again: the same input gives the same
+bytes. A file of JSON, written last, says that a partition is done; who finds it does not do it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from data_pipelines.columns import KEY, Column, token_columns
+from data_pipelines.duplicates import SignatureWriter, content_hash
+from data_pipelines.index import TOKENIZER_FILE
+from data_pipelines.pack import best_fit_counts
+from data_pipelines.partition_rows import TEXT, Job, Rows, members, num_bytes, source_of
+from data_pipelines.quarantine import Quarantine
+from data_pipelines.sources import Bad, Row
+from data_pipelines.split import TRAIN, Split
+from data_pipelines.storage import Store
+from data_pipelines.tokenizer import EOS_ID, Tokenizer
+from data_pipelines.writer import ShardWriter
+
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 4 << 20
+
+Report = Callable[[int], None]  # rows done since the last call
+
+
+def _silent(_rows: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of a partition. splits: (files, blocks as Blocks.to_json gives them) of each."""
+
+    digest: str
+    rows: int  # all that were read: kept, dropped, bad
+    bad: int
+    first_bad: tuple[str, ...]
+    dropped: Mapping[str, int]
+    splits: Mapping[str, tuple[Mapping[str, int], Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def stored_columns(values: tuple[Column, ...], tokenizer: Tokenizer | None) -> tuple[Column, ...]:
+    """The columns of the shards: the source's after its key; with a tokenizer, tokens in the place of the text."""
+    if tokenizer is None:
+        return (KEY, *values)
+    return (*token_columns(tokenizer.dtype.__name__), *(column for column in values if column.name != TEXT))
+
+
+# --- tasks
+
+
+def sign(job: Job) -> int:
+    """Write the signatures of the partition's rows; how many these are."""
+    done = f"{job.path}.signed.json"
+    with contextlib.suppress(NotFound, ValueError, KeyError):
+        return int(json.loads(job.store.read_bytes(done))["rows"])
+    with SignatureWriter(job.store, job.path, job.near) as writer:
+        for row in Rows(job):
+            writer.add(content_hash(row.values), row.values.get(TEXT, ""))
+    job.store.write_atomic(done, json.dumps({"rows": writer.rows}))
+    return writer.rows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What `sample` shall do: texts of about keep_bytes in all, out of the first read_bytes of a partition."""
+
+    job: Job
+    keep_bytes: int
+    read_bytes: int
+
+
+def sample(wanted: Sample) -> tuple[int, list[str]]:
+    """(partition, texts): every n-th of those to train on, n a power of two; of a long one its beginning."""
+    job, limit = wanted.job, wanted.keep_bytes
+    assert job.split is not None
+    kept: list[str] = []
+    size = read = seen = 0
+    stride = 1
+    for row, own, group in members(job):
+        text = row.values[TEXT]
+        read += len(text)
+        if job.split.name(own, group) == TRAIN:
+            if seen % stride == 0:
+                kept.append(text[:limit])
+                size += len(kept[-1])
+            seen += 1
+        while size > limit and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
+        if read > wanted.read_bytes:
+            break
+    return job.number, kept
+
+
+def write(job: Job, report: Report = _silent) -> Part:
+    """Write the partition's shards, or find that they are there. Raises ShardyardErrors."""
+    found = finished(job)
+    if found is not None:
+        report(found.rows)
+        return found
+    assert job.split is not None
+    source, config = source_of(job.data)
+    tokenizer = _tokenizer(job.store, job.tokenizer) if job.tokenizer else None
+    columns = stored_columns(source.schema(config), tokenizer)
+    job.store.delete(f"{job.path}.bad.jsonl")  # of an earlier try
+    bad = Quarantine(job.store, f"{job.path}.bad.jsonl")
+    writers: dict[str, ShardWriter] = {}
+    rows = Rows(job, bad)
+    with contextlib.ExitStack() as stack:
+        stack.callback(bad.close)
+        for batch in _batches(members(job, rows)):
+            for split, key, values, text_bytes in _encoded(batch, job.split, tokenizer):
+                try:
+                    if split not in writers:
+                        writers[split] = stack.enter_context(_writer(job, split, columns))
+                    writers[split].add({"key": key, **values}, text_bytes)
+                except UsageError as error:
+                    bad.add(Bad(job.partition.name, None, f"{key}: {error}", ""))
+            report(len(batch))
+    part = Part(
+        job.digest,
+        rows.count,
+        bad.count,
+        tuple(bad.first),
+        dict(rows.dropped),
+        {split: (writer.files, writer.blocks.to_json()) for split, writer in sorted(writers.items())},
+    )
+    job.store.write_atomic(f"{job.path}.json", json.dumps(asdict(part)))
+    return part
+
+
+def finished(job: Job) -> Part | None:
+    """What `write` has written, None where it has not, or for another job, or where files of it have gone."""
+    try:
+        values = json.loads(job.store.read_bytes(f"{job.path}.json"))
+        part = Part(**{**values, "first_bad": tuple(values["first_bad"])})
+    except (NotFound, ValueError, TypeError, KeyError):
+        return None
+    if part.digest != job.digest:
+        return None
+    files = {name: size for sizes, _ in part.splits.values() for name, size in sizes.items()}
+    try:
+        whole = all(job.store.size(name) == size for name, size in files.items())
+    except ShardyardError:
+        return None
+    return part if whole else None
+
+
+def _batches(rows: Iterator[tuple[Row, str | None, int]]) -> Iterator[list[tuple[Row, str | None, int]]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += sum(num_bytes(value) for value in row[0].values.values())
+        if len(batch) >= _BATCH_ROWS or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(
+    batch: list[tuple[Row, str | None, int]], split: Split, tokenizer: Tokenizer | None
+) -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    """(split, key, values as stored, bytes of text) of each row."""
+    names = [split.name(own, group) for _, own, group in batch]
+    if tokenizer is None:
+        for name, (row, _, _) in zip(names, batch, strict=True):
+            text = row.values.get(TEXT)
+            yield name, row.key, dict(row.values), len(text.encode("utf-8")) if isinstance(text, str) else 0
+        return
+    mark = np.array([EOS_ID], tokenizer.dtype)
+    encoded = tokenizer.encode([row.values[TEXT] for row, _, _ in batch])
+    for name, (row, _, _), tokens in zip(names, batch, encoded, strict=True):
+        text_bytes = len(row.values[TEXT].encode("utf-8"))
+        others = {column: value for column, value in row.values.items() if column != TEXT}
+        yield name, row.key, {**others, "tokens": np.concatenate([mark, tokens]), "num_bytes": text_bytes}, text_bytes
+
+
+def _writer(job: Job, split: str, columns: tuple[Column, ...]) -> ShardWriter:
+    def packed(lengths: np.ndarray) -> dict[int, int]:
+        return best_fit_counts(lengths, job.seq_lens)
+
+    return ShardWriter(
+        job.store,
+        f"{split}-{job.number:05d}",
+        columns,
+        None if job.store.is_local else "zstd",
+        packed if job.seq_lens else None,
+    )
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_of(text: str) -> Tokenizer:
+    return Tokenizer.from_json(text)
+
+
+def _tokenizer(store: Store, digest: str) -> Tokenizer:
+    """The data set's tokenizer, kept with the words it knows for the process's next partition."""
+    raw = store.read_bytes(TOKENIZER_FILE)
+    if xxhash.xxh3_128_hexdigest(raw) != digest:
+        raise Damaged(f"{store.path(TOKENIZER_FILE)} fails its digest. Delete that folder and build again.")
+    return _tokenizer_of(raw.decode("utf-8"))

@@ -1,0 +1,112 @@
+"""Parquet files: some of their columns. Large files are read side by side, by row groups."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from data_pipelines.arrow_rows import check_same, columns_of, damage_named, partition_pieces, rows_of
+from data_pipelines.input_files import open_input, without_query
+from data_pipelines.sources import (
+    PARTITION_BYTES,
+    Bad,
+    Column,
+    InputFile,
+    Partition,
+    Row,
+    SourceConfig,
+    file_identity,
+    find_files,
+    partition_files,
+)
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+NEAR_DUPLICATES_SHARE_A_SPLIT = False
+SUFFIXES = (".parquet", ".pq")
+_BATCH_ROWS = 1024
+_THREADS = 16  # that read the ends of remote files
+
+
+class Config(SourceConfig):
+    """Which files, and which of their columns."""
+
+    paths: tuple[str, ...] = Field(
+        min_length=1,
+        description="Files, and folders that are searched for *.parquet.",
+        examples=[["texts.parquet"]],
+    )
+    columns: Mapping[str, str] = Field(
+        default={"text": "text"},
+        min_length=1,
+        description="Columns that are taken: the name under which each is stored, and the file's. A language model "
+        "reads text, an image model image and label.",
+    )
+
+
+def schema(config: Config) -> tuple[Column, ...]:
+    """The columns as the first file has them."""
+    first = find_files(config.paths, SUFFIXES)[0]
+    with _opened(first.path) as file:
+        return columns_of(file.schema_arrow, config.columns, without_query(first.path))
+
+
+def partitions(config: Config) -> list[Partition]:
+    """Small files together; large ones by row groups, about PARTITION_BYTES of them."""
+    files = find_files(config.paths, SUFFIXES)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        cut = dict(zip(files, threads.map(_by_row_groups, files), strict=True))
+    partitions: list[Partition] = []
+    together: list[InputFile] = []
+    for file in files:
+        if cut[file]:
+            partitions += [*partition_files(together, cut=False), *cut[file]]
+            together = []
+        else:
+            together.append(file)
+    return partitions + partition_files(together, cut=False)
+
+
+def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
+    """The rows; a Bad for one with a null, or a number that is not finite, in a column that is taken.
+
+    Raises UsageError for a file whose columns are not those of the first.
+    """
+    columns = schema(config)
+    for path, key in zip(partition.files, partition.keys, strict=True):
+        name = without_query(path)
+        with _opened(path) as file:
+            check_same(columns, columns_of(file.schema_arrow, config.columns, name), name)
+            groups = list(range(file.num_row_groups))[partition.start : partition.stop]
+            number = sum(file.metadata.row_group(group).num_rows for group in range(partition.start or 0))
+            for batch in file.iter_batches(_BATCH_ROWS, groups, columns=list({*config.columns.values()})):
+                yield from rows_of(batch, columns, config.columns, file=name, key=key, first=number)
+                number += batch.num_rows
+
+
+def identity(config: Config) -> list[int | str]:
+    """Number, sizes and times of change of the files."""
+    return file_identity(find_files(config.paths, SUFFIXES))
+
+
+def _by_row_groups(file: InputFile) -> list[Partition]:
+    """Partitions of a large file; none of one that is small, or that is one row group."""
+    if 2 * file.size <= 3 * PARTITION_BYTES:
+        return []
+    with _opened(file.path) as opened:
+        sizes = [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
+    count = min(len(sizes), -(-file.size // PARTITION_BYTES))
+    return partition_pieces(file, sizes, count, "row groups") if count > 1 else []
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    import pyarrow.parquet as pq
+
+    with open_input(path) as raw, damage_named(path, "Parquet"), pq.ParquetFile(raw, pre_buffer=True) as file:
+        yield file

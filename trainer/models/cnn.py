@@ -1,0 +1,210 @@
+"""A residual network for images from 8 x 8 to 224 x 224 and beyond.
+
+He et al. 2016 (Deep Residual Learning), with the strides on the 3 x 3 convolutions (ResNet v1.5) and, in the
+bottleneck, four times the width at its end. `block: bottleneck` with `blocks: [3, 4, 6, 3]` is ResNet-50, and
+`block: basic` with `blocks: [2, 2, 2, 2]` ResNet-18. Images below 128 pixels begin with one 3 x 3 convolution, as the
+paper's networks for CIFAR-10 do; a stage halves the map only while 4 x 4 are left, so that small images fit too.
+Normalisation is by batch (trainer/batch_norm.py) or by groups (Wu and He 2018), which needs no running statistics.
+
+B = examples, K = channels of the image, C = channels of a map, H, W = its height and width, N = classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from configs.schema import Section
+from trainer.batch_norm import BatchNorm2d
+from trainer.shapes import ClassLogits, Image
+
+ACCEPTS = (Image,)
+LARGE_PX = 128  # from here on the stem quarters the image
+SMALLEST_MAP = 4
+EXPANSION = 4  # of a bottleneck's width at its end
+
+
+class Config(Section):
+    """Sizes and variants of a residual network."""
+
+    blocks: tuple[int, ...] = Field(
+        min_length=1, description="Residual blocks of each stage; a stage doubles the width.", examples=[(1, 1)]
+    )
+    width: int = Field(ge=1, description="Channels of the first stage.", examples=[16])
+    block: Literal["basic", "bottleneck"] = Field(
+        default="basic",
+        description="basic: two 3 x 3 convolutions; bottleneck: 1 x 1, 3 x 3, 1 x 1, for deep networks.",
+    )
+    norm: Literal["batch", "group"] = Field(
+        default="batch", description="batch: by the micro-batch's statistics; group: each example by itself."
+    )
+    groups: int = Field(default=8, ge=1, description="Most groups of channels that norm=group normalises together.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the last features dropped.")
+
+
+class Convolution(NamedTuple):
+    """One of the network's convolutions: square kernel, and the side lengths of the map that it gives."""
+
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    height: int
+    width: int
+
+
+class Normed(nn.Module):
+    """A convolution without bias, and the norm behind it."""
+
+    def __init__(self, shape: Convolution, config: Config) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            shape.inputs, shape.outputs, shape.kernel, shape.stride, padding=shape.kernel // 2, bias=False
+        )
+        self.norm = _norm(shape.outputs, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W): (B, C', H / stride, W / stride)."""
+        return self.norm(self.convolution(x))
+
+
+class Residual(nn.Module):
+    """A block of two or three convolutions, added to its input (or to a projection of it, where the shape changes)."""
+
+    def __init__(self, branch: list[Convolution], shortcut: Convolution | None, config: Config) -> None:
+        super().__init__()
+        self.branch = nn.ModuleList(Normed(shape, config) for shape in branch)
+        self.shortcut = None if shortcut is None else Normed(shortcut, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W): (B, C', H', W')."""
+        y = x
+        for layer in self.branch[:-1]:
+            y = F.relu(layer(y))
+        y = self.branch[-1](y)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class CNN(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: Config, image: Image, classes: int) -> None:
+        super().__init__()
+        stem, blocks = _plan(config, image)
+        self._pools = _is_large(image)
+        self.stem = Normed(stem, config)
+        self.blocks = nn.ModuleList(Residual(branch, shortcut, config) for branch, shortcut in blocks)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(blocks[-1][0][-1].outputs, classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, K, H, W), in the dtype of the weights: (B, N)."""
+        x = F.relu(self.stem(image))
+        if self._pools:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(x.mean(dim=(2, 3))))
+
+
+def build(config: Config, input: Image, output: ClassLogits) -> CNN:
+    """A network for images of this size."""
+    return CNN(config, input, output.size)
+
+
+def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+    """Norms 1 and 0; convolutions normal with variance 2 / fan-out (He et al. 2015); the head small, its bias 0."""
+    if name.endswith("bias"):
+        tensor.zero_()
+    elif "norm" in name:
+        tensor.fill_(1.0)
+    elif name.startswith("head"):
+        tensor.normal_(0.0, 0.01, generator=generator)
+    else:
+        outputs, _, height, width = tensor.shape
+        tensor.normal_(0.0, (2 / (outputs * height * width)) ** 0.5, generator=generator)
+
+
+def num_parameters(config: Config, input: Image, output: ClassLogits) -> int:
+    """Trainable values: convolutions, two a channel for its norm, and the head."""
+    convolutions = list(_convolutions(config, input))
+    values = sum(each.outputs * (each.inputs * each.kernel**2 + 2) for each in convolutions)
+    return values + (_features(config, input) + 1) * output.size
+
+
+def flops_per_example(config: Config, input: Image, output: ClassLogits) -> float:
+    """Of convolutions and the head, forward and backward (twice the forward).
+
+    The first convolution has no gradient for its input, the image.
+    """
+    products = [
+        each.outputs * each.inputs * each.kernel**2 * each.height * each.width for each in _convolutions(config, input)
+    ]
+    return 3.0 * 2.0 * (sum(products) + _features(config, input) * output.size) - 2.0 * products[0]
+
+
+# --- shapes
+
+
+def _is_large(image: Image) -> bool:
+    return min(image.height, image.width) >= LARGE_PX
+
+
+def _plan(config: Config, image: Image) -> tuple[Convolution, list[tuple[list[Convolution], Convolution | None]]]:
+    """The stem, and of each block the branch's convolutions and its shortcut's (None: the input itself)."""
+    height, width, channels = image.height, image.width, config.width
+    if _is_large(image):
+        height, width = -(-height // 2), -(-width // 2)
+        stem = Convolution(image.channels, channels, 7, 2, height, width)
+        height, width = -(-height // 2), -(-width // 2)
+    else:
+        stem = Convolution(image.channels, channels, 3, 1, height, width)
+    blocks = []
+    for stage, count in enumerate(config.blocks):
+        inner = config.width * 2**stage
+        outer = inner * (EXPANSION if config.block == "bottleneck" else 1)
+        for number in range(count):
+            stride = 2 if stage and number == 0 and min(height, width) >= 2 * SMALLEST_MAP else 1
+            before = height, width
+            height, width = -(-height // stride), -(-width // stride)
+            if config.block == "bottleneck":
+                branch = [
+                    Convolution(channels, inner, 1, 1, *before),
+                    Convolution(inner, inner, 3, stride, height, width),
+                    Convolution(inner, outer, 1, 1, height, width),
+                ]
+            else:
+                branch = [
+                    Convolution(channels, inner, 3, stride, height, width),
+                    Convolution(inner, outer, 3, 1, height, width),
+                ]
+            same = stride == 1 and channels == outer
+            blocks.append((branch, None if same else Convolution(channels, outer, 1, stride, height, width)))
+            channels = outer
+    return stem, blocks
+
+
+def _convolutions(config: Config, image: Image) -> Iterator[Convolution]:
+    stem, blocks = _plan(config, image)
+    yield stem
+    for branch, shortcut in blocks:
+        yield from branch
+        if shortcut is not None:
+            yield shortcut
+
+
+def _features(config: Config, image: Image) -> int:
+    _, blocks = _plan(config, image)
+    return blocks[-1][0][-1].outputs
+
+
+def _norm(channels: int, config: Config) -> nn.Module:
+    if config.norm == "batch":
+        return BatchNorm2d(channels)
+    groups = max(count for count in range(1, config.groups + 1) if channels % count == 0)
+    return nn.GroupNorm(groups, channels)

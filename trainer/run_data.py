@@ -1,0 +1,249 @@
+"""A run's data: the examples of both splits, the order of the first, and what is done to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from configs.errors import UsageError
+from configs.schema import RunConfig
+from data_pipelines.build import Progress, RunTasks, ensure_dataset
+from data_pipelines.data_state import Exceptions
+from data_pipelines.examples import Examples, Rows
+from data_pipelines.loader import Loader
+from data_pipelines.mixture import SLOTS, Change, MixtureExamples, MixtureOrder, Schedule
+from data_pipelines.mixture_build import ensure_mixture
+from data_pipelines.order import Order, choose_order
+from data_pipelines.shards import Dataset
+from data_pipelines.storage import Store
+from trainer.data_position import describe, differences
+from trainer.distributed import World
+from trainer.validate import Plan, columns_misfit
+
+if TYPE_CHECKING:
+    from trainer.bound import BoundTask, Prepare
+
+MIXTURE = "mixture"
+
+
+def open_datasets(plan: Plan, progress: Progress | None = None, run_tasks: RunTasks | None = None) -> list[Dataset]:
+    """The data set of a plan, or those of a mixture's sources; built where they are not there yet."""
+    config = plan.config
+    store, options = Store(config.store), {"seq_lens": plan.seq_lens}
+    if config.data.name == MIXTURE:
+        return ensure_mixture(store, config.data, plan.tokenizer, progress, run_tasks, **options)
+    return [ensure_dataset(store, config.data, plan.tokenizer, progress, run_tasks, **options)]
+
+
+def fingerprint(datasets: Sequence[Dataset]) -> str:
+    """32 hex digits over the content of a run's data sets; a data set's own where there is one."""
+    if len(datasets) == 1:
+        return datasets[0].fingerprint
+    return xxhash.xxh3_128_hexdigest("".join(dataset.fingerprint for dataset in datasets).encode())
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: completed steps, examples seen of the endless order, and what it leaves out of it."""
+
+    step: int = 0
+    examples: int = 0
+    exceptions: Exceptions = field(default_factory=Exceptions)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of a split: labels that count, and bytes of its text; 0 where it is not text."""
+
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of one run, opened; a data set for each source of a mixture.
+
+    prepare, prepare_evaluation: see BoundTask.preparation. validation_totals: of the whole validation split.
+    """
+
+    datasets: tuple[Dataset, ...]
+    train: Examples
+    validation: Examples
+    validation_totals: Totals
+    order: Order
+    source_names: tuple[str, ...]
+    prepare: Prepare | None
+    prepare_evaluation: Prepare | None
+    description: Mapping[str, Any]
+    pad: float
+    skips_damage: bool
+
+    @classmethod
+    def of(cls, datasets: Sequence[Dataset], plan: Plan) -> RunData:
+        """The examples that the plan's task reads.
+
+        Raises:
+            UsageError: a data set lacks a column that the task reads, or has no example to train on.
+        """
+        task, settings = plan.task, plan.source_config
+        for dataset in datasets:
+            names = [column.name for column in dataset.index.columns]
+            if (misfit := columns_misfit(plan.config, task, names)) is not None:
+                raise UsageError(misfit)
+        train, validation = ([_examples(each, split, task) for each in datasets] for split in ("train", "validation"))
+        for dataset, examples in zip(datasets, train, strict=True):
+            if len(examples) == 0:
+                raise UsageError(f"The training split of {dataset.path} is empty. Give the data source more to read.")
+        totals = [(getattr(each, "num_tokens", 0), getattr(each, "num_bytes", 0)) for each in validation]
+        stored = datasets[0].index.columns
+        mixed = plan.config.data.name == MIXTURE
+        return cls(
+            datasets=tuple(datasets),
+            train=MixtureExamples(train) if mixed else train[0],
+            validation=MixtureExamples(validation, "validation") if mixed else validation[0],
+            validation_totals=Totals(sum(tokens for tokens, _ in totals), sum(size for _, size in totals)),
+            order=_order(plan, train),
+            source_names=_source_names(plan),
+            prepare=task.preparation(stored, training=True),
+            prepare_evaluation=task.preparation(stored, training=False),
+            description=_described(datasets),
+            pad=task.pad,
+            skips_damage=settings.damage == "skip",
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over all content; a data set's own where there is one."""
+        return fingerprint(self.datasets)
+
+    def close(self) -> None:
+        """Let go of files."""
+        for dataset in self.datasets:
+            dataset.close()
+
+    def loader(self, config: RunConfig, world: World, start: Position) -> Loader:
+        """This rank's micro-batches of the order, from `start` on.
+
+        Raises:
+            UsageError: a mixture's sources end before the run does.
+        """
+        size = config.batch.global_batch_size
+        if isinstance(self.order, MixtureOrder):
+            _check_length(self.order.schedule, start.examples + (config.steps - start.step) * size)
+        return Loader(
+            self.train,
+            self.order,
+            self.prepare,
+            seed=config.seed,
+            global_batch_size=size,
+            micro_batch_size=config.batch.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=start.step,
+            examples_seen=start.examples,
+            exceptions=start.exceptions,
+            threads=config.resources.threads,
+            pin=world.device.type == "cuda",
+            pad=self.pad,
+            damage="skip" if self.skips_damage else "stop",
+        )
+
+    def state(self, position: Position) -> dict[str, Any]:
+        """For a checkpoint: where the run stands, and in which data."""
+        state = {
+            "examples_seen": position.examples,
+            "fingerprint": self.fingerprint,
+            "exceptions": position.exceptions.state(),
+            "dataset": dict(self.description),
+        }
+        if isinstance(self.order, MixtureOrder):
+            state["mixture"] = self.order.schedule.history(position.examples)
+        return state
+
+    def metrics(self, position: Position) -> dict[str, float]:
+        """What is worth a curve: blocks left out, where damage is; a mixture's shares of the last examples.
+
+        And what this rank had to do to read from a remote store: fetches, retries, waits, all since the start.
+        """
+        skipped, stop = len(position.exceptions.skipped), position.examples
+        found = {"data/skipped_blocks": float(skipped)} if skipped else {}
+        if isinstance(self.order, MixtureOrder):
+            found |= self.order.metrics(self.source_names, max(0, stop - SLOTS), stop)
+        for dataset, name in zip(self.datasets, self.source_names, strict=True):
+            prefix = "data" if len(self.datasets) == 1 else f"data/{name}"
+            read: dict[str, float] = getattr(dataset.split("train").source, "metrics", dict)()  # local files have none
+            found |= {f"{prefix}/{what}": value for what, value in read.items()}
+        return found
+
+    @property
+    def waste(self) -> float | None:
+        """The share of a packed training split that is padding; None where nothing is packed."""
+        parts = [part for part in getattr(self.train, "parts", (self.train,)) if hasattr(part, "waste")]
+        places = sum(len(part) for part in parts)
+        return sum(part.waste * len(part) for part in parts) / places if places else None
+
+    def position(self, manifest: Mapping[str, Any], source: str) -> Position:
+        """Where the run of a checkpoint (its manifest; `source` names it) stands in this data.
+
+        Raises:
+            UsageError: it stands in other data; says what has changed. Damaged: its exceptions cannot be read.
+        """
+        data = manifest["data"]
+        if data["fingerprint"] != self.fingerprint:
+            changes = "; ".join(differences(data.get("dataset", {}), self.description))
+            raise UsageError(
+                f"{source} was trained on data set {data['fingerprint']}, but the data set is now "
+                f"{self.fingerprint}: the position in the data means nothing there. What changed: "
+                f"{changes or 'its content'}. Restore the data, or start a new run from its weights alone: "
+                f"shardyard train RECIPE --from {manifest['run']}@{manifest['step']} name=..."
+            )
+        examples = int(data["examples_seen"])
+        if isinstance(self.order, MixtureOrder):
+            self.order.schedule.check_history(data.get("mixture", []), examples)
+        return Position(int(manifest["step"]), examples, Exceptions.from_state(data["exceptions"]))
+
+
+def _examples(dataset: Dataset, split: str, task: BoundTask) -> Examples:
+    seq_len = task.packing()
+    if seq_len is None:
+        return Rows(dataset.split(split), task.columns(), split)
+    return dataset.packed(split, seq_len, task.packing_kind())
+
+
+def _order(plan: Plan, train: Sequence[Examples]) -> Order:
+    """Each source of a mixture has an order of its own, so that none moves when another's data grows."""
+    settings: Any = plan.source_config
+    orders = [
+        choose_order(settings.shuffle, plan.config.seed + number, each.block_examples, settings.window_blocks)
+        for number, each in enumerate(train)
+    ]
+    if plan.config.data.name != MIXTURE:
+        return orders[0]
+    epochs = [source.max_epochs for source in settings.sources]
+    caps = [None if most is None else round(most * len(each)) for most, each in zip(epochs, train, strict=True)]
+    changes = [Change(change.at, change.weights) for change in settings.changes]
+    return MixtureOrder(orders, Schedule([source.weight for source in settings.sources], caps, changes))
+
+
+def _source_names(plan: Plan) -> tuple[str, ...]:
+    settings: Any = plan.source_config
+    if plan.config.data.name != MIXTURE:
+        return (plan.config.data.name,)
+    return tuple(f"{number}-{source.data.name}" for number, source in enumerate(settings.sources))
+
+
+def _described(datasets: Sequence[Dataset]) -> dict[str, Any]:
+    if len(datasets) == 1:
+        return describe(datasets[0].index)
+    return {"sources": [describe(dataset.index) for dataset in datasets]}
+
+
+def _check_length(schedule: Schedule, examples: int) -> None:
+    if schedule.end is not None and examples > schedule.end:
+        raise UsageError(
+            f"The run takes {examples:,} examples, but after {schedule.end:,} every source of the mixture has had its "
+            "max_epochs. Set steps lower, or raise max_epochs of a source (null has no end)."
+        )
