@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from configs.errors import UsageError
+from data_pipelines.boundaries import Boundaries
 from data_pipelines.buffers import Buffers
 
 _LONG_ROW = 512  # elements from which copying row by row is faster than by a mask over all
@@ -31,32 +33,6 @@ class MicroBatch:
     idle: bool  # repeats a micro-batch that another slot runs, or has no examples left; must contribute nothing
     sample_ids: np.ndarray  # (examples,) int64
     tensors: dict[str, torch.Tensor]
-
-
-class Cut:
-    """Micro-batches one after the other; [i] is made when it is asked for, so that readying many takes few calls."""
-
-    def __init__(
-        self,
-        slots: Sequence[tuple[int, bool]],
-        sizes: np.ndarray,
-        ids: np.ndarray,
-        tensors: Callable[[int], dict[str, torch.Tensor]],
-        num_bytes: int,
-    ) -> None:
-        self.num_bytes = num_bytes
-        self._slots = slots  # (k, idle) of each
-        self._ends = [0, *np.cumsum(sizes).tolist()]  # examples up to each
-        self._ids = ids  # (examples,) int64
-        self._tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __getitem__(self, number: int) -> MicroBatch:
-        index, idle = self._slots[number]
-        ends = self._ends
-        return MicroBatch(index, idle, self._ids[ends[number] : ends[number + 1]], self._tensors(number))
 
 
 class Batcher:
@@ -83,43 +59,51 @@ class Batcher:
         ids: np.ndarray,
         sizes: np.ndarray,
         buffers: Buffers,
-    ) -> Cut:
+    ) -> list[MicroBatch]:
         """A micro-batch for each slot (k, idle), of `sizes` (slots,) examples one after the other.
 
-        arrays: name -> (examples, ...) array or Ragged; positions and ids (examples,) int64. The tensors lie in the
-        arrays or in `buffers`.
+        arrays: name -> (examples, ...) array, Ragged or Boundaries; positions and ids (examples,) int64. The tensors
+        lie in the arrays or in `buffers`.
         """
         counts = sizes.tolist()
         if self._prepare is not None:
-            batches, num_bytes = self._collated(self._prepared(arrays, positions), counts, buffers)
-            return Cut(slots, sizes, ids, batches.__getitem__, num_bytes)
-        columns: dict[str, Sequence[torch.Tensor]] = {}
-        for name, values in arrays.items():
-            if isinstance(values, np.ndarray):
-                columns[name] = torch.from_numpy(values).split_with_sizes(counts)
-            else:
-                columns[name], columns[f"{name}_length"] = self._padded_lists(name, values, counts, buffers)
-        names, rows = tuple(columns), list(zip(*columns.values(), strict=True))
-        num_bytes = sum(tensors[0].nbytes for tensors in columns.values()) * len(counts)
-        return Cut(slots, sizes, ids, lambda number: dict(zip(names, rows[number])), num_bytes)  # noqa: B905
+            batches = self._collated(self._prepared(arrays, positions), counts, buffers)
+        else:
+            columns: dict[str, Sequence[torch.Tensor]] = {}
+            for name, values in arrays.items():
+                if isinstance(values, np.ndarray):
+                    columns[name] = torch.from_numpy(values).split_with_sizes(counts)
+                elif isinstance(values, Boundaries):
+                    columns[name] = values.cut(sizes, buffers)
+                else:
+                    columns[name], columns[f"{name}_length"] = self._padded_lists(name, values, counts, buffers)
+            names = tuple(columns)
+            batches = [dict(zip(names, row)) for row in zip(*columns.values(), strict=True)]  # noqa: B905 - hot
+        ends = [0, *np.cumsum(sizes).tolist()]
+        parts = [ids[start:end] for start, end in pairwise(ends)]
+        return [
+            MicroBatch(index, idle, part, tensors)
+            for (index, idle), part, tensors in zip(slots, parts, batches, strict=True)
+        ]
 
     def _padded_lists(
         self, name: str, ragged: Any, counts: list[int], buffers: Buffers
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Stored lists as one padded tensor (B, longest, ...) a micro-batch, and lengths (B,) int32."""
-        values, start = ragged.values, 0
+        values, first = ragged.values, 0
+        longest = int(ragged.lengths.max(initial=0))
+        if len(values) == longest * len(ragged):  # all of one length, and nothing between them
+            rows = torch.from_numpy(values.reshape(len(ragged), longest, *values.shape[1:]))
+            sizes = torch.from_numpy(ragged.lengths.astype(np.int32))
+            return list(rows.split_with_sizes(counts)), list(sizes.split_with_sizes(counts))
         padded, lengths = [], []
         for number, count in enumerate(counts):
-            cut = ragged.offsets[start : start + count + 1]
-            start += count
-            sizes = np.diff(cut)
+            starts, sizes = ragged.starts[first : first + count], ragged.lengths[first : first + count]
+            first += count
             longest = int(sizes.max(initial=0))
             shape = (count, longest, *values.shape[1:])
-            if longest == sizes.min(initial=longest):  # nothing to pad: they lie there as they are wanted
-                target = values[cut[0] : cut[-1]].reshape(shape)
-            else:
-                target = buffers.take(f"{name}/padded/{number}", shape, values.dtype)
-                _pad_rows(values, cut, sizes, target, self._pad)
+            target = buffers.take(f"{name}/padded/{number}", shape, values.dtype)
+            _pad_rows(values, starts, sizes, target, self._pad)
             padded.append(torch.from_numpy(target))
             lengths.append(torch.from_numpy(sizes.astype(np.int32)))
         return padded, lengths
@@ -146,9 +130,9 @@ class Batcher:
 
     def _collated(
         self, rows: list[Mapping[str, np.ndarray]], counts: list[int], buffers: Buffers
-    ) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """The tensors of each micro-batch, and their bytes."""
-        batches, num_bytes, start = [], 0, 0
+    ) -> list[dict[str, torch.Tensor]]:
+        """The tensors of each micro-batch."""
+        batches, start = [], 0
         for number, count in enumerate(counts):
             batch = rows[start : start + count]
             start += count
@@ -163,9 +147,8 @@ class Batcher:
                     lengths = np.array([len(array) for array in arrays], np.int32)
                     tensors[f"{name}_length"] = torch.from_numpy(lengths)
                 tensors[name] = torch.from_numpy(target)
-                num_bytes += target.nbytes
             batches.append(tensors)
-        return batches, num_bytes
+        return batches
 
     def _padded(self, name: str, key: str, arrays: Sequence[np.ndarray], buffers: Buffers) -> np.ndarray:
         rest = {array.shape[1:] for array in arrays}
@@ -182,13 +165,13 @@ class Batcher:
         return target
 
 
-def _pad_rows(values: np.ndarray, cut: np.ndarray, sizes: np.ndarray, target: np.ndarray, pad: float) -> None:
-    """target[i] = values[cut[i] : cut[i + 1]], then `pad`; sizes are the differences of cut."""
-    if target.size < _LONG_ROW * len(target):
-        target.fill(pad)
-        target[np.arange(target.shape[1]) < sizes[:, None]] = values[cut[0] : cut[-1]]
+def _pad_rows(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, target: np.ndarray, pad: float) -> None:
+    """target[i] = values[starts[i] : starts[i] + sizes[i]], then `pad`."""
+    if target.size < _LONG_ROW * len(target) and len(values):
+        places = np.arange(target.shape[1])
+        np.take(values, starts[:, None] + places, axis=0, out=target, mode="clip")
+        target[places >= sizes[:, None]] = pad
         return
-    bounds = cut.tolist()
-    for row, start, stop in zip(target, bounds, bounds[1:], strict=False):
-        row[: stop - start] = values[start:stop]
-        row[stop - start :] = pad
+    for row, start, size in zip(target, starts.tolist(), sizes.tolist(), strict=True):
+        row[:size] = values[start : start + size]
+        row[size:] = pad

@@ -34,7 +34,7 @@ class BlockSource(Protocol):
         """The range: 1-D uint8, a numpy array or a torch tensor; always the same memory."""
 
     def prefetch(self, blocks: np.ndarray) -> None:
-        """Say which blocks are wanted soon."""
+        """Say which blocks (n,) are wanted soon, in the order of their use; one may come several times."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -70,7 +70,8 @@ class LocalBlocks:
 
     def prefetch(self, blocks: np.ndarray) -> None:
         """Read ahead what was not used yet."""
-        for block in np.unique(blocks[self._located[blocks] < 0]).tolist():
+        new = blocks[self._located[blocks] < 0]
+        for block in dict.fromkeys(new.tolist()):
             file, start, stop = self._place(block)
             readable = self._files.map(file)
             if readable is not None and stop <= readable:

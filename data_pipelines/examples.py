@@ -34,7 +34,7 @@ class Examples(Protocol):
         """
 
     def prefetch(self, blocks: np.ndarray) -> None:
-        """Say which blocks, (n,) int64, are wanted soon; returns at once."""
+        """Say which blocks, (n,) int64, are wanted soon, in the order of their use; returns at once."""
 
 
 @dataclass(frozen=True)

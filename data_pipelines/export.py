@@ -93,7 +93,7 @@ def _arrow_array(values: np.ndarray | Ragged, column: Column) -> pa.Array:
 
     if isinstance(values, np.ndarray):
         return _items(values, column)
-    offsets = pa.array(values.offsets.astype(np.int32))
+    offsets = pa.array(np.append(values.starts, len(values.values)).astype(np.int32))  # one after the other in a block
     if column.dtype in (TEXT, BINARY):
         buffers = [None, offsets.buffers()[1], pa.py_buffer(values.values.tobytes())]
         return pa.Array.from_buffers(column.arrow_type, len(values), buffers)

@@ -11,24 +11,26 @@ An idle slot keeps the collectives of the ranks in step; whoever runs it must le
 on across epochs, so a batch may hold the end of one and the start of the next. Examples of skipped blocks
 (data_state.py) are left out of their micro-batch; one that loses all of them becomes idle.
 
-A thread makes a *hand-over* of several steps at once: one gather into buffers that are used again and again, so that a
-step costs a few microseconds of Python. The first hand-over is one step, the next ones double, up to a megabyte or two.
+A thread makes *hand-overs* of several steps at once: one gather into buffers that are used again and again, so that a
+step costs a few microseconds of Python. The first hand-over is one step, the next ones double, up to some megabytes. A
+caller who comes before they are ready makes one himself.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from configs.errors import Damaged, UsageError
-from data_pipelines.batches import Batcher, Cut, MicroBatch, Prepare
+from data_pipelines.batches import Batcher, MicroBatch, Prepare
 from data_pipelines.buffers import Buffers
 from data_pipelines.data_state import Exceptions
 from data_pipelines.examples import Examples
@@ -37,7 +39,8 @@ from data_pipelines.order import Order
 
 __all__ = ["Loader", "MicroBatch", "Prepare", "evaluation_batches"]
 
-_HAND_OVER_BYTES = 2 << 20
+_HAND_OVERS = 4  # ahead
+_HAND_OVER_BYTES = 4 << 20
 _AHEAD = 2048  # examples ahead whose blocks are asked for
 
 
@@ -46,9 +49,22 @@ class _HandOver:
     """The micro-batches of some steps, in buffers that nobody else uses."""
 
     steps: range
-    cut: Cut
+    micro_batches: list[list[MicroBatch]]  # of each step
+    num_bytes: int
     buffers: Buffers
     event: Any = None  # copies to the device that still read the buffers
+
+
+class _Plan(NamedTuple):
+    """What this rank takes in coming steps."""
+
+    steps: range
+    positions: np.ndarray  # (steps * examples a step,) int64
+    ids: np.ndarray  # the same of sample ids
+    blocks: np.ndarray  # the same of their blocks
+
+
+_NO_PLAN = _Plan(range(0), *[np.empty(0, np.int64)] * 3)
 
 
 class Loader:
@@ -75,7 +91,7 @@ class Loader:
         world_size: int,
         start_step: int = 0,
         examples_seen: int = 0,
-        prefetch_bytes: int = 8 << 20,
+        prefetch_bytes: int = 20 << 20,
         threads: int = 1,
         pin: bool = False,
         pad: float = 0,
@@ -103,16 +119,16 @@ class Loader:
         self._offsets = np.concatenate([np.arange(cut.start, cut.stop, dtype=np.int64) for _, _, cut in slots])
         self._omissions = Omissions(examples, order, exceptions)
         self._batcher = Batcher(prepare, seed, threads, pad)
-        self._planned: tuple[range, np.ndarray, np.ndarray] | None = None  # steps, positions, sample ids
-        self._asked = 0  # the step up to which blocks were asked for
+        self._plan = _NO_PLAN
+        self._planning = threading.Lock()
         self._free: list[Buffers] = []
         self._ahead: deque[tuple[range, Future[_HandOver]]] = deque()
         self._given: _HandOver | None = None
         self._steps = range(0)  # of self._given
         self._size = 1  # steps of the next hand-over
-        self._thread = ThreadPoolExecutor(1, "loader", initializer=_use_one_core)
+        self._reader = ThreadPoolExecutor(1, "loader", initializer=_use_one_core)
         num_threads = torch.get_num_threads()
-        self._thread.submit(int).result()
+        self._reader.submit(int).result()
         torch.set_num_threads(num_threads)  # what threads made later begin with
 
     def step(self, step: int) -> list[MicroBatch]:
@@ -120,16 +136,15 @@ class Loader:
 
         Raises what reading raised (Damaged, ...).
         """
-        self.wait_s = 0.0
-        if step not in self._steps:
+        steps = self._steps
+        if steps.start <= step < steps.stop:
+            self.wait_s = 0.0
+        else:
             started = time.perf_counter()
             self._advance(step)
             self.wait_s = time.perf_counter() - started
         assert self._given is not None
-        width = len(self._slots)
-        first = (step - self._steps.start) * width
-        cut = self._given.cut
-        return [cut[number] for number in range(first, first + width)]
+        return self._given.micro_batches[step - self._given.steps.start]
 
     @property
     def exceptions(self) -> Exceptions:
@@ -155,7 +170,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead and end the threads; may be called twice."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._reader.shutdown(wait=True, cancel_futures=True)
         self._batcher.close()
         self._ahead.clear()
         self._given, self._steps = None, range(0)
@@ -168,37 +183,50 @@ class Loader:
             self._forget()
         self._give_back()
         self._order_hand_overs(step)
-        steps, future = self._ahead.popleft()
         try:
-            given = future.result()
+            given = self._next_made()
         except Exception:
+            several = len(self._ahead.popleft()[0]) > 1
             self._forget()
-            if len(steps) == 1:
+            if not several:
                 raise
             self._order_hand_overs(step, most=1)  # the error belongs to one of the steps: give those before it
-            _, future = self._ahead.popleft()
-            given = future.result()
+            given = self._next_made()
+        self._ahead.popleft()
         self._given, self._steps = given, given.steps
-        a_step = max(1, given.cut.num_bytes // len(given.steps))
-        self._size = min(2 * len(given.steps), max(1, min(_HAND_OVER_BYTES, self._prefetch_bytes // 4) // a_step))
+        a_step = max(1, given.num_bytes // len(given.steps))
+        most = max(1, min(_HAND_OVER_BYTES, self._prefetch_bytes // _HAND_OVERS) // a_step)
+        self._size = min(2 * len(given.steps), most)
         self._order_hand_overs(given.steps.stop)
+
+    def _next_made(self) -> _HandOver:
+        """The first of the hand-overs ahead. What no reader has begun is made here rather than waited for."""
+        for number, (steps, future) in enumerate(self._ahead):
+            if self._ahead[0][1].done():
+                break
+            if future.cancel():
+                made: Future[_HandOver] = Future()
+                try:
+                    made.set_result(self._load(steps))
+                except Exception as error:
+                    made.set_exception(error)
+                self._ahead[number] = steps, made
+        return self._ahead[0][1].result()
 
     def _order_hand_overs(self, step: int, most: int | None = None) -> None:
         """Have the hand-overs from `step` on made: as many as there are buffers for."""
         next_step = self._ahead[-1][0].stop if self._ahead else step
         while len(self._ahead) < self._depth():
             steps = range(next_step, next_step + (most or self._size))
-            self._ahead.append((steps, self._thread.submit(self._load, steps)))
+            self._ahead.append((steps, self._reader.submit(self._load, steps)))
             next_step = steps.stop
             if most or self._given is None:
                 break
 
     def _depth(self) -> int:
-        """Hand-overs ahead: two where they fit, so that one is ready while one is made."""
-        size = self._given.cut.num_bytes if self._given is not None else _HAND_OVER_BYTES
-        if size > self._prefetch_bytes:
-            return 1
-        return min(4, self._prefetch_bytes // size) if size >= _HAND_OVER_BYTES // 2 else 2
+        """Hand-overs ahead: as many as prefetch_bytes hold, one at least."""
+        size = self._given.num_bytes if self._given is not None else _HAND_OVER_BYTES
+        return max(1, min(_HAND_OVERS, self._prefetch_bytes // max(1, size)))
 
     def _give_back(self) -> None:
         given, self._given, self._steps = self._given, None, range(0)
@@ -207,7 +235,9 @@ class Loader:
         if self._pin:  # the buffers may be filled again when the copies that were asked for until now are through
             given.event = torch.cuda.Event()
             given.event.record()
-        self._thread.submit(self._recycle, given)
+            self._reader.submit(self._recycle, given)
+        else:
+            self._free.append(given.buffers)
 
     def _forget(self) -> None:
         """Drop what was read ahead."""
@@ -216,25 +246,25 @@ class Loader:
             if not future.cancel():
                 future.add_done_callback(self._recycle_result)
         self._ahead.clear()
-        self._thread.submit(self._forget_plan)
+        with self._planning:
+            self._plan = _NO_PLAN
         self._size = 1
 
-    # --- in the loader's thread
+    # --- in the reader's thread, and in the caller's
 
     def _recycle(self, given: _HandOver) -> None:
-        if given.event is not None:
-            given.event.synchronize()
+        given.event.synchronize()
         self._free.append(given.buffers)
 
     def _recycle_result(self, future: Future[_HandOver]) -> None:
         if not future.cancelled() and future.exception() is None:
             self._free.append(future.result().buffers)
 
-    def _forget_plan(self) -> None:
-        self._planned, self._asked = None, 0
-
     def _load(self, steps: range) -> _HandOver:
-        buffers = self._free.pop() if self._free else Buffers(self._pin)
+        try:
+            buffers = self._free.pop()
+        except IndexError:
+            buffers = Buffers(self._pin)
         try:
             return self._fill(steps, buffers)
         except BaseException:
@@ -242,7 +272,7 @@ class Loader:
             raise
 
     def _fill(self, steps: range, buffers: Buffers) -> _HandOver:
-        positions, ids = self._plan(steps)
+        positions, ids = self._planned(steps)
         sizes = np.tile(self._sizes, len(steps))
         slots = self._slots * len(steps)
         if self._omissions:
@@ -254,34 +284,57 @@ class Loader:
                 raise
             self._omissions.find_damage(ids)
             return self._fill(steps, buffers)
-        return _HandOver(steps, self._batcher.cut(arrays, slots, positions, ids, sizes, buffers), buffers)
+        every = self._batcher.cut(arrays, slots, positions, ids, sizes, buffers)
+        width = len(self._slots)
+        micro_batches = [every[first : first + width] for first in range(0, len(every), width)]
+        a_step = sum(tensor.nbytes for each in micro_batches[0] for tensor in each.tensors.values())
+        return _HandOver(steps, micro_batches, a_step * len(steps), buffers)
 
-    def _plan(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+    def _planned(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
         """Positions and sample ids of these steps' examples on this rank, (examples,) int64 each.
 
         Those of the coming steps are worked out along with them, and their blocks are asked for.
         """
         width = len(self._offsets)
         ahead = _AHEAD // width
-        planned = self._planned
-        if planned is None or steps.start not in planned[0] or planned[0].stop < steps.stop + ahead:
-            more = 2 * ahead if planned is not None else 0  # the first step comes as soon as it can
-            if self._order.end is not None:
-                more = max(
-                    0, min(more, (self._order.end - self._first_position(steps.stop)) // self._global_batch_size)
-                )
-            some = range(steps.start, steps.stop + more)
-            firsts = self._first_position(np.arange(some.start, some.stop, dtype=np.int64))
-            positions = (firsts[:, None] + self._offsets).reshape(-1)
-            self._planned = planned = some, positions, self._order.sample_ids(positions)
-        some, positions, ids = planned
-        start, stop = ((step - some.start) * width for step in (steps.start, steps.stop))
-        asked = max(stop, (self._asked - some.start) * width)
-        coming = ids[asked : stop + ahead * width]
-        if len(coming):
-            self._asked = steps.stop + ahead
-            self._examples.prefetch(np.unique(self._omissions.blocks_of(coming)))
-        return positions[start:stop], ids[start:stop]
+        with self._planning:
+            plan = self._plan
+            if steps.start < plan.steps.start:  # the other reader came first with later steps
+                return self._located(steps)
+            if steps.start > plan.steps.stop:
+                plan = _NO_PLAN
+            more = ahead if plan.steps else 0  # the first step comes as soon as it can
+            if plan.steps.stop < steps.stop + more:
+                plan = self._extended(plan, steps, 2 * more)
+            self._plan = plan
+            start = (steps.start - plan.steps.start) * width
+            cut = slice(start, start + len(steps) * width)
+            return plan.positions[cut], plan.ids[cut]
+
+    def _extended(self, plan: _Plan, steps: range, more: int) -> _Plan:
+        """A plan from the first of `steps` until `more` steps after them, or until the order ends.
+
+        Its blocks are asked for.
+        """
+        if self._order.end is not None:
+            left = (self._order.end - self._first_position(steps.stop)) // self._global_batch_size
+            more = max(0, min(more, left))
+        stop = max(plan.steps.stop, steps.stop + more)
+        positions, ids = self._located(range(max(plan.steps.stop, steps.start), stop))
+        passed = (steps.start - plan.steps.start) * len(self._offsets)
+        extended = _Plan(
+            range(steps.start, stop),
+            np.concatenate([plan.positions[passed:], positions]),
+            np.concatenate([plan.ids[passed:], ids]),
+            np.concatenate([plan.blocks[passed:], self._omissions.blocks_of(ids)]),
+        )
+        self._examples.prefetch(extended.blocks)
+        return extended
+
+    def _located(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        firsts = self._first_position(np.arange(steps.start, steps.stop, dtype=np.int64))
+        positions = (firsts[:, None] + self._offsets).reshape(-1)
+        return positions, self._order.sample_ids(positions)
 
     def _first_position(self, step: Any) -> Any:
         return self._examples_seen + (step - self._start_step) * self._global_batch_size

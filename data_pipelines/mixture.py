@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UsageError
+from data_pipelines.boundaries import Boundaries
 from data_pipelines.buffers import Buffers
 from data_pipelines.examples import Examples
 from data_pipelines.order import Order
+from data_pipelines.rows import Ragged
 
 SLOTS = 10_000
 
@@ -251,7 +253,9 @@ def _scattered(name: str, arrays: list[Any], rows: list[np.ndarray], memory: Buf
     if len(arrays) == 1:
         return arrays[0]
     count = sum(map(len, rows))
-    if not isinstance(arrays[0], np.ndarray):
+    if isinstance(arrays[0], Boundaries):
+        return Boundaries.scattered(arrays, rows)
+    if isinstance(arrays[0], Ragged):
         return _scattered_lists(name, arrays, rows, memory)
     first = arrays[0]
     if any(array.shape[1:] != first.shape[1:] or array.dtype != first.dtype for array in arrays):
@@ -265,20 +269,18 @@ def _scattered(name: str, arrays: list[Any], rows: list[np.ndarray], memory: Buf
     return target
 
 
-def _scattered_lists(name: str, arrays: list[Any], rows: list[np.ndarray], memory: Buffers) -> Any:
+def _scattered_lists(name: str, arrays: list[Ragged], rows: list[np.ndarray], memory: Buffers) -> Ragged:
     count = sum(map(len, rows))
-    first = arrays[0]
-    offsets = memory.take(f"{name}/offsets", (count + 1,), np.int64)
-    offsets[0] = 0
     lengths = np.empty(count, np.int64)
     for array, here in zip(arrays, rows, strict=True):
-        lengths[here] = np.diff(array.offsets)
-    np.cumsum(lengths, out=offsets[1:])
-    target = memory.take(name, (int(offsets[-1]), *first.values.shape[1:]), first.values.dtype)
+        lengths[here] = array.lengths
+    stops = np.cumsum(lengths)
+    first = arrays[0].values
+    target = memory.take(name, (int(lengths.sum()), *first.shape[1:]), first.dtype)
     for array, here in zip(arrays, rows, strict=True):
         for number, row in enumerate(here.tolist()):
-            target[offsets[row] : offsets[row + 1]] = array[number]
-    return type(first)(target, offsets)
+            target[stops[row] - lengths[row] : stops[row]] = array[number]
+    return Ragged(target, stops - lengths, lengths)
 
 
 class MixtureOrder:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _FIRST = 1 << 16  # nothing is mapped below
 _LAST = 1 << 47
+_CHUNKS_EACH = 8  # of a byte string of mean length: on average half a chunk of it is copied in vain
+_LARGEST_CHUNK = 4096
 
 
 def copy_rows(addresses: np.ndarray, out: np.ndarray) -> None:
@@ -33,6 +35,45 @@ def copy_rows(addresses: np.ndarray, out: np.ndarray) -> None:
     row_bytes = out.nbytes // num_rows
     target = torch.from_numpy(out.reshape(-1).view(np.uint8)).view(num_rows, row_bytes)
     torch.index_select(_rows_of(row_bytes), 0, torch.from_numpy(addresses - _FIRST), out=target)
+
+
+class ListCopies:
+    """How byte strings that differ in length are copied: in chunks of one size, with one native call.
+
+    So the last chunk of each also holds what follows it in memory, and the copies do not touch each other. Where that
+    would be read from beyond `ends`, a string is copied by itself.
+
+    addresses, num_bytes, ends: (n,) int64; nothing at or after an end is read. Chunks are multiples of item_bytes.
+    starts (n,): where the copies begin, in num_bytes of memory.
+    """
+
+    def __init__(self, addresses: np.ndarray, num_bytes: np.ndarray, ends: np.ndarray, item_bytes: int) -> None:
+        mean = int(num_bytes.mean()) if len(num_bytes) else 0
+        pieces = min(mean // _CHUNKS_EACH, _LARGEST_CHUNK) // item_bytes  # items a chunk
+        self._chunk = item_bytes << max(0, pieces.bit_length() - 1)
+        self._addresses, self._num_bytes = addresses, num_bytes
+        self._counts = -(-num_bytes // self._chunk)  # (n,): chunks of each
+        self._firsts = np.cumsum(self._counts) - self._counts  # (n,): number of its first chunk
+        self._whole = addresses + self._counts * self._chunk <= ends
+        self.starts = self._firsts * self._chunk
+        self.num_bytes = int(self._counts.sum()) * self._chunk
+
+    def copy(self, out: np.ndarray) -> None:
+        """Into memory of num_bytes, C-contiguous."""
+        target = out.reshape(-1).view(np.uint8)
+        usable = np.flatnonzero(self._whole & (self._counts > 0))
+        if len(usable):
+            chunk, counts = self._chunk, self._counts
+            sources = np.repeat(self._addresses - self._firsts * chunk, counts)
+            sources += np.arange(len(sources)) * chunk
+            if len(usable) < len(counts):
+                sources[~np.repeat(self._whole, counts)] = self._addresses[usable[0]]  # any that may be read
+            copy_rows(sources, target.reshape(-1, chunk))
+        alone = np.flatnonzero(~self._whole)
+        for address, start, size in zip(
+            *(each[alone].tolist() for each in (self._addresses, self.starts, self._num_bytes)), strict=True
+        ):
+            target[start : start + size] = view_at(address, size, np.dtype(np.uint8))
 
 
 def address_of(array: np.ndarray) -> int:

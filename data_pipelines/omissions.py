@@ -10,6 +10,7 @@ from configs.errors import Damaged
 from data_pipelines.data_state import Exceptions
 from data_pipelines.examples import Examples
 from data_pipelines.order import Order
+from data_pipelines.ownership import owners
 
 _AT_ONCE = 2048  # positions that are looked at for one that is whole
 
@@ -46,7 +47,7 @@ class Omissions:
 
     def blocks_of(self, ids: np.ndarray) -> np.ndarray:
         """The block of each of the examples (n,): (n,) int64."""
-        return self._block_ends.searchsorted(ids, side="right")
+        return owners(self._block_ends, ids)
 
     def _kept(self, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
         blocks = self.blocks_of(ids)

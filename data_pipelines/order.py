@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from configs.errors import UsageError
+from data_pipelines.ownership import owners
 from data_pipelines.permutation import ROUNDS, keys, permutation, permute
 
 SHUFFLES = ("blocks", "examples", "sequential")
@@ -170,7 +171,7 @@ class BlockOrder:
             start, stop = int(table.windows[first]), int(table.windows[first + 1])
             places = permute(places - start, stop - start, keys(self._seed, _WINDOWS, epoch, first)) + start
             first_slot, last_slot = self._window_slots[first], self._window_slots[first + 1]
-            slots = table.ends[first_slot:last_slot].searchsorted(places, side="right") + first_slot
+            slots = owners(table.ends[first_slot:last_slot] - start, places - start) + first_slot
         else:
             windows = table.windows[1:].searchsorted(places, side="right")
             starts = table.windows[windows]

@@ -37,9 +37,11 @@ import numpy as np
 
 from configs.errors import Damaged
 from data_pipelines import best_fit
+from data_pipelines.boundaries import Boundaries
 from data_pipelines.buffers import Buffers
 from data_pipelines.index import REBUILD
 from data_pipelines.native import copy_rows, view_at
+from data_pipelines.ownership import owners
 
 if TYPE_CHECKING:
     from data_pipelines.rows import Split
@@ -50,15 +52,18 @@ _PLANS_BYTES = 32 << 20  # of best-fit plans kept
 class PackedSplit:
     """The sequences of a split whose column "tokens" holds lists of ids; see Examples. Safe for several threads.
 
-    eos_id: the end mark that leads each stored document.
+    eos_id: the end mark that leads each stored document. boundaries: give "cu_seqlens" too.
     """
 
-    def __init__(self, split: Split, seq_len: int, eos_id: int, kind: str = "concat") -> None:
+    def __init__(
+        self, split: Split, seq_len: int, eos_id: int, kind: str = "concat", *, boundaries: bool = False
+    ) -> None:
         assert seq_len >= 1 and kind in ("concat", "best_fit"), (seq_len, kind)
         self.name = split.name
         self.seq_len = seq_len
         self.eos_id = eos_id
         self.kind = kind
+        self._boundaries = boundaries
         blocks = split.blocks
         self.num_documents = int(blocks.rows.sum())
         self.num_tokens = int(blocks.tokens.sum())  # labels: each token and each end
@@ -82,17 +87,23 @@ class PackedSplit:
         """The share of all places that is padding."""
         return 1.0 - self.num_tokens / (len(self) * self.seq_len) if len(self) else 0.0
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, np.ndarray]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
         """Sequences (n,) int64 `ids`: "tokens" (n, T + 1) uint16 or uint32, "valid" (n,) int32, the labels that count.
 
-        tokens[i, 1 : 1 + valid[i]] are those labels; what follows is padding. With `out` they lie in its memory.
+        tokens[i, 1 : 1 + valid[i]] are those labels; what follows is padding. With boundaries there are "cu_seqlens",
+        Boundaries, which become a tensor for each micro-batch. With `out` they lie in its memory.
         Raises IndexError for an id beyond the split, Damaged for a block that is broken.
         """
         memory = Buffers() if out is None else out
         tokens = memory.take("tokens", (len(ids), self.seq_len + 1), self._dtype)
         valid = memory.take("valid", (len(ids),), np.int32)
-        if len(ids) == 0:
+        if len(ids):
+            self._copy(ids, tokens, valid)
+        if not self._boundaries:
             return {"tokens": tokens, "valid": valid}
+        return {"tokens": tokens, "valid": valid, "cu_seqlens": Boundaries.of(tokens, self.eos_id, memory)}
+
+    def _copy(self, ids: np.ndarray, tokens: np.ndarray, valid: np.ndarray) -> None:
         blocks = self.block_of(ids)
         within = ids - self._starts[blocks]
         if self.kind == "concat":
@@ -103,13 +114,12 @@ class PackedSplit:
             used, which = np.unique(blocks, return_inverse=True)
             with self._split.located(used) as contents:
                 self._copy_planned(contents + self._values_at[used], used, which, within, tokens, valid)
-        return {"tokens": tokens, "valid": valid}
 
     def block_of(self, ids: np.ndarray) -> np.ndarray:
         """The block that holds each of the sequences (n,): (n,) int64. Raises IndexError for a number that is none."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
             raise IndexError(f"sequences {ids.min()} to {ids.max()} of {len(self)}")
-        return self._ends.searchsorted(ids, side="right")
+        return owners(self._ends, ids)
 
     def prefetch(self, blocks: np.ndarray) -> None:
         """Say which blocks are wanted soon."""
@@ -213,18 +223,3 @@ def _copy_bin(plan: best_fit.Plan, number: int, stream: np.ndarray, padding: np.
 def best_fit_counts(lengths: np.ndarray, seq_lens: Sequence[int]) -> dict[int, int]:
     """seq_len -> best-fit sequences of a block whose documents have these stored lengths (D,): for the index."""
     return {seq_len: best_fit.num_sequences(lengths, seq_len) for seq_len in seq_lens}
-
-
-def boundaries(tokens: np.ndarray, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where documents begin among the inputs of (n, T + 1) tokens, for attention on sequences of varying length.
-
-    (starts, counts): starts (documents + 1,) int32 in the n * T inputs laid end to end, the last one being n * T (this
-    is `cu_seqlens`); counts (n,) int64, the documents of each row. Each row begins a document.
-    """
-    num_rows, seq_len = len(tokens), tokens.shape[1] - 1
-    is_start = tokens[:, :-1] == eos_id
-    is_start[:, :1] = True
-    flat = is_start.reshape(-1)
-    starts = np.flatnonzero(flat)
-    counts = np.diff(starts.searchsorted(np.arange(num_rows + 1, dtype=np.int64) * seq_len))
-    return np.append(starts, num_rows * seq_len).astype(np.int32), counts

@@ -15,29 +15,35 @@ from data_pipelines.blocks import Blocks
 from data_pipelines.buffers import Buffers
 from data_pipelines.columns import TEXT, Column, first_buffers
 from data_pipelines.damage import DamageLog, first_rows
-from data_pipelines.native import address_of, copy_rows
+from data_pipelines.native import ListCopies, address_of, copy_rows
+from data_pipelines.ownership import owners
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """n arrays that differ in length: [i] is a view of values[offsets[i] : offsets[i + 1]]."""
+    """n arrays that differ in length: [i] is a view of values[starts[i] : starts[i] + lengths[i]].
+
+    What lies between them is arbitrary: gather() leaves gaps, so that one native call can copy all.
+    """
 
     values: np.ndarray  # (total, ...)
-    offsets: np.ndarray  # (n + 1,) int64
+    starts: np.ndarray  # (n,) int64
+    lengths: np.ndarray  # (n,) int64
+
+    @classmethod
+    def joined(cls, values: np.ndarray, offsets: np.ndarray) -> Ragged:
+        """Of arrays one after the other: [i] is values[offsets[i] : offsets[i + 1]]; offsets (n + 1,) int64."""
+        return cls(values, offsets[:-1], np.diff(offsets))
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        return self.values[self.offsets[number] : self.offsets[number + 1]]
+        start = self.starts[number]
+        return self.values[start : start + self.lengths[number]]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(len(self)))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64."""
-        return np.diff(self.offsets)
 
 
 class Split:
@@ -57,6 +63,7 @@ class Split:
         self.damage = damage  # what was found damaged so far
         self.block_examples: np.ndarray = np.ascontiguousarray(blocks.rows)  # (blocks,) int64: rows
         self.first_rows = first_rows(self.block_examples)  # (blocks,) int64
+        self._ends = np.cumsum(self.block_examples)
         self.num_rows = int(self.block_examples.sum())
         self.num_tokens = int(blocks.tokens.sum())  # end marks among them
         self.num_bytes = int(blocks.text_bytes.sum())  # of the rows' text as UTF-8
@@ -74,8 +81,7 @@ class Split:
         """The block that holds each of the rows (n,): (n,) int64. Raises IndexError for a number that is no row."""
         if len(ids) and not (np.minimum.reduce(ids) >= 0 and np.maximum.reduce(ids) < self.num_rows):
             raise IndexError(f"rows {ids.min()} to {ids.max()} of {self.num_rows}")
-        blocks: np.ndarray = self.first_rows.searchsorted(ids, side="right") - 1
-        return blocks
+        return owners(self._ends, ids)
 
     @contextlib.contextmanager
     def located(self, blocks: np.ndarray) -> Iterator[np.ndarray]:
@@ -108,30 +114,32 @@ class Split:
         rows = ids - self.first_rows[blocks]
         with self.located(blocks) as contents:
             places = contents[:, None] + self.blocks.content_buffers[blocks]  # (n, buffers): addresses
-            return {name: self._gather(self._column(name), rows, places, memory) for name in columns}
+            ends = contents + self.blocks.content_bytes[blocks]
+            return {name: self._gather(self._column(name), rows, places, ends, memory) for name in columns}
 
-    def _gather(self, column: Column, rows: np.ndarray, places: np.ndarray, memory: Buffers) -> np.ndarray | Ragged:
+    def _gather(
+        self, column: Column, rows: np.ndarray, places: np.ndarray, ends: np.ndarray, memory: Buffers
+    ) -> np.ndarray | Ragged:
+        """places (n, buffers): the addresses of the buffers of each row's block; ends (n,): where its content ends."""
         first = places[:, self._first[column.name]]
         if not column.is_ragged:
             values = memory.take(column.name, (len(rows), *column.item_shape), column.numpy_dtype)
             copy_rows(first + rows * column.item_bytes, values)
             return values
         cuts = (first - self._base) // 4 + rows
-        starts, stops = self._cuts[cuts], self._cuts[cuts + 1]
-        offsets = memory.take(f"{column.name}/offsets", (len(rows) + 1,), np.int64)
-        offsets[0] = 0
-        np.cumsum(stops - starts, out=offsets[1:])
-        values = memory.take(column.name, (int(offsets[-1]), *column.item_shape), column.numpy_dtype)
-        begin = places[:, self._first[column.name] + 1] - self._base  # of the block's values
-        spans = zip(
-            (begin + starts * np.int64(column.item_bytes)).tolist(),
-            (begin + stops * np.int64(column.item_bytes)).tolist(),
-            strict=True,
-        )
-        slices = [self._memory[start:stop] for start, stop in spans]
-        if slices:
-            np.concatenate(slices, out=values.reshape(-1).view(np.uint8))
-        return Ragged(values, offsets)
+        starts = self._cuts[cuts].astype(np.int64)
+        lengths = self._cuts[cuts + 1] - starts
+        begins = places[:, self._first[column.name] + 1] + starts * column.item_bytes
+        longest = int(lengths.max(initial=0))
+        if longest * len(rows) == lengths.sum():  # all of one length
+            values = memory.take(column.name, (len(rows), longest, *column.item_shape), column.numpy_dtype)
+            copy_rows(begins, values)
+            joined = values.reshape(len(rows) * longest, *column.item_shape)
+            return Ragged(joined, np.arange(len(rows)) * longest, lengths)
+        plan = ListCopies(begins, lengths * column.item_bytes, ends, column.item_bytes)
+        values = memory.take(column.name, (plan.num_bytes // column.item_bytes, *column.item_shape), column.numpy_dtype)
+        plan.copy(values)
+        return Ragged(values, plan.starts // column.item_bytes, lengths)
 
     def lengths(self, block: int, column: str) -> np.ndarray:
         """Of a ragged column's lists in a block: (rows,) int32."""
@@ -161,7 +169,7 @@ class Split:
                     continue
                 offsets = self._buffer(content, block, first, rows + 1, np.dtype("<i4")).astype(np.int64)
                 values = self._buffer(content, block, first + 1, int(offsets[-1]) * width, kind)
-                found[name] = Ragged(values.reshape(int(offsets[-1]), *shape), offsets)
+                found[name] = Ragged.joined(values.reshape(int(offsets[-1]), *shape), offsets)
             yield found
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:

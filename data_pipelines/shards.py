@@ -102,8 +102,8 @@ class Dataset:
                 self._opened[name] = Split(name, self.index.columns, blocks, source, log)
             return self._opened[name]
 
-    def packed(self, split: str, seq_len: int, kind: str = "concat") -> PackedSplit:
-        """The split as sequences of seq_len tokens.
+    def packed(self, split: str, seq_len: int, kind: str = "concat", *, boundaries: bool = False) -> PackedSplit:
+        """The split as sequences of seq_len tokens; with boundaries each micro-batch has "cu_seqlens" too.
 
         Raises NotFound for an unknown split, and UsageError for data without tokens.
         """
@@ -115,7 +115,7 @@ class Dataset:
                 f"{', '.join(column.name for column in self.index.columns)}. Use it with a task that reads these, or a "
                 "source of text."
             )
-        return PackedSplit(self.split(split), seq_len, self.index.tokenizer.eos_id, kind)
+        return PackedSplit(self.split(split), seq_len, self.index.tokenizer.eos_id, kind, boundaries=boundaries)
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Each row of a split in order: column -> number, array, str or bytes."""

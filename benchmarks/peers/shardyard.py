@@ -10,13 +10,13 @@ from data_pipelines.columns import Column
 from data_pipelines.examples import Rows
 from data_pipelines.loader import Loader
 from data_pipelines.order import choose_order
-from data_pipelines.pack import boundaries
 from data_pipelines.shards import Dataset
 from peers.cases import SEQ_LEN, Case
 
 SETTINGS = (
-    "Arrow blocks of 2 MB, data.shuffle: blocks (windows of 64 blocks), one loader thread; a, b: packed 'concat' (rows "
-    "of 2,049 tokens); b: and boundaries(); c: fixed column; d: binary column"
+    "Arrow blocks of 2 MB, data.shuffle: blocks (windows of 64 blocks), one thread that reads ahead (the caller makes "
+    "batches too, where none is ready); a, b: packed 'concat' (rows of 2,049 tokens); b: and cu_seqlens; c: fixed "
+    "column; d: binary column"
 )
 
 
@@ -72,7 +72,7 @@ class Peer:
         self._case = case
         self._dataset = Dataset.open(folder)
         if case.key in "ab":
-            self._examples: Any = self._dataset.packed("train", SEQ_LEN)
+            self._examples: Any = self._dataset.packed("train", SEQ_LEN, boundaries=case.key == "b")
         else:
             name = columns(case)[0].name
             self._examples = Rows(self._dataset.split("train"), (name,))
@@ -106,7 +106,7 @@ class Peer:
             tensors = loader.step(self._step)[0].tensors
             self._step += 1
             if key == "b":
-                yield tensors["tokens"], boundaries(tensors["tokens"].numpy(), 0)[0]
+                yield tensors["tokens"], tensors["cu_seqlens"]
             elif key == "a":
                 yield tensors["tokens"]
             else:

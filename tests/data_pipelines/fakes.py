@@ -138,4 +138,4 @@ class Lists(Numbers):
 
     def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
         lengths = self.lengths(ids)
-        return {"list": Ragged(np.repeat(ids, lengths), np.cumsum([0, *lengths.tolist()]))}
+        return {"list": Ragged.joined(np.repeat(ids, lengths), np.cumsum([0, *lengths.tolist()]))}

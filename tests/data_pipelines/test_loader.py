@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -218,24 +219,50 @@ def test_any_step_may_be_asked_and_nothing_stays_behind() -> None:
     assert set(threading.enumerate()) == before
 
 
-def test_a_gather_uses_one_core_and_training_keeps_its_own() -> None:
-    seen = []
+def test_reading_ahead_uses_one_core_and_training_keeps_its_own() -> None:
+    seen = {}
 
     class Watched(Numbers):
         def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
-            seen.append(torch.get_num_threads())
+            seen[threading.current_thread() is threading.main_thread()] = torch.get_num_threads()
             return super().gather(ids, out)
 
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         loader = numbers_loader(Watched([20, 30]))
-        loader.step(0)
+        for step in range(40):
+            loader.step(step)
+            time.sleep(0.001)  # so that there is something to read ahead
         loader.close()
         assert torch.get_num_threads() == 2
-        assert set(seen) == {1}
+        assert seen.pop(False) == 1  # in the reader's thread
+        assert set(seen.values()) <= {2}
     finally:
         torch.set_num_threads(num_threads)
+
+
+def test_a_caller_who_comes_first_makes_the_step_himself() -> None:
+    may_go_on = threading.Event()
+    readers = set()
+
+    class Slow(Numbers):
+        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+            readers.add(threading.current_thread().name)
+            if threading.current_thread() is not threading.main_thread():
+                assert may_go_on.wait(30)
+            return super().gather(ids, out)
+
+    loader = numbers_loader(Slow([400]))
+    loader._reader.submit(may_go_on.wait)  # the reader is busy
+    before = [loader.step(step)[0].sample_ids.tolist() for step in range(3)]
+    assert readers == {threading.main_thread().name}
+    may_go_on.set()
+    after = [loader.step(step)[0].sample_ids.tolist() for step in range(3, 30)]
+    loader.close()
+    plain = numbers_loader(Numbers([400]))
+    assert before + after == [plain.step(step)[0].sample_ids.tolist() for step in range(30)]
+    plain.close()
 
 
 def test_steps_ahead_are_read_before_they_are_asked_for() -> None:

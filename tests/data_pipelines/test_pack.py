@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from configs.errors import Damaged
 from data_pipelines import best_fit
 from data_pipelines.buffers import Buffers
-from data_pipelines.pack import PackedSplit, best_fit_counts, boundaries
+from data_pipelines.pack import PackedSplit, best_fit_counts
 from tests.data_pipelines.fakes import EOS, packed, random_documents, token_split
 
 document_lists = st.lists(st.lists(st.integers(1, 500), max_size=12), min_size=1, max_size=8)
@@ -143,17 +143,3 @@ def test_beyond_the_end_and_none() -> None:
             split.gather(np.array([0, beyond]))
     assert split.gather(np.array([], np.int64))["tokens"].shape == (0, 3)
     assert len(packed([], 4)) == 0
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**32))
-def test_boundaries_are_those_of_the_documents(num_rows: int, seq_len: int, seed: int) -> None:
-    tokens = np.random.default_rng(seed).integers(0, 4, (num_rows, seq_len + 1)).astype(np.uint16)
-    starts, counts = boundaries(tokens, EOS)
-    expected, documents = [], []
-    for row in range(num_rows):
-        here = [row * seq_len + i for i in range(seq_len) if i == 0 or tokens[row, i] == EOS]
-        expected += here
-        documents.append(len(here))
-    assert starts.tolist() == [*expected, num_rows * seq_len] and starts.dtype == np.int32
-    assert counts.tolist() == documents
