@@ -208,6 +208,16 @@ def test_the_data_page_tells_the_order_of_blocks(seed: int, window_blocks: int) 
     assert [block_example_at(position, seed, sizes, window_blocks) for position in positions.tolist()] == expected
 
 
+@pytest.mark.parametrize("num_blocks", [4_097, 32_769, 70_000])
+def test_the_data_page_tells_the_order_of_many_blocks(num_blocks: int) -> None:
+    block_example_at = reader("docs/data.md")["block_example_at"]
+    sizes = [3 + number % 5 for number in range(num_blocks)]
+    total = sum(sizes)
+    positions = [total + total // 3, 2 * total - 1]
+    expected = BlockOrder(11, np.array(sizes)).sample_ids(np.array(positions)).tolist()
+    assert [block_example_at(position, 11, sizes, 64) for position in positions] == expected
+
+
 def test_the_checkpoint_format_page_reads_a_checkpoint(tmp_path: Path) -> None:
     """Two ranks, one parameter cut between them, a frozen bf16 one, a buffer, an empty one, more than one block."""
     import torch

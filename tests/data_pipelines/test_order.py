@@ -6,11 +6,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UsageError
+from data_pipelines import order as order_module
 from data_pipelines.order import BlockOrder, ExampleOrder, Order, SequentialOrder, choose_order, sample_ids
 from data_pipelines.permutation import keys, permute
 
 seeds = st.integers(-(2**70), 2**70)
 block_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(any)
+
+
+@pytest.fixture(params=[False, True], ids=["one region", "regions"], autouse=True)
+def regions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every property holds also where blocks are so many that they are permuted in runs and regions."""
+    if request.param:
+        monkeypatch.setattr(order_module, "_MOST_RUNS", 9)
+        monkeypatch.setattr(order_module, "_REGION_RUNS", 3)
 
 
 # --- permutations
@@ -97,7 +106,7 @@ def test_a_window_holds_its_blocks_whole_and_alone(seed: int, sizes: list[int], 
     position = order.num_examples  # of the second epoch
     seen = 0
     while position < 2 * order.num_examples:
-        blocks, stop = order.window_blocks_at(position), order.window_stop(position)
+        blocks, stop = order.window_at(position)
         assert len(blocks) <= window_blocks
         ids = order.sample_ids(np.arange(position, stop))
         assert set(ends.searchsorted(ids, side="right").tolist()) == {b for b in blocks.tolist() if sizes[b]}
@@ -112,9 +121,12 @@ def test_windows_are_of_nearly_one_size() -> None:
         order = BlockOrder(0, np.ones(num_blocks, np.int64), 64)
         sizes, position = [], 0
         while position < num_blocks:
-            sizes.append(order.window_stop(position) - position)
-            position = order.window_stop(position)
-        assert max(sizes) <= 64 and max(sizes) - min(sizes) <= 1
+            _, stop = order.window_at(position)
+            sizes.append(stop - position)
+            position = stop
+        assert max(sizes) <= 64
+        if len(order._region_runs) == 2:
+            assert max(sizes) - min(sizes) <= 1
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -126,25 +138,40 @@ def test_epochs_and_seeds_differ() -> None:
                 assert np.mean(rows[first] == rows[second]) < 0.02
 
 
-def test_neighbours_are_not_correlated() -> None:
+def test_neighbours_are_not_correlated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     for order in (ExampleOrder(3, 100_000), BlockOrder(3, np.full(200, 500), 64)):
         ids = order.sample_ids(np.arange(100_000))
         assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.03
         assert abs(np.corrcoef(np.arange(100_000), ids)[0, 1]) < 0.03
 
 
-def test_neighbours_seldom_come_from_one_block() -> None:
+def test_neighbours_seldom_come_from_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     # 12 blocks: by chance 1 in 12, 0.083.
     blocks = BlockOrder(5, np.full(12, 1000)).sample_ids(np.arange(12_000)) // 1000
     assert np.mean(blocks[1:] == blocks[:-1]) <= 0.10
 
 
-def test_the_table_of_an_epoch_is_small_and_few_are_kept() -> None:
-    order = BlockOrder(1, np.full(250_000, 4000))
+def test_a_seek_looks_at_few_blocks_and_keeps_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    order = BlockOrder(1, np.full(2_000_000, 500))
     for epoch in range(4):
         assert order.sample_ids(np.array([epoch * 10**9, epoch * 10**9 + 5 * 10**8])).max() < 10**9
-    assert len(order._epochs) <= 2
-    assert sum(array.nbytes for table in order._epochs.values() for array in table) < 2 * 250_000 * 32
+    assert len(order._epochs) <= 2 and len(order._regions) <= 3
+    assert max(len(region.blocks) for region in order._regions.values()) < 4000
+    kept = [*order._epochs.values(), *order._regions.values()]
+    assert sum(array.nbytes for table in kept for array in table) < 2_000_000
+
+
+def test_a_window_draws_on_all_of_a_large_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of one window seldom lie side by side: by chance 1 pair in 33 is of one run of 62 blocks."""
+    monkeypatch.undo()
+    order = BlockOrder(1, np.full(2_000_000, 500))
+    blocks, _ = order.window_at(123_456_789)
+    runs = np.sort(blocks) // order._run_blocks
+    same = np.mean(runs[:, None] == runs) - 1 / len(runs)
+    assert len(blocks) == 64 and same < 0.05
 
 
 def test_sample_ids_are_those_of_an_example_order() -> None:
