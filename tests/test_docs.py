@@ -16,6 +16,7 @@ import pytest
 from cluster.cli import build_parser
 from configs.schema import Plugin
 from data_pipelines.build import ensure_dataset
+from data_pipelines.mixture import Change, Schedule
 from data_pipelines.order import BlockOrder, ExampleOrder
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
@@ -216,6 +217,24 @@ def test_the_data_page_tells_the_order_of_many_blocks(num_blocks: int) -> None:
     positions = [total + total // 3, 2 * total - 1]
     expected = BlockOrder(11, np.array(sizes)).sample_ids(np.array(positions)).tolist()
     assert [block_example_at(position, 11, sizes, 64) for position in positions] == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "most", "changes"),
+    [
+        ([3, 2], [None, None], {}),
+        ([1, 1, 1], [None, 70, None], {50: [0, 1, 3], 400: [1, 0, 0]}),
+        ([0.00001, 5, 1 / 3], [None, 1000, 40], {900: [1, 1, 1]}),
+    ],
+)
+def test_the_data_page_tells_mixtures(
+    weights: list[float], most: list[int | None], changes: dict[int, list[float]]
+) -> None:
+    mixture_at = reader("docs/data.md")["mixture_at"]
+    schedule = Schedule(weights, most, [Change(at, tuple(new)) for at, new in changes.items()])
+    for position in [0, 1, 49, 50, 51, 399, 400, 401, 899, 900, 2_500, 12_345]:
+        sources, numbers = schedule(np.array([position]))
+        assert mixture_at(position, weights, most, changes) == (int(sources[0]), int(numbers[0])), position
 
 
 def test_the_checkpoint_format_page_reads_a_checkpoint(tmp_path: Path) -> None:
