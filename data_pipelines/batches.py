@@ -74,7 +74,8 @@ class Batcher:
                 if isinstance(values, np.ndarray):
                     columns[name] = torch.from_numpy(values).split_with_sizes(counts)
                 elif isinstance(values, Boundaries):
-                    columns[name] = values.cut(sizes, buffers)
+                    cuts, documents = values.cut(sizes, buffers)
+                    columns[name] = torch.from_numpy(cuts).split_with_sizes(documents)
                 else:
                     columns[name], columns[f"{name}_length"] = self._padded_lists(name, values, counts, buffers)
             names = tuple(columns)

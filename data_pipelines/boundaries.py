@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from data_pipelines.buffers import Buffers
 
@@ -42,8 +41,8 @@ class Boundaries:
         ]
         return cls(np.sort(np.concatenate(starts)), sum(map(len, rows)), seq_len)
 
-    def cut(self, counts: np.ndarray, memory: Buffers) -> tuple[torch.Tensor, ...]:
-        """`cu_seqlens` of micro-batches of so many (m,) sequences, one after the other: (documents + 1,) int32 each.
+    def cut(self, counts: np.ndarray, memory: Buffers) -> tuple[np.ndarray, list[int]]:
+        """`cu_seqlens` of micro-batches of so many (m,) sequences, one after the other in int32, and the size of each.
 
         They count from their micro-batch's first input; the last is the number of its inputs.
         """
@@ -56,4 +55,4 @@ class Boundaries:
             ends - inputs, documents
         )
         cuts[np.cumsum(documents) + numbers] = inputs
-        return torch.from_numpy(cuts).split_with_sizes((documents + 1).tolist())
+        return cuts, (documents + 1).tolist()

@@ -23,6 +23,7 @@ LONGER = (
     "data_pipelines/test_fuzz.py",
     "data_pipelines/test_index.py",
     "data_pipelines/test_inspect.py",
+    "data_pipelines/test_kills.py",
     "data_pipelines/test_loader.py",
     "data_pipelines/test_mixture.py",
     "data_pipelines/test_mixture_build.py",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -46,7 +47,10 @@ def there(blocks: BlockCache) -> list[int]:
 
 def disk_bytes(folder: Path) -> int:
     """What blocks, whole or half written, take."""
-    sizes = [entry.stat().st_size for entry in os.scandir(folder) if ".block" in entry.name]
+    sizes = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it may be evicted meanwhile
+            sizes.append(entry.stat().st_size if ".block" in entry.name else 0)
     return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 

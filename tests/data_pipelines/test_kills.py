@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def lines(log: Path) -> list[Any]:
 @pytest.mark.parametrize("kind", ["concat", "best_fit", "mixture", "ragged"])
 def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
     examples, order = some_data(kind, 5, GLOBAL_BATCH, MICRO_BATCH)
-    assert STEPS * GLOBAL_BATCH > 3 * len(examples)  # several epochs
+    assert 3 * len(examples) < STEPS * GLOBAL_BATCH  # several epochs
     read(examples, order, 0, 0, 1, 1, tmp_path / "whole")
     expected = {(step, k): value for step, found in lines(tmp_path / "whole") for k, value in found.items()}
 
@@ -72,7 +71,7 @@ def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     start, seen, kills = 0, set(), 0
     deadline = time.monotonic() + DEADLINE_S
-    for attempt, world_size in zip(count(), [2, 3, 1, 4, 2, 3, *[2] * 50], strict=False):
+    for attempt, world_size in enumerate([2, 3, 1, 4, 2, 3]):
         logs = [tmp_path / f"{attempt}-{rank}" for rank in range(world_size)]
         ranks = [
             fork.Process(target=read, args=(examples, order, start, rank, world_size, 1 + attempt % 3, log))
@@ -80,7 +79,7 @@ def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
         ]
         for process in ranks:
             process.start()
-        last = start + int(rng.integers(5, 40))  # kill when somebody is there
+        last = start + int(rng.integers(5, 40)) if attempt < 5 else STEPS  # kill when somebody is there
         while any(each.is_alive() for each in ranks) and not any(
             step >= last for log in logs for step, _ in lines(log)[-1:]
         ):
@@ -96,7 +95,5 @@ def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
                 assert expected[step, k] == value, (step, k)
                 seen.add((step, k))
         start = min(start + len(steps) for steps in read_steps)  # the checkpoint: what every rank has had
-        if start == STEPS:
-            break
     assert start == STEPS and seen == set(expected)
     assert kills >= 4
