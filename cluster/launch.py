@@ -22,8 +22,9 @@ from configs.errors import Interrupted
 from configs.schema import RunConfig
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
-from trainer.record import RunRecord
+from trainer.record import RunRecord, recorded_datasets
 from trainer.run_data import open_datasets
+from trainer.run_datasets import open_recorded
 from trainer.validate import Plan, load_recipe, validate
 
 # What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
@@ -121,7 +122,8 @@ class Run:
 
     def datasets(self) -> list[Dataset]:
         """What the run trains on (several for a mixture), built now if it is not there yet."""
-        return open_datasets(self.plan)
+        known = recorded_datasets(self.record.store)
+        return open_recorded(self.record, self.plan) if known else open_datasets(self.plan)
 
     def stop(self, reason: str = "asked by the launching program") -> None:
         """Let the run save a checkpoint and stop; `wait` returns then."""
