@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
 from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
@@ -108,7 +109,8 @@ class Drive:
             if self._copying:
                 self.activity = "sending the rest to MLflow"
                 if not copy.drain(MLFLOW_TIMEOUT_S):
-                    self.notices.put(f"MLflow has not got everything yet: shardyard runs sync {self._record.name}")
+                    named = run_arguments(self._record.name, self._config.store)
+                    self.notices.put(f"MLflow has not got everything yet: shardyard runs sync {named}")
             with contextlib.suppress(Exception):  # it goes stale by itself, and must not hide how the run ended
                 self._lease.release()
             _one_at_a_time.release()

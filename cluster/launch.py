@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.commands.output import run_arguments
 from cluster.controller import Outcome, State
 from cluster.drive import POLL_S, Drive
 from cluster.progress_bar import Narrator, View
@@ -98,9 +98,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to go on with the run."""
-        uri = self.record.config.store
-        store = [] if uri == RunConfig.model_fields["store"].default else ["--store", uri]
-        return shlex.join(["shardyard", "runs", "resume", self.name, *store])
+        return f"shardyard runs resume {run_arguments(self.name, self.record.config.store)}"
 
     def status(self) -> str:
         """queued, placing, running, restarting, stopping, finished, stopped or failed."""
