@@ -54,10 +54,10 @@ class Session:
         return self.world.rank == 0
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Metrics after `step` completed steps, into the run's record."""
+        """Metrics after `step` completed steps, into the run's record; every rank calls it."""
+        seen = {"examples": float(self.examples_seen(step))} | self.data.metrics(self.position(step))
         if self.writes_record:
-            seen = {"examples": float(self.examples_seen(step))}
-            self.record.metrics(step, values | seen | self.data.metrics(self.position(step)))
+            self.record.metrics(step, values | seen)
 
     def log_sample(self, step: int) -> None:
         """What the model now makes of nothing: text, for a language model. Every rank takes part (ZeRO-3 shards)."""
