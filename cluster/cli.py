@@ -11,9 +11,9 @@ import sys
 import traceback
 from typing import Any
 
+from cluster.commands.output import DEFAULT_STORE
 from configs.errors import Interrupted, ShardyardError
 
-DEFAULT_STORE = "runs"
 _DATA_SET = "a recipe, or the folder or URI of a data set"
 
 

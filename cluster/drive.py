@@ -6,15 +6,18 @@ import atexit
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
 from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
 from configs.errors import UsageError
 from data_pipelines.storage import Store
+from trainer.background import Background
 from trainer.record import RunRecord
-from trainer.run_data import fingerprint, open_datasets
+from trainer.run_data import fingerprint
+from trainer.run_datasets import decide_datasets
 from trainer.validate import Plan
 
 POLL_S = 0.2
@@ -106,7 +109,8 @@ class Drive:
             if self._copying:
                 self.activity = "sending the rest to MLflow"
                 if not copy.drain(MLFLOW_TIMEOUT_S):
-                    self.notices.put(f"MLflow has not got everything yet: shardyard runs sync {self._record.name}")
+                    named = run_arguments(self._record.name, self._config.store)
+                    self.notices.put(f"MLflow has not got everything yet: shardyard runs sync {named}")
             with contextlib.suppress(Exception):  # it goes stale by itself, and must not hide how the run ended
                 self._lease.release()
             _one_at_a_time.release()
@@ -124,7 +128,7 @@ class Drive:
 
     def _train(self, copy: MlflowCopy) -> Outcome:
         # The data set is built while Ray starts and the workers import.
-        build = _Background(self._build)
+        build = Background(self._build)
         self._group.open()
         self.controller.prepare()
         while not build.done.wait(POLL_S) and not self.controller.stopping:
@@ -141,29 +145,10 @@ class Drive:
         def progress(stage: str, rows: int) -> None:
             self.activity = f"building the data set: {stage}, {rows:,} rows"
 
-        datasets = open_datasets(self._plan, progress)
+        datasets = decide_datasets(self._record, self._plan, self.notices.put, progress)
         self._record.update_lineage(data_fingerprint=fingerprint(datasets))
         self.activity = "starting workers"
 
 
 def _imports(plan: Plan) -> list[str]:
     return [*IMPORTS, *(part.__name__ for part in (plan.task.module, plan.model.module, plan.source))]
-
-
-class _Background:
-    """One call in a thread of its own. done: it has ended; error: what it raised."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        self._call = call
-        # A daemon: a build that is no longer wanted must not keep the program alive, and leaves nothing half-made.
-        threading.Thread(target=self._run, name="background", daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.done.set()

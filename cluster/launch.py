@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.commands.output import run_arguments
 from cluster.controller import Outcome, State
 from cluster.drive import POLL_S, Drive
 from cluster.progress_bar import Narrator, View
@@ -22,8 +22,9 @@ from configs.errors import Interrupted
 from configs.schema import RunConfig
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
-from trainer.record import RunRecord
+from trainer.record import RunRecord, recorded_datasets
 from trainer.run_data import open_datasets
+from trainer.run_datasets import open_recorded
 from trainer.validate import Plan, load_recipe, validate
 
 # What a worker's phases (trainer/progress.py) are called where no step is completed yet, or between steps.
@@ -97,9 +98,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to go on with the run."""
-        uri = self.record.config.store
-        store = [] if uri == RunConfig.model_fields["store"].default else ["--store", uri]
-        return shlex.join(["shardyard", "runs", "resume", self.name, *store])
+        return f"shardyard runs resume {run_arguments(self.name, self.record.config.store)}"
 
     def status(self) -> str:
         """queued, placing, running, restarting, stopping, finished, stopped or failed."""
@@ -121,7 +120,8 @@ class Run:
 
     def datasets(self) -> list[Dataset]:
         """What the run trains on (several for a mixture), built now if it is not there yet."""
-        return open_datasets(self.plan)
+        known = recorded_datasets(self.record.store)
+        return open_recorded(self.record, self.plan) if known else open_datasets(self.plan)
 
     def stop(self, reason: str = "asked by the launching program") -> None:
         """Let the run save a checkpoint and stop; `wait` returns then."""

@@ -45,7 +45,19 @@ from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
 from data_pipelines.tokenizer_file import file_digest
 
-__all__ = ["Build", "Progress", "RunTasks", "dataset_digest", "dataset_name", "ensure_dataset", "policy_of"]
+__all__ = [
+    "FOLDER",
+    "Build",
+    "Progress",
+    "RunTasks",
+    "dataset_digest",
+    "dataset_name",
+    "ensure_dataset",
+    "newest_built",
+    "policy_of",
+]
+
+FOLDER = "datasets"  # in the store
 
 
 def dataset_digest(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
@@ -54,21 +66,46 @@ def dataset_digest(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
     Of a tokenizer's file the content counts, not where it lies. Raises NotFound where there is none.
     """
     source, config = source_of(data)
-    described: list[Any] = [
-        FORMAT_VERSION,
-        data.name,
-        config.model_dump(mode="json", exclude=set(READING_SETTINGS)),
-        source.identity(config),
-        tokenizer.model_dump(exclude={"file"}) if tokenizer else None,
-    ]
-    if tokenizer is not None and tokenizer.file is not None:
-        described.append(file_digest(tokenizer.file))
-    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+    return _digest([*_settings(data, config, tokenizer), source.identity(config)])
 
 
 def dataset_name(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
-    """The name of the data set's folder in <store>/datasets/."""
-    return f"{data.name.replace('.', '-')}-{dataset_digest(data, tokenizer)[:16]}"
+    """The name of the data set's folder in <store>/datasets/: SOURCE-SETTINGS-DIGEST. Raises as dataset_digest."""
+    return f"{_begin_of_name(data, tokenizer)}{dataset_digest(data, tokenizer)[:16]}"
+
+
+def newest_built(store: Store, data: Plugin, tokenizer: TokenizerConfig | None) -> str | None:
+    """The name of the data set that was built last with these settings; None where there is none.
+
+    The source is not asked: for when it is gone.
+    """
+    folder, begin = store.child(FOLDER), _begin_of_name(data, tokenizer)
+    built = [
+        (index.changed or 0, name)
+        for name in folder.list_dirs()
+        if name.startswith(begin) and (index := folder.info(f"{name}/{INDEX_FILE}")) is not None
+    ]
+    return max(built)[1] if built else None
+
+
+def _begin_of_name(data: Plugin, tokenizer: TokenizerConfig | None) -> str:
+    settings = _digest(_settings(data, source_of(data)[1], tokenizer))
+    return f"{data.name.replace('.', '-')}-{settings[:8]}-"
+
+
+def _settings(data: Plugin, config: SourceConfig, tokenizer: TokenizerConfig | None) -> list[Any]:
+    """All that a data set depends on but the source itself."""
+    return [
+        FORMAT_VERSION,
+        data.name,
+        config.model_dump(mode="json", exclude=set(READING_SETTINGS)),
+        tokenizer.model_dump(exclude={"file"}) if tokenizer else None,
+        file_digest(tokenizer.file) if tokenizer is not None and tokenizer.file is not None else None,
+    ]
+
+
+def _digest(described: list[Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
 
 
 def ensure_dataset(
@@ -93,7 +130,7 @@ def ensure_dataset(
             "A mixture is a data set for each of its sources. Build it with ensure_mixture, or each by itself."
         )
     _, config = source_of(data)
-    folder = store.child("datasets", dataset_name(data, tokenizer))
+    folder = store.child(FOLDER, dataset_name(data, tokenizer))
     Build(folder, data, tokenizer, Work(progress or _silent, run_tasks), tuple(seq_lens)).ensure()
     return Dataset.open(folder, damage=policy_of(config))
 

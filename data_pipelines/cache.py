@@ -122,7 +122,7 @@ class CachedBlocks:
         (answers that failed a digest), damaged_blocks (given up); hits, misses, hit_rate and wait_s of blocks asked
         for; in_memory (served past a full disk); evictions, cache_bytes.
         """
-        values = {name: 0.0 for name in _COUNTED} | self._counters.values()
+        values = {name: 0.0 for name in COUNTED} | self._counters.values()
         asked = values["hits"] + values["misses"]
         values["hit_rate"] = values["hits"] / asked if asked else 1.0
         values["damaged_blocks"] = len(self._log)
@@ -367,7 +367,7 @@ class CachedBlocks:
             self._start()
 
 
-_COUNTED = (
+COUNTED = (
     *("fetches", "fetched_bytes", "requests", "retries", "throttled", "stalls", "cut_short", "failed_requests"),
     *("damaged_fetches", "cache_damaged", "hits", "misses", "wait_s", "in_memory"),
 )

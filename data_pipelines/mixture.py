@@ -111,6 +111,12 @@ class Schedule:
         """The planned shares at a position, (sources,), summing to 1."""
         return self._segments[int(self._starts.searchsorted(position, side="right")) - 1].weights
 
+    def planned(self, start: int, stop: int) -> np.ndarray:
+        """(sources,) float64: the mean of the planned shares over the positions start .. stop - 1, at least one."""
+        edges = np.array([*self._starts, np.iinfo(np.int64).max]).clip(start, stop)
+        weights = np.array([segment.weights for segment in self._segments])  # (segments, sources)
+        return np.diff(edges) @ weights / (stop - start)
+
     def history(self, position: int) -> list[dict[str, Any]]:
         """The shares up to a position, for a checkpoint: what a resumed run must have in common with it."""
         return [
@@ -305,11 +311,16 @@ class MixtureOrder:
             ids[here] = self._orders[source].sample_ids(numbers[here]) + self._bases[source]
         return ids
 
-    def metrics(self, names: Sequence[str], start: int, stop: int) -> dict[str, float]:
-        """Planned and actual share of each source at positions start .. stop - 1."""
-        counts = self.schedule.counts(stop) - self.schedule.counts(start)
-        planned = self.schedule.weights(max(stop - 1, 0))
-        total = max(1, stop - start)
-        return {f"data/{name}/planned_share": planned[i] for i, name in enumerate(names)} | {
-            f"data/{name}/share": float(counts[i]) / total for i, name in enumerate(names)
+    def metrics(self, names: Sequence[str], start: int, stop: int, left_out: np.ndarray) -> dict[str, float]:
+        """Planned share of each source at positions start .. stop - 1, and its share of the examples that were given.
+
+        left_out: (n,) int64, those of the positions whose examples were not given, since their blocks are skipped.
+        """
+        if stop == start:
+            return {}
+        sources, _ = self.schedule(left_out)
+        given = self.schedule.counts(stop) - self.schedule.counts(start) - np.bincount(sources, minlength=len(names))
+        planned, shares = self.schedule.planned(start, stop), given / max(1, given.sum())
+        return {f"data/{name}/planned_share": float(planned[i]) for i, name in enumerate(names)} | {
+            f"data/{name}/share": float(shares[i]) for i, name in enumerate(names)
         }

@@ -1,6 +1,6 @@
 """A data set on disk: Arrow IPC files and an index, written once, memory-mapped ever after.
 
-    <store>/datasets/<name>-<digest>/
+    <store>/datasets/<name>-<settings>-<digest>/
         index.json          written last: without it there is no data set
         blocks.arrow        what is known of each block
         tokenizer.json      a Hugging Face tokenizer, where the data is text

@@ -56,10 +56,20 @@ LONGER = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.as_posix().endswith(LONGER):
             item.add_marker(pytest.mark.longer)
+    for_gpus = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if for_gpus and not _has_gpu():
+        config.hook.pytest_deselected(items=for_gpus)
+        items[:] = [item for item in items if item not in for_gpus]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

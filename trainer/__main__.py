@@ -62,7 +62,7 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
 
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     resolved = load_recipe(recipe, [*overrides, f"resources.workers={world_size}"])
-    plan = validate(resolved)
+    plan = validate(resolved, sees_inputs=rank == 0)
     config = resolved.config
     progress = Progress()
     with ExitStack() as stack:
@@ -82,6 +82,7 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
         stack.callback(leave)
         attempt = agreed(attempt)
         from trainer.loop import Outcome
+        from trainer.run_datasets import decide_together
 
         if attempt == 0:
             if rank == 0:
@@ -92,6 +93,8 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
             record.attempt = attempt
             stack.callback(record.close)
             stack.enter_context(failures_recorded(record, rank, progress))
+        progress.phase = "data"
+        decide_together(record, plan, world)
         outcome = run(record, world, progress, stop)
     if rank == 0:
         print(result(record, outcome), flush=True)

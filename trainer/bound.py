@@ -61,6 +61,15 @@ class BoundTask:
         value: float = getattr(self.module, "PAD", 0)
         return value
 
+    def check(self, batch: Mapping[str, Tensor]) -> None:
+        """Look at a batch on the host, before it is copied to a GPU, which reports what is wrong without words.
+
+        Raises:
+            UsageError: the data is not what the task's settings say.
+        """
+        if hasattr(self.module, "check"):
+            self.module.check(batch, self.config)
+
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """The loss's denominator: how many terms `loss` sums."""
         return self.module.num_items(batch)

@@ -8,8 +8,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from trainer.distributed import World, all_sum
 from trainer.initialization import materialize
 from trainer.progress import Progress
 from trainer.rng import seed_forward
+from trainer.upload import Uploads
 
 if TYPE_CHECKING:
     from data_pipelines.loader import MicroBatch
@@ -103,6 +104,7 @@ class Engine:
             optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes)
             self.deepspeed = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)[0]
         self._statistics = RunningStatistics(self.module)
+        self._uploads = Uploads(world.device)
 
     def train_step(
         self, task: BoundTask, micro_batches: Sequence[MicroBatch], *, lr: float, step: int, votes: Sequence[bool] = ()
@@ -113,29 +115,32 @@ class Engine:
         valid items over all ranks. Every rank calls it with as many micro-batches; idle ones contribute exactly zero.
         """
         engine, progress = self.deepspeed, self._progress
-        batches = [task.idle(each.tensors) if each.idle else each.tensors for each in micro_batches]
+        for each in micro_batches:
+            task.check(each.tensors)
+        batches = [replace(each, tensors=task.idle(each.tensors)) if each.idle else each for each in micro_batches]
         tokens = sum(task.num_tokens(each.tensors) for each in micro_batches if not each.idle)
-        counts = _Sum([sum(task.num_items(batch) for batch in batches), tokens, *votes], torch.device("cpu"))
+        counts = _Sum([sum(task.num_items(each.tensors) for each in batches), tokens, *votes], torch.device("cpu"))
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         forward_s = backward_s = 0.0
-        for index, batch in enumerate(batches):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for number, (batch, tensors) in enumerate(self._uploads.each(batches), start=1):
             progress.phase = "forward"
-            seed_forward(self.config.seed, step, micro_batches[index].index)
-            loss = task.loss(engine, self._to_device(batch))
+            seed_forward(self.config.seed, step, batch.index)
+            loss = task.loss(engine, tensors)
             loss_sum += loss.detach()
-            if not micro_batches[index].idle:
-                self._statistics.add(micro_batches[index].index)
+            if not batch.idle:
+                self._statistics.add(batch.index)
             forward_done = time.perf_counter()
             progress.phase = "backward"
             self._backward(loss, counts.wait()[0])
             backward_done = time.perf_counter()
-            if index < len(batches) - 1:
+            if number < len(batches):
                 engine.step()  # not yet an update: counts the micro-batch
             forward_s += forward_done - started
             backward_s += backward_done - forward_done
+            started = time.perf_counter()
         progress.phase = "optimizer"
         started = time.perf_counter()
         loss_total = _Sum(loss_sum, self.world.device)
@@ -162,11 +167,9 @@ class Engine:
         """
         sums: dict[str, float] = {}
         with self.inference():
-            for batch in batches:
+            for batch, tensors in self._uploads.each(self._evaluated(task, batches)):
                 self._progress.touch()
-                if batch.idle and sums and self.zero_stage < 3:
-                    continue
-                for name, value in task.evaluate(self.module, self._to_device(batch.tensors)).items():
+                for name, value in task.evaluate(self.module, tensors).items():
                     sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else value)
         names = sorted(sums)
         return dict(zip(names, all_sum([sums[name] for name in names]), strict=True))
@@ -209,10 +212,12 @@ class Engine:
         engine.step()
         return grad_norm
 
-    def _to_device(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if self.world.device.type == "cpu":
-            return batch
-        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.items()}
+    def _evaluated(self, task: BoundTask, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Those that an evaluation runs: the idle ones where it has no other, and where weights are gathered."""
+        for number, batch in enumerate(batches):
+            if not batch.idle or number == 0 or self.zero_stage == 3:
+                task.check(batch.tensors)
+                yield batch
 
 
 class _Sum:

@@ -4,6 +4,7 @@
     events/         what happened                                     metrics/      numbers by step
     attempts/0001/  logs and a note for each lifetime of the workers  lease/        who runs it now
     stop.json       somebody asked the run to stop                    checkpoints/  see trainer/checkpoint.py
+    datasets.json   names of its data sets in <store>/datasets/
 
 Events and metrics only grow: each writer (the launcher, or one rank) appends to files of its own, for each attempt.
 """
@@ -17,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from trainer.lease import Claim, Holder, Lease, current_claim
 from trainer.record_rows import RowWriter, decode_value, read_rows
 from trainer.redact import Redactor
 
-_CONFIG, _LINEAGE, _STOP = "run.yaml", "lineage.json", "stop.json"
+_CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "datasets.json"
 _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
-_OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, "mlflow.json", "events", "metrics", "attempts", "lease", "checkpoints"}
+_OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
+_OWN_NAMES |= {"events", "metrics", "attempts", "lease", "checkpoints"}
 _RESERVED_NAMES = {  # beside runs, in a store
     "datasets": "data sets",
     "tokenizers": "tokenizers",
@@ -179,6 +181,10 @@ class RunRecord:
         """Add what becomes known later, such as data_fingerprint, to lineage.json."""
         self.store.write_atomic(_LINEAGE, json.dumps(self.lineage() | self._redactor.value(fields), indent=1))
 
+    def write_datasets(self, names: Sequence[str]) -> None:
+        """Say which data sets of the store the run reads: one, or that of each source of a mixture."""
+        self.store.write_atomic(_DATASETS, json.dumps({"datasets": list(names)}))
+
     def flush(self) -> bool:
         """Write what is kept; False if the store refused (it stays kept)."""
         with self._flush_lock:
@@ -274,6 +280,19 @@ class RunRecord:
 def list_runs(store: Store) -> list[str]:
     """Names of the runs in a store."""
     return [name for name in store.list_dirs() if store.exists(f"{name}/{_CONFIG}")]
+
+
+def recorded_datasets(folder: Store) -> list[str]:
+    """Names of the data sets that a run, in its folder, was launched with last; [] before that. Raises Damaged."""
+    if not folder.exists(_DATASETS):
+        return []
+    try:
+        return [str(name) for name in json.loads(folder.read_text(_DATASETS))["datasets"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{folder.path(_DATASETS)} cannot be read ({type(error).__name__}: {error}). Delete it and launch the run "
+            "again, which writes it anew."
+        ) from error
 
 
 def attempt_folder(attempt: int) -> str:

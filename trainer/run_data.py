@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from configs.errors import UsageError
@@ -17,10 +18,12 @@ from data_pipelines.loader import Loader
 from data_pipelines.mixture import SLOTS, Change, MixtureExamples, MixtureOrder, Schedule
 from data_pipelines.mixture_build import ensure_mixture
 from data_pipelines.order import Order, choose_order
+from data_pipelines.ownership import owners
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from trainer.data_position import describe, differences
 from trainer.distributed import World
+from trainer.reading import reading_metrics
 from trainer.validate import Plan, columns_misfit
 
 if TYPE_CHECKING:
@@ -166,17 +169,20 @@ class RunData:
     def metrics(self, position: Position) -> dict[str, float]:
         """What is worth a curve: blocks left out, where damage is; a mixture's shares of the last examples.
 
-        And what this rank had to do to read from a remote store: fetches, retries, waits, all since the start.
+        And what all ranks had to do to read from a remote store, since each was started: see trainer/reading.py. Every
+        rank calls it.
         """
         skipped, stop = len(position.exceptions.skipped), position.examples
         found = {"data/skipped_blocks": float(skipped)} if skipped else {}
         if isinstance(self.order, MixtureOrder):
-            found |= self.order.metrics(self.source_names, max(0, stop - SLOTS), stop)
-        for dataset, name in zip(self.datasets, self.source_names, strict=True):
-            prefix = "data" if len(self.datasets) == 1 else f"data/{name}"
-            read: dict[str, float] = getattr(dataset.split("train").source, "metrics", dict)()  # local files have none
-            found |= {f"{prefix}/{what}": value for what, value in read.items()}
-        return found
+            last = np.arange(max(0, stop - SLOTS), stop)
+            left_out = last[:0]
+            if skipped:
+                blocks = owners(np.cumsum(self.train.block_examples), self.order.sample_ids(last))
+                left_out = last[~position.exceptions.kept(self.train.name, blocks, last)]
+            found |= self.order.metrics(self.source_names, stop - len(last), stop, left_out)
+        prefixes = ["data"] if len(self.datasets) == 1 else [f"data/{name}" for name in self.source_names]
+        return found | reading_metrics(dict(zip(prefixes, self.datasets, strict=True)))
 
     @property
     def waste(self) -> float | None:
@@ -224,7 +230,8 @@ def _order(plan: Plan, train: Sequence[Examples]) -> Order:
         return orders[0]
     epochs = [source.max_epochs for source in settings.sources]
     caps = [None if most is None else round(most * len(each)) for most, each in zip(epochs, train, strict=True)]
-    changes = [Change(change.at, change.weights) for change in settings.changes]
+    size = plan.config.batch.global_batch_size
+    changes = [Change(change.position(size), change.weights) for change in settings.changes]
     return MixtureOrder(orders, Schedule([source.weight for source in settings.sources], caps, changes))
 
 

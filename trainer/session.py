@@ -21,7 +21,8 @@ from trainer.engine import Engine
 from trainer.parent import check_parent, tokenizer_of
 from trainer.progress import Progress
 from trainer.record import RunRecord
-from trainer.run_data import Position, RunData, open_datasets
+from trainer.run_data import Position, RunData
+from trainer.run_datasets import open_recorded
 from trainer.skipping import NumberedBlock, agreed, unreadable, without_skipped
 from trainer.validate import validate
 
@@ -53,10 +54,10 @@ class Session:
         return self.world.rank == 0
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
-        """Metrics after `step` completed steps, into the run's record."""
+        """Metrics after `step` completed steps, into the run's record; every rank calls it."""
+        seen = {"examples": float(self.examples_seen(step))} | self.data.metrics(self.position(step))
         if self.writes_record:
-            seen = {"examples": float(self.examples_seen(step))}
-            self.record.metrics(step, values | seen | self.data.metrics(self.position(step)))
+            self.record.metrics(step, values | seen)
 
     def log_sample(self, step: int) -> None:
         """What the model now makes of nothing: text, for a language model. Every rank takes part (ZeRO-3 shards)."""
@@ -146,15 +147,17 @@ class Session:
 def open_session(record: RunRecord, world: World, progress: Progress) -> Iterator[Session]:
     """Build a Session for the record's attempt, at its newest good checkpoint, and close it in the end.
 
+    The record must name its data sets (run_datasets.py).
+
     Raises:
         ConfigError: the config names something that is not there, or does not fit.
         UsageError: the data set is not the one that the checkpoint was trained on, or a parent does not fit.
     """
     config = record.config
-    plan = validate(record.resolved)
+    plan = validate(record.resolved, sees_inputs=False)
     with ExitStack() as stack:
         progress.phase = "data"
-        data = RunData.of(open_datasets(plan), plan)
+        data = RunData.of(open_recorded(record, plan), plan)
         stack.callback(data.close)
 
         progress.phase = "model"

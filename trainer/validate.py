@@ -123,8 +123,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | RunConfig, overrides: S
         raise ConfigError(problems) from None
 
 
-def validate(resolved: Resolved) -> Plan:
+def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
     """Check the task, model and data sections with the files they name, then that model and task fit.
+
+    sees_inputs: look at the source and the tokenizer's file too, which a worker's node need not see.
 
     Raises:
         ConfigError: every problem found, with its line; for a name that no file has it lists those that there are.
@@ -133,7 +135,8 @@ def validate(resolved: Resolved) -> Plan:
     task_module, task_config = _plugin(_PACKAGES["task"], config.task, "task", resolved.origins, problems)
     model_module, model_config = _plugin(_PACKAGES["model"], config.model, "model", resolved.origins, problems)
     source, source_config = _plugin(_PACKAGES["data"], config.data, "data", resolved.origins, problems)
-    problems += _tokenizer_problems(task_config, resolved)
+    if sees_inputs:
+        problems += _tokenizer_problems(task_config, resolved)
     if problems:
         raise ConfigError(problems)
 
@@ -142,7 +145,7 @@ def validate(resolved: Resolved) -> Plan:
         place = where("model.name", resolved.origins, "default")
         raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given)),))
     task = BoundTask(task_module, task_config)
-    if (misfit := _data_misfit(config, task, source, source_config)) is not None:
+    if sees_inputs and (misfit := _data_misfit(config, task, source, source_config)) is not None:
         raise ConfigError((Problem(where("data.name", resolved.origins, "default"), "data.name", misfit),))
     model = BoundModel(model_module, model_config, given, wanted)
     workers = config.resources.workers

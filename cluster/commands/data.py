@@ -11,8 +11,8 @@ from typing import Any
 from cluster.build_progress import BuildProgress
 from cluster.commands.data_views import show, show_diff, show_example, show_lengths
 from cluster.commands.output import say
-from configs.errors import Damaged, NotFound, UsageError
-from data_pipelines.build import dataset_name
+from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from data_pipelines.build import FOLDER, dataset_name, newest_built
 from data_pipelines.index import INDEX_FILE
 from data_pipelines.inspect import examples, pictures, summary
 from data_pipelines.quarantine import QUARANTINE_FILE
@@ -29,7 +29,7 @@ def build(arguments: Namespace) -> dict[str, Any]:
         datasets = _build(arguments, plan, progress)
     described = []
     for dataset in datasets:
-        described.append(summary(dataset))
+        described.append(summary(dataset) | {"packed": _packed(dataset, plan)})
         show(arguments, described[-1])
         if described[-1]["quarantined"]:
             say(arguments, f"\nThe bad rows are listed in {dataset.store.path(QUARANTINE_FILE)}")
@@ -52,8 +52,8 @@ def _build(arguments: Namespace, plan: Plan, progress: BuildProgress) -> list[Da
 
 def inspect(arguments: Namespace) -> dict[str, Any]:
     """Show columns, counts, lengths and examples."""
-    dataset = _open(arguments, arguments.recipe)
-    described = summary(dataset)
+    dataset, plan = _open(arguments, arguments.recipe)
+    described = summary(dataset) | {"packed": _packed(dataset, plan)}
     show(arguments, described)
     for split, values in described["splits"].items():
         for column, lengths in values["lengths"].items():
@@ -83,7 +83,7 @@ def _write_pictures(arguments: Namespace, dataset: Dataset, split: str) -> list[
 
 def verify(arguments: Namespace) -> dict[str, Any]:
     """Read every block of the data set and compare its digest."""
-    dataset = _open(arguments, arguments.recipe)
+    dataset, _ = _open(arguments, arguments.recipe)
     with _progress(arguments, "blocks") as progress:
         damage = dataset.verify(progress.tell)
     if damage:
@@ -100,7 +100,7 @@ def diff(arguments: Namespace) -> dict[str, Any]:
     """Say what differs between two data sets."""
     from data_pipelines.diff import diff as compare
 
-    one, other = (_open(arguments, name) for name in (arguments.a, arguments.b))
+    one, other = (_open(arguments, name)[0] for name in (arguments.a, arguments.b))
     with _progress(arguments) as progress:
         found = compare(one, other, progress.tell)
     show_diff(arguments, one.path, other.path, found)
@@ -111,7 +111,7 @@ def export(arguments: Namespace) -> dict[str, Any]:
     """Write the data set as Parquet files."""
     from data_pipelines.export import export as write
 
-    dataset = _open(arguments, arguments.recipe)
+    dataset, _ = _open(arguments, arguments.recipe)
     folder = Store(arguments.out)
     with _progress(arguments, "blocks") as progress:
         files = write(dataset, folder, progress.tell)
@@ -132,10 +132,29 @@ def _plan(recipe: str, overrides: list[str]) -> Plan:
     return validate(load_recipe(recipe, overrides))
 
 
-def _open(arguments: Namespace, name: str) -> Dataset:
-    """The data set in a folder of this name, else that of a recipe, which must be there."""
+def _packed(dataset: Dataset, plan: Plan | None) -> dict[str, Any] | None:
+    """How the recipe packs the text, and the share of padding of each split; None where it packs nothing.
+
+    Nor where best-fit sequences of this length were not counted in the build: every block would have to be read.
+    """
+    seq_len = None if plan is None else plan.task.packing()
+    if plan is None or seq_len is None:
+        return None
+    kind, counted = plan.task.packing_kind(), dataset.index.packing
+    if kind == "best_fit" and (counted is None or seq_len not in counted.seq_lens):
+        return None
+    splits = {split: dataset.packed(split, seq_len, kind) for split in dataset.splits}
+    found = {name: {"sequences": len(split), "waste": round(split.waste, 6)} for name, split in splits.items()}
+    return {"kind": kind, "seq_len": seq_len, "splits": found}
+
+
+def _open(arguments: Namespace, name: str) -> tuple[Dataset, Plan | None]:
+    """The data set in a folder of this name, else that of a recipe (with its plan), which must be there.
+
+    Where the recipe's source is gone, it is the one that was built last with the same settings.
+    """
     if Store(name).exists(INDEX_FILE):
-        return Dataset.open(name)
+        return Dataset.open(name), None
     overrides = getattr(arguments, "overrides", [])
     plan = _plan(name, overrides)
     if plan.config.data.name == MIXTURE:
@@ -143,12 +162,24 @@ def _open(arguments: Namespace, name: str) -> Dataset:
             f"The data of {name} is a mixture, a data set for each of its sources. Give the folder of one of them: "
             f"`shardyard data build {name}` names them."
         )
-    store = Store(plan.config.store).child("datasets", dataset_name(plan.config.data, plan.tokenizer))
+    store = Store(plan.config.store)
     try:
-        return Dataset.open(store)
+        built = dataset_name(plan.config.data, plan.tokenizer)
+    except ShardyardError as error:
+        last = newest_built(store, plan.config.data, plan.tokenizer)
+        if last is None:
+            raise NotFound(
+                f"{error} Nothing in {store.path(FOLDER)} was built with these settings before. The folder of a data "
+                "set can be given in place of the recipe."
+            ) from error
+        built = last
+        say(arguments, f"{error} This is what was built last with the same settings.\n")
+    folder = store.child(FOLDER, built)
+    try:
+        return Dataset.open(folder), plan
     except NotFound as error:
         recipe = shlex.join([name, *overrides])
         raise NotFound(
-            f"The data set of {recipe} is not built yet (it would be {store.path()}). Build it: "
+            f"The data set of {recipe} is not built yet (it would be {folder.path()}). Build it: "
             f"shardyard data build {recipe}"
         ) from error

@@ -27,6 +27,10 @@ def show(arguments: Namespace, described: Mapping[str, Any]) -> None:
         shown["bad rows"] = described["quarantined"]
     if described["dropped"]:
         shown["left out"] = ", ".join(f"{count:,} {reason}" for reason, count in described["dropped"].items())
+    if described["packed"]:
+        packed = described["packed"]
+        shares = ", ".join(f"{100 * split['waste']:.2g} % of {name}" for name, split in packed["splits"].items())
+        shown["packed"] = f"{packed['kind']}, {packed['seq_len']:,} tokens a sequence; padding is {shares}"
     facts(arguments, shown)
     say(arguments)
     splits = described["splits"].items()

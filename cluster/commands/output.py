@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
+
+DEFAULT_STORE = "runs"
+
+
+def run_arguments(run: str, store: str) -> str:
+    """A run and its store as a command takes them, quoted for the shell."""
+    return shlex.join([run, *([] if store == DEFAULT_STORE else ["--store", store])])
 
 
 def say(arguments: Namespace, text: str = "") -> None:

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from cluster.commands.output import age, facts, say, table
+from cluster.commands.output import age, facts, run_arguments, say, table
 from configs.errors import NotFound, ShardyardError, TimedOut, UsageError
 from data_pipelines.storage import Store
 from trainer.record import RunRecord, attempt_folder, latest_attempt, list_runs
@@ -52,8 +52,13 @@ def ls(arguments: Namespace) -> list[dict[str, Any]]:
 def show(arguments: Namespace) -> dict[str, Any]:
     """One run: where it stands, its attempts and checkpoints, and what failed first."""
     record = RunRecord.open(arguments.store, arguments.run)
-    summary = _summary(record)
-    facts(arguments, {key: value for key, value in summary.items() if key not in ("started_at", "eta_s")})
+    waste = [event["packing_waste"] for event in record.events() if "packing_waste" in event]
+    summary = _summary(record) | {"packing_waste": waste[-1] if waste else None}
+    hidden = ("started_at", "eta_s", "packing_waste")
+    shown = {key: value for key, value in summary.items() if key not in hidden}
+    if waste:
+        shown["padding"] = f"{100 * waste[-1]:.2g} % of the packed sequences"
+    facts(arguments, shown)
     attempts = record.attempts()
     if attempts:
         say(arguments)
@@ -75,6 +80,7 @@ def show(arguments: Namespace) -> dict[str, Any]:
 def stop(arguments: Namespace) -> dict[str, Any]:
     """Ask a run to save and stop, and wait until it has."""
     record = RunRecord.open(arguments.store, arguments.run)
+    named = run_arguments(record.name, arguments.store)
     holder = record.holder()
     if holder is None:
         raise UsageError(
@@ -87,12 +93,11 @@ def stop(arguments: Namespace) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise TimedOut(
                 f"The run '{record.name}' has not stopped within {STOP_TIMEOUT_S:.0f} s. It stops after the step it is "
-                f"in: wait, or look at `shardyard logs {record.name}`."
+                f"in: wait, or look at `shardyard logs {named}`."
             )
         time.sleep(POLL_EVERY_S)
-    store = "" if arguments.store == "runs" else f" --store {arguments.store}"
     status = record.status()
-    go_on = "" if status == "finished" else f" Go on with it: shardyard runs resume {record.name}{store}"
+    go_on = "" if status == "finished" else f" Go on with it: shardyard runs resume {named}"
     say(arguments, f"'{record.name}' has {status}.{go_on}")
     return _summary(record)
 

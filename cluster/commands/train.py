@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.commands.output import say
-from configs.errors import NotFound, UsageError
+from cluster.commands.output import run_arguments, say
+from configs.errors import NotFound, ShardyardError, UsageError
 from configs.schema import ParentConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def _farewell(arguments: Namespace, run: Run, result: dict[str, Any]) -> None:
     """What came out of it, where it is, and what can be done with it."""
     from cluster.mlflow_copy import ui_command
 
-    store = [] if run.record.config.store == "runs" else ["--store", run.record.config.store]
-    more = " ".join([run.name, *store])
+    more = run_arguments(run.name, run.record.config.store)
     metrics = result["metrics"]
     found = {name: metrics[name] for name in ("loss", "validation/loss", "validation/bits_per_byte") if name in metrics}
     shown = "".join(f", {name} {value:.4g}" for name, value in found.items())
@@ -103,7 +102,7 @@ def _tokenizer_file(arguments: Namespace, parent: ParentConfig) -> str | None:
 
     A run that goes on keeps what its first launch found: its parent may be gone.
     """
-    from data_pipelines.build import dataset_name
+    from data_pipelines.build import FOLDER, dataset_name, newest_built
     from data_pipelines.index import TOKENIZER_FILE
     from data_pipelines.storage import Store
     from data_pipelines.tokenizer_file import keep_tokenizer, parse_tokenizer, same_ids
@@ -121,8 +120,13 @@ def _tokenizer_file(arguments: Namespace, parent: ParentConfig) -> str | None:
     text = tokenizer_of(parent.checkpoint)
     if text is None:
         return None
-    own = store.child("datasets", dataset_name(plan.config.data, plan.tokenizer))
-    if own.exists(TOKENIZER_FILE) and same_ids(own.read_text(TOKENIZER_FILE), text):
+    built: str | None
+    try:
+        built = dataset_name(plan.config.data, plan.tokenizer)
+    except ShardyardError:  # the source is gone: the run will read what was built from it
+        built = newest_built(store, plan.config.data, plan.tokenizer)
+    own = None if built is None else store.child(FOLDER, built)
+    if own is not None and own.exists(TOKENIZER_FILE) and same_ids(own.read_text(TOKENIZER_FILE), text):
         return None
     return keep_tokenizer(store, parse_tokenizer(text, parent.checkpoint, plan.tokenizer.vocab_size))
 

@@ -6,7 +6,8 @@
       - {weight: 0.7, data: {name: jsonl, paths: [web.jsonl]}}
       - {weight: 0.3, max_epochs: 4, data: {name: text, paths: [books]}}
       changes:
-      - {at: 100000, weights: [0.5, 0.5]}
+      - {at: 100000, weights: [0.5, 0.5]}     # from so many examples on
+      - {step: 2000, weights: [0.2, 0.8]}     # or after so many steps
 
 How a source is split, filtered and rid of duplicates stands in its own `data`; how the mixture is read, here.
 As a source by itself a mixture is its sources one after the other: what their tokenizer is trained on.
@@ -40,8 +41,27 @@ class WeightedSource(Section):
 class WeightChange(Section):
     """Other shares from a point on."""
 
-    at: int = Field(ge=1, description="From how many examples on.")
+    at: int | None = Field(default=None, ge=1, description="From how many examples on; null where step is given.")
+    step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Or: after how many steps, each of batch.global_batch_size examples, since the run began.",
+    )
     weights: tuple[float, ...] = Field(min_length=1, description="The new weight of each source.")
+
+    @model_validator(mode="after")
+    def _refuse_other_than_one_place(self) -> Self:
+        if (self.at is None) == (self.step is None):
+            given = "neither" if self.at is None else f"at: {self.at} and step: {self.step}"
+            raise ValueError(f"a change of weights has either at (examples) or step, and this one has {given}")
+        return self
+
+    def position(self, global_batch_size: int) -> int:
+        """From how many examples on, in a run that takes so many a step."""
+        if self.at is not None:
+            return self.at
+        assert self.step is not None
+        return self.step * global_batch_size
 
 
 class Config(SourceConfig):

@@ -20,6 +20,7 @@ from tests.pool import run_workers
 from trainer import checkpoint
 from trainer.distributed import World
 from trainer.record import RunRecord
+from trainer.validate import validate
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
@@ -56,12 +57,14 @@ def undisturbed(world: World, settings: dict[str, Any]) -> None:
     """The same run on the warm pool: no Ray, nobody killed."""
     from trainer.loop import train as run_loop
     from trainer.progress import Progress
+    from trainer.run_datasets import decide_together
     from trainer.session import open_session
 
     record = RunRecord.create(Store(settings["store"]), load(settings)) if world.rank == 0 else None
     torch.distributed.barrier()
     record = record or RunRecord.open(settings["store"], settings["name"], rank=world.rank)
     record.attempt = 1
+    decide_together(record, validate(record.resolved), world)
     with open_session(record, world, Progress()) as session:
         run_loop(session, threading.Event())
     record.close()

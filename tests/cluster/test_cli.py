@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster import embedded_ray, train
 from cluster.cli import build_parser, main, parse
+from configs.load import load
 from configs.schema import RunConfig
 from tests.main_process import run_main
 from tests.tiny import tiny_config, write_recipe
@@ -127,6 +131,30 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert "make setup" in output["error"]
 
 
+@pytest.mark.parametrize("store", ["runs", "s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http", "a b"])
+def test_commands_that_are_shown_can_be_pasted(tmp_path: Path, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from cluster.commands.train import _farewell
+
+    config = load(tiny_config(tmp_path, store=store)).config
+    run: Any = SimpleNamespace(name="tiny", record=SimpleNamespace(config=config), resume_command="")
+    result = {"outcome": "finished", "step": 4, "metrics": {}, "checkpoint": None}
+    _farewell(Namespace(json=False), run, result)
+    named = ["tiny"] if store == "runs" else ["tiny", "--store", store]
+    said = capsys.readouterr().out.splitlines()
+    commands = [line.partition("shardyard ")[2] for line in said if "shardyard " in line]
+    assert [as_a_shell_reads(command) for command in commands] == [
+        ["runs", "show", *named],
+        ["generate", *named, "--prompt", "..."],
+    ]
+
+
+def as_a_shell_reads(command: str) -> list[str]:
+    """Its words; "&" and the like, where they are not quoted, are words of their own."""
+    words = shlex.shlex(command, posix=True, punctuation_chars=True)
+    words.whitespace_split = True
+    return list(words)
+
+
 # --- what is known of runs, with no cluster
 
 
@@ -151,7 +179,12 @@ def test_runs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert re.search(r"tiny +finished +- +4 +4 ", tell(capsys, "runs", "ls", *store))
     shown = ask(capsys, "runs", "show", "tiny", *store)
     assert [row["step"] for row in shown["checkpoints"]] == [2, 4]
-    assert "ATTEMPT" in tell(capsys, "runs", "show", "tiny", *store)
+    (waste,) = [
+        event["packing_waste"] for event in RunRecord.open(store[1], "tiny").events() if event["kind"] == "started"
+    ]
+    assert shown["packing_waste"] == waste > 0
+    said = tell(capsys, "runs", "show", "tiny", *store)
+    assert "ATTEMPT" in said and f"padding       {100 * waste:.2g} % of the packed sequences" in said
     assert "No runs in" in tell(capsys, "runs", "ls", "--store", str(tmp_path / "none"))
     assert main(["runs", "stop", "tiny", *store]) == 2
     assert main(["runs", "sync", "tiny", *store]) == 2

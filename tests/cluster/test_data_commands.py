@@ -60,6 +60,42 @@ def test_build_inspect_verify(tmp_path: Path, recipe: str, capsys: pytest.Captur
     assert "match their digests" in tell(capsys, "data", "verify", built["path"])  # a folder does as well
 
 
+def test_a_data_set_is_of_use_when_its_source_is_gone(
+    tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    was = text.read_text()
+    text.unlink()
+    error = ask(capsys, "data", "inspect", recipe, code=4)["error"]
+    assert "There is no file or folder" in error and "folder of a data set can be given" in error
+    text.write_text(was)
+    path = ask(capsys, "data", "build", recipe)["path"]
+    text.unlink()
+    for arguments in (["inspect", recipe], ["verify", recipe], ["export", recipe, "--out", str(tmp_path / "out")]):
+        assert ask(capsys, "data", *arguments)["path"] == path
+    assert "This is what was built last with the same settings." in tell(capsys, "data", "inspect", recipe)
+    assert ask(capsys, "data", "inspect", recipe, "data.validation_fraction=0.3", code=4)["kind"] == "NotFound"
+
+
+@pytest.mark.parametrize("kind", ["concat", "best_fit"])
+def test_the_waste_of_packing_is_told(
+    tmp_path: Path, recipe: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every token and every end is one label: what is left of the sequences' places is padding."""
+    overrides = [f"task.packing={kind}", "task.seq_len=24"]
+    built = ask(capsys, "data", "build", recipe, *overrides)
+    shown = ask(capsys, "data", "inspect", recipe, *overrides)
+    assert shown["packed"] == built["packed"] and shown["packed"]["seq_len"] == 24
+    for split, packed in shown["packed"]["splits"].items():
+        labels = built["splits"][split]["tokens"] + built["splits"][split]["rows"]
+        assert packed["waste"] == pytest.approx(1 - labels / (24 * packed["sequences"]), abs=1e-6)
+    said = tell(capsys, "data", "inspect", recipe, *overrides)
+    assert re.search(rf"packed +{kind}, 24 tokens a sequence; padding is [\d.]+ % of train, [\d.]+ % of valid", said)
+    assert ask(capsys, "data", "inspect", built["path"])["packed"] is None  # a folder knows of no length
+    longer = ask(capsys, "data", "inspect", recipe, f"task.packing={kind}", "task.seq_len=25")
+    assert (longer["packed"] is None) == (kind == "best_fit"), "what was not counted would have to be read"
+
+
 def test_verify_names_what_is_damaged(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(ask(capsys, "data", "build", recipe)["path"])
     shard = folder / "validation-00000-000.arrow"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from configs.problems import ConfigError
 from configs.schema import Plugin
 from data_pipelines import build as module
 from data_pipelines import build_lock, partition, storage
-from data_pipelines.build import dataset_digest, ensure_dataset
+from data_pipelines.build import dataset_digest, dataset_name, ensure_dataset, newest_built
 from data_pipelines.quarantine import TooManyBadRows
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
@@ -123,7 +124,8 @@ def test_built_once_then_opened(tmp_path: Path, source: Plugin) -> None:
     stages.clear()
     second = ensure_dataset(Store(tmp_path / "s"), source, BYTES, lambda stage, _: stages.append(stage))
     assert stages == [] and second.fingerprint == first.fingerprint and second.verify() == []
-    name = f"tests-data_pipelines-lines_source-{dataset_digest(source, BYTES)[:16]}"
+    name = dataset_name(source, BYTES)
+    assert re.fullmatch(rf"tests-data_pipelines-lines_source-[0-9a-f]{{8}}-{dataset_digest(source, BYTES)[:16]}", name)
     shards = [f"{split}-{number:05d}-000.arrow" for split in ("train", "validation") for number in range(5)]
     expected = sorted(["blocks.arrow", "index.json", "tokenizer.json", *shards])
     assert everything(tmp_path / "s") == [f"datasets/{name}/{file}" for file in expected]
@@ -155,6 +157,21 @@ def test_the_same_bytes_in_any_order_of_the_tasks(tmp_path: Path, duplicates: st
     for seed in range(3):
         ensure_dataset(Store(tmp_path / str(seed)), data, SMALL_BPE, run_tasks=shuffled(seed))
         assert contents(tmp_path / str(seed)) == contents(tmp_path / "alone")
+
+
+def test_what_was_built_last_with_the_same_settings_is_found_without_the_source(tmp_path: Path, source: Plugin) -> None:
+    store = Store(tmp_path / "s")
+    assert newest_built(store, source, BYTES) is None
+    for number, tokenizer in enumerate([BYTES, BYTES, SMALL_BPE, None]):
+        (Path(source.settings["folder"]) / "000.jsonl").write_text(json.dumps({"text": f"state {number}"}) + "\n")
+        built = ensure_dataset(store, source, tokenizer)
+        os.utime(Path(built.path) / "index.json", (1e9 + number, 1e9 + number))
+        if number < 2:
+            last = Path(built.path).name
+    ensure_dataset(store, Plugin(**(source.model_dump() | {"validation_fraction": 0.3})), BYTES)
+    (tmp_path / "s" / "datasets" / f"{last[:-1]}_").mkdir()  # a build that has not ended
+    shutil.rmtree(source.settings["folder"])
+    assert newest_built(store, source, BYTES) == last
 
 
 def test_the_digest_follows_what_changes_the_content_alone(source: Plugin) -> None:

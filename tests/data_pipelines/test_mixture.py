@@ -57,6 +57,39 @@ def test_a_source_gives_its_examples_one_after_the_other(data: st.DataObject, we
             schedule(np.array([schedule.end]))
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data(), weight_lists)
+def test_without_a_fault_the_shares_are_those_planned_and_what_is_left_out_shows(
+    data: st.DataObject, weights: list[float]
+) -> None:
+    """Over any window, across changes and the ends of sources; the oracle counts position by position."""
+    count = len(weights)
+    caps = data.draw(st.lists(st.none() | st.integers(1, 4000), min_size=count, max_size=count))
+    places = sorted(data.draw(st.lists(st.integers(1, 15_000), max_size=3, unique=True)))
+    some = st.lists(st.sampled_from([0.0, 1.0, 2.5]), min_size=count, max_size=count).filter(any)
+    schedule = Schedule(weights, caps, [Change(at, tuple(data.draw(some))) for at in places])
+    end = min(20_000, schedule.end if schedule.end is not None else 20_000)
+    start = data.draw(st.integers(0, end - 1))
+    stop = data.draw(st.integers(start + 1, end))
+    orders: list[Order] = [SequentialOrder(10) for _ in weights]
+    names = [str(number) for number in range(count)]
+    order = MixtureOrder(orders, schedule)
+    window = np.arange(start, stop)
+    found = order.metrics(names, start, stop, window[:0])
+    planned = np.array([found[f"data/{name}/planned_share"] for name in names])
+    shares = np.array([found[f"data/{name}/share"] for name in names])
+    assert planned == pytest.approx(np.mean([schedule.weights(position) for position in window.tolist()], axis=0))
+    # Each segment begins and ends with an example for each source more or less, and what rounding to slots adds up to.
+    segments = len(places) + count + 1
+    assert np.abs(shares - planned).max() * len(window) <= segments * (count + 2) * 2
+
+    left_out = window[np.array(data.draw(st.lists(st.booleans(), min_size=7, max_size=7)))[window % 7]]
+    sources, _ = schedule(np.setdiff1d(window, left_out))
+    found = order.metrics(names, start, stop, left_out)
+    expected = np.bincount(sources, minlength=count) / max(1, len(sources))
+    assert [found[f"data/{name}/share"] for name in names] == pytest.approx(expected.tolist())
+
+
 def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture, "SLOTS", 5)
     sources, numbers = Schedule([3, 2])(np.arange(8))
@@ -135,7 +168,7 @@ def test_a_mixture_holds_each_source_s_own_order() -> None:
         assert rows.tolist() == [number if number < 9 else number - 9 for number in shuffled.tolist()]
     examples.prefetch(np.array([0, 4, 3]))
     assert parts[0].asked == {0} and parts[1].asked == {0, 1}
-    metrics = order.metrics(["a", "b"], 0, 3000)
+    metrics = order.metrics(["a", "b"], 0, 3000, np.empty(0, np.int64))
     assert metrics["data/a/planned_share"] == pytest.approx(2 / 3)
     assert metrics["data/a/share"] == pytest.approx(len(first) / 3000)
 

@@ -9,6 +9,7 @@ from configs.problems import ConfigError
 from configs.schema import Plugin
 from data_pipelines.build import ensure_dataset
 from data_pipelines.mixture_build import ensure_mixture
+from data_pipelines.partition_rows import source_of
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
 from tests.data_pipelines.lines_source import write_lines
@@ -74,3 +75,9 @@ def test_what_belongs_to_a_source_is_refused(tmp_path: Path) -> None:
         ensure_mixture(Store(tmp_path / "s"), mixture(tmp_path, 1, 1, validation_fraction=0.1), BPE)
     with pytest.raises(UsageError, match="Build it with ensure_mixture"):
         ensure_dataset(Store(tmp_path / "s"), mixture(tmp_path, 1, 1), BPE)
+
+
+@pytest.mark.parametrize(("place", "given"), [({}, "neither"), ({"at": 3, "step": 1}, "at: 3 and step: 1")])
+def test_a_change_is_at_one_place(tmp_path: Path, place: dict[str, int], given: str) -> None:
+    with pytest.raises(ConfigError, match=rf"either at \(examples\) or step, and this one has {given}"):
+        source_of(mixture(tmp_path, 1, 1, changes=[{"weights": [1, 2], **place}]))

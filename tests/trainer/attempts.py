@@ -14,6 +14,8 @@ from trainer.checkpoint_files import CheckpointReader
 from trainer.distributed import World
 from trainer.progress import Progress
 from trainer.record import RunRecord
+from trainer.run_datasets import decide_datasets
+from trainer.validate import validate
 
 
 class StopAfter(Progress):
@@ -41,9 +43,17 @@ def work(world: World, store: str, run: str, attempt: int, stop_after: int | Non
     return outcome.outcome, outcome.step
 
 
+def launched(config: dict[str, Any]) -> RunRecord:
+    """The record of a run, its data sets decided on."""
+    resolved = load(config)
+    record = RunRecord.create(Store(config["store"]), resolved)
+    decide_datasets(record, validate(resolved), print)
+    return record
+
+
 def train(config: dict[str, Any], *, world_size: int = 2, stop_after: int | None = None) -> RunRecord:
     """One attempt of a run, with so many workers whatever the config says."""
-    record = RunRecord.create(Store(config["store"]), load(config))
+    record = launched(config)
     attempt = record.next_attempt()
     outcomes = run_workers(work, world_size, config["store"], config["name"], attempt, stop_after)
     expected = ("finished", config["steps"]) if stop_after is None else ("stopped", stop_after + 1)

@@ -142,6 +142,8 @@ def test_loss_and_metrics_over_what_counts() -> None:
 
 
 def test_a_label_beyond_the_classes_is_named() -> None:
-    batch = {"image": torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "label": torch.tensor([4])}
-    with pytest.raises(UsageError, match=r"label 4, but task\.num_classes=4 allows 0 to 3"):
-        task().loss(Constant(), batch)
+    """On the host, where an error has words."""
+    task().check({"label": torch.tensor([0, 3, -100], dtype=torch.int32)})
+    for label in (4, -1):
+        with pytest.raises(UsageError, match=rf"label {label}, but task\.num_classes=4 allows 0 to 3"):
+            task().check({"label": torch.tensor([1, -100, label])})

@@ -44,7 +44,10 @@ def undisturbed(folder: Path) -> RunRecord:
 
 def test_shares_are_recorded_and_their_change_is_in_the_state(undisturbed: RunRecord) -> None:
     rows = undisturbed.stitched()
-    assert [row["data/0-text/planned_share"] for row in rows] == [0.75] * 4 + [0.5] * 4
+    planned = [0.75] * 4 + [(24 * 0.75 + (examples - 24) * 0.5) / examples for examples in (25, 30, 35, 40)]
+    assert [row["data/0-text/planned_share"] for row in rows] == pytest.approx(planned)
+    for row in rows:
+        assert row["data/0-text/share"] == pytest.approx(row["data/0-text/planned_share"], abs=3 / row["examples"])
     assert rows[3]["data/0-text/share"] == pytest.approx(0.75)
     assert rows[-1]["data/0-text/share"] + rows[-1]["data/1-text/share"] == pytest.approx(1.0)
     assert data_state(undisturbed, 4)["mixture"] == [{"at": 0, "weights": [0.75, 0.25]}]
@@ -67,9 +70,25 @@ def test_a_branch_may_change_what_is_to_come_but_not_what_was(folder: Path, undi
     at_6 = {"checkpoint": undisturbed.store.path("checkpoints/step-00000006"), "state": "all"}
     to_come = [{"at": 24, "weights": [0.5, 0.5]}, {"at": 35, "weights": [0.0, 1.0]}]
     branch = train(config(folder, changes=to_come, name="to-come", parent=at_6), world_size=1)
-    assert branch.stitched()[-1]["data/1-text/planned_share"] == 1.0
+    planned = (24 * 0.25 + 11 * 0.5 + 5 * 1.0) / 40
+    assert branch.stitched()[-1]["data/1-text/planned_share"] == pytest.approx(planned)
     with pytest.raises(WorkerFailed, match=r"shares up to position 30 are from 0: 0\.75, 0\.25, but the run"):
         train(config(folder, changes=[], name="past", parent=at_6), world_size=1)
+
+
+def test_a_change_at_a_step_is_in_the_state_and_a_resume_checks_it(folder: Path) -> None:
+    """At step 4 of 5 examples: the run with the same change at example 20 is the oracle."""
+    at_20 = train(config(folder, changes=[{"at": 20, "weights": [0.5, 0.5]}], name="at-20"), world_size=1)
+    at_4 = config(folder, changes=[{"step": 4, "weights": [0.5, 0.5]}], name="at-step-4")
+    train(at_4, world_size=1, stop_after=5)
+    resumed = train(at_4, world_size=1)
+    assert curve(resumed) == curve(at_20)
+    assert data_state(resumed, 8)["mixture"] == data_state(at_20, 8)["mixture"]
+    assert data_state(resumed, 8)["mixture"][1] == {"at": 20, "weights": [0.5, 0.5]}
+    at_6 = {"checkpoint": resumed.store.path("checkpoints/step-00000006"), "state": "all"}
+    other = config(folder, changes=[{"step": 5, "weights": [0.5, 0.5]}], name="at-step-5", parent=at_6)
+    with pytest.raises(WorkerFailed, match=r"from 20: 0\.5, 0\.5: what it has seen would be counted wrongly"):
+        train(other, world_size=1)
 
 
 def test_a_mixture_that_ends_before_the_run_is_refused_at_its_start(folder: Path) -> None:

@@ -14,10 +14,9 @@ import torch
 from cluster.commands import train as command
 from configs.load import load
 from data_pipelines.loader import evaluation_batches
-from data_pipelines.storage import Store
 from tests.pool import WorkerFailed, run_workers
 from tests.tiny import tiny_config, write_recipe
-from tests.trainer.attempts import curve, data_state, state, train
+from tests.trainer.attempts import curve, data_state, launched, state, train
 from trainer.checkpoint_files import CheckpointReader
 from trainer.distributed import World
 from trainer.inference import export_checkpoint
@@ -126,7 +125,7 @@ def test_weights_that_know_another_tokenizer_are_refused(folder: Path, undisturb
         train(config, world_size=1)
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, recipe: Path, source: str, *overrides: str) -> dict[str, Any]:
+def launched_from(monkeypatch: pytest.MonkeyPatch, recipe: Path, source: str, *overrides: str) -> dict[str, Any]:
     """The config with which `shardyard train RECIPE --from SOURCE` launches."""
     found: list[Any] = []
     monkeypatch.setattr(command, "foreground", lambda _, recipe, overrides: found.append(load(recipe, overrides)))
@@ -146,13 +145,13 @@ def test_fine_tuning_on_other_data_keeps_the_parents_tokenizer(
     tokenizer = CheckpointReader(old.store.child("checkpoints", "step-00000002")).manifest["tokenizer"]
 
     # On the parent's own data there is nothing to do: the data set has that tokenizer.
-    same = launched(monkeypatch, recipe, "old@2", "name=same")
+    same = launched_from(monkeypatch, recipe, "old@2", "name=same")
     assert "file" not in same["task"]["tokenizer"] and not (folder / "runs" / "tokenizers").exists()
 
     (folder / "other.txt").write_text("\n\n".join(f"{n} zulu zebra zigzag {n * n}" for n in range(80)))
     other = f'data={{name: text, paths: ["{folder / "other.txt"}"], separator: "\\n\\n"}}'
     capsys.readouterr()
-    config = launched(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
+    config = launched_from(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
     (kept,) = (folder / "runs" / "tokenizers").iterdir()
     assert f'parent\'s tokenizer: task.tokenizer.file="{kept}"' in capsys.readouterr().out
     new = train(config, world_size=1)
@@ -163,13 +162,13 @@ def test_fine_tuning_on_other_data_keeps_the_parents_tokenizer(
     # The same from a Hugging Face folder, whose tokenizer.json adds marks; and from the new run.
     export_checkpoint(CheckpointReader(old.store.child("checkpoints", "step-00000002")), folder / "exported")
     for name, source in (("from-llama", str(folder / "exported")), ("grandchild", "new@1")):
-        found = launched(monkeypatch, recipe, source, f"name={name}", "steps=1", other)
+        found = launched_from(monkeypatch, recipe, source, f"name={name}", "steps=1", other)
         assert found["task"]["tokenizer"]["file"] == str(kept)
         train(found, world_size=1)
 
     # Launched again it is the same run, though its parent is gone.
     shutil.rmtree(folder / "runs" / "old")
-    again = launched(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
+    again = launched_from(monkeypatch, recipe, "old@2", "name=new", "steps=1", "optimizer.lr=0.0", other)
     assert again == config
 
 
@@ -212,7 +211,7 @@ def test_evaluation_counts_each_example_once_at_any_world_size(folder: Path) -> 
     losses = []
     for world_size in (1, 2, 3):
         config = tiny_config(folder, name=f"evaluated-{world_size}", resources={"workers": world_size})
-        RunRecord.create(Store(config["store"]), load(config)).close()
+        launched(config).close()
         (whole, part), all_labels, first_labels = run_workers(evaluated, world_size, config)[0]
         assert whole["tokens"] == all_labels
         assert part["tokens"] == first_labels

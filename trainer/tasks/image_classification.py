@@ -114,6 +114,20 @@ def _shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
     return shifted
 
 
+def check(batch: Mapping[str, Tensor], config: Config) -> None:
+    """Raises UsageError for a label that is none of the classes."""
+    labels = batch["label"].to(torch.int64)
+    least, greatest = labels.aminmax()
+    if least >= 0 and greatest < config.num_classes:  # nearly always
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= config.num_classes))]
+    if len(wrong):
+        raise UsageError(
+            f"An example has the label {int(wrong[0])}, but task.num_classes={config.num_classes} allows 0 to "
+            f"{config.num_classes - 1}. Set task.num_classes to the number of classes in the data."
+        )
+
+
 def num_items(batch: Mapping[str, Tensor]) -> int:
     """Images that count."""
     return int((batch["label"] != IGNORED).sum())
@@ -126,12 +140,12 @@ def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:
     """Sum of -log p(label) in nats: an fp32 scalar."""
-    return summed_cross_entropy(_logits(model, batch["image"], config), _labels(batch, config))
+    return summed_cross_entropy(_logits(model, batch["image"], config), batch["label"].to(torch.int64))
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:
     """Sums over the images that count: nll_nats, images, and correct (those whose class was the likeliest)."""
-    labels = _labels(batch, config)
+    labels = batch["label"].to(torch.int64)
     logits = _logits(model, batch["image"], config)  # (B, N)
     correct = (logits.argmax(-1) == labels).sum()
     return {
@@ -152,16 +166,3 @@ def _logits(model: nn.Module, image: Tensor, config: Config) -> Tensor:
     """(B, S, S, C) uint8: (B, N)."""
     values = (image.permute(0, 3, 1, 2).float() / 255 - config.mean) / config.std
     return model(values.contiguous().to(next(model.parameters()).dtype))
-
-
-def _labels(batch: Mapping[str, Tensor], config: Config) -> Tensor:
-    """(B,) int64. A GPU reports a label out of range by itself, without words; looking there would wait for it."""
-    labels = batch["label"].to(torch.int64)
-    if labels.device.type == "cpu":
-        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= config.num_classes))]
-        if len(wrong):
-            raise UsageError(
-                f"An example has the label {int(wrong[0])}, but task.num_classes={config.num_classes} allows 0 to "
-                f"{config.num_classes - 1}. Set task.num_classes to the number of classes in the data."
-            )
-    return labels
