@@ -12,9 +12,9 @@ The files lie in the data set's own folder from the beginning. There is a data s
 was killed, or that met a full disk, goes on from the partitions that are done. What a partition writes depends on the
 source and the settings alone, so the bytes are the same whatever the number of workers, kills and tries.
 
-Memory: a block for each split, and a batch of rows, a worker; here some 200 bytes a block, and with step 1 about 30
-bytes a row. In a local folder one process builds at a time, and others wait; in a remote store, which has no locks, two
-builders write the same bytes twice.
+Memory: a block for each split, and a batch of rows, a worker; here some 200 bytes a block, and in step 1 no more than
+repeats.MEMORY_BYTES: of the rows it keeps files in the folder, which go with parts/. In a local folder one process
+builds at a time, and others wait; in a remote store, which has no locks, two builders write the same bytes twice.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,11 @@ def group(work: Work, jobs: Sequence[Job]) -> list[Job]:
             work.count("looking for duplicates", rows)
         names = [Path(job.path).name for job in jobs]
         with _signatures(store, names) as (signatures, scratch):
-            for job, groups in zip(jobs, find_groups(signatures, names, jobs[0].near, scratch), strict=True):
-                store.write_atomic(f"{job.path}.groups", groups.to_bytes())
+            found = find_groups(signatures, names, jobs[0].near, scratch)
+            for name, pieces in groupby(found, key=itemgetter(0)):
+                with store.open_output(f"{PARTS}/{name}.groups") as file:
+                    for _, groups in pieces:
+                        file.write(groups.tobytes())
         store.write_atomic(f"{PARTS}/grouped.json", "{}")
         for job in jobs:
             for ending in (".content", ".minhash"):

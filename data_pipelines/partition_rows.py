@@ -17,7 +17,7 @@ from configs.load import validate_plugin
 from configs.plugins import find_plugin
 from configs.problems import ConfigError
 from configs.schema import Plugin
-from data_pipelines.duplicates import Groups, content_hash, group_number
+from data_pipelines.duplicates import content_hash, group_number, read_groups
 from data_pipelines.filters import reason_to_drop
 from data_pipelines.index import FORMAT_VERSION
 from data_pipelines.quarantine import SHOWN_ROWS, describe
@@ -109,22 +109,22 @@ class Rows:
 def members(job: Job, rows: Rows | None = None) -> Iterator[tuple[Row, str | None, int]]:
     """(row, the split it names itself, group) of those rows that are kept."""
     rows = rows if rows is not None else Rows(job)
-    groups = Groups.from_bytes(job.store.read_bytes(f"{job.path}.groups")) if job.grouped else None
-    number = -1
-    for number, row in enumerate(rows):
+    groups = read_groups(job.store, f"{job.path}.groups") if job.grouped else None
+    for row in rows:
         if groups is None:
             group = group_number(content_hash(row.values))
-        elif number >= len(groups.group):
-            raise _changed(job)
-        elif job.unique and not groups.first[number]:
-            rows.dropped["duplicate"] += 1
-            continue
         else:
-            group = int(groups.group[number])
+            found = next(groups, None)
+            if found is None:
+                raise _changed(job)
+            group, first = found
+            if job.unique and not first:
+                rows.dropped["duplicate"] += 1
+                continue
         if row.group is not None:
             group = xxhash.xxh3_64_intdigest(row.group.encode("utf-8"))
         yield row, row.split, group
-    if groups is not None and number + 1 != len(groups.group):
+    if groups is not None and next(groups, None) is not None:
         raise _changed(job)
 
 
