@@ -179,7 +179,8 @@ class Build:
         values = self._source.schema(self._config)
         if near or unique:
             steps.check_near(self._data.name, near, values)
-            jobs = steps.group(self._work, [replace(job, near=near, unique=unique) for job in jobs])
+            jobs = [replace(job, near=near, unique=unique) for job in jobs]
+            jobs = steps.group(self._work, jobs, self._data.name, self._config.max_bad_share)
         jobs = self.split(jobs)
         tokenizer = None
         if self._tokenizer is not None:
@@ -201,13 +202,10 @@ class Build:
         partitions = self._source.partitions(self._config)
         if not partitions:
             raise UsageError(f"The source {self._data.name} has nothing to read. Check what it is given in data.")
-        return [
-            Job(self._folder, self._data, partition, number, seq_lens=self._seq_lens)
-            for number, partition in enumerate(partitions)
-        ]
+        return [Job(self._folder, self._data, partition, number) for number, partition in enumerate(partitions)]
 
     def split(self, jobs: Sequence[Job]) -> list[Job]:
-        """The same jobs, knowing the split."""
+        """The same jobs, knowing the split, and what is counted for `write`."""
         settings = self._config
         rule = steps.split_of(jobs, self._data.name, settings.validation_fraction, settings.max_bad_share)
-        return [replace(job, split=rule) for job in jobs]
+        return [replace(job, split=rule, seq_lens=self._seq_lens) for job in jobs]

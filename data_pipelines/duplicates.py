@@ -64,7 +64,6 @@ class SignatureWriter:
     """Writes one partition's signatures as its rows come; use it in `with`. near: the MinHashes too."""
 
     def __init__(self, store: Store, path: str, near: bool) -> None:
-        self.rows = 0
         self._content: OutputFile = store.open_output(f"{path}.content")
         self._minhash: OutputFile | None = store.open_output(f"{path}.minhash") if near else None
 
@@ -81,7 +80,6 @@ class SignatureWriter:
         self._content.write(content.to_bytes(16, "little"))
         if self._minhash is not None:
             self._minhash.write(signature(text.encode("utf-8")).tobytes())
-        self.rows += 1
 
 
 def read_groups(store: Store, path: str) -> Iterator[tuple[int, bool]]:

@@ -303,6 +303,14 @@ def test_a_build_that_cannot_pass_stops_early(tmp_path: Path) -> None:
     assert max(done) < 100
 
 
+def test_the_first_pass_over_a_source_stops_early_too(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "source", [[*texts(10, n), b"bad", b"bad"] for n in range(20)], duplicates="near")
+    done: list[tuple[str, int]] = []
+    with pytest.raises(TooManyBadRows, match=r"4 of the 24 rows .* read so far .*000\.jsonl:11: no row"):
+        ensure_dataset(Store(tmp_path / "s"), data, BYTES, lambda *said: done.append(said))
+    assert done[-1] == ("looking for duplicates", 24) and everything(tmp_path / "s") == []
+
+
 def test_rows_that_are_all_bad_say_why(tmp_path: Path) -> None:
     data = write_lines(tmp_path / "source", [[b"{", b"}"], [b"["]])
     with pytest.raises(TooManyBadRows, match=r"3 of the 3 rows .*000\.jsonl:1: no row"):
