@@ -1,6 +1,6 @@
 """From a source to a data set in a store, once: `ensure_dataset` builds what is not there yet.
 
-A source names its partitions, of about 64 MB of input each, and every step is a task a partition (partition.py), run
+A source names its partitions, of 4 to 64 MB of input each, and every step is a task a partition (partition.py), run
 here one after the other or by `run_tasks` on all cores of all nodes:
 
 1. where near-duplicates share a group, or duplicates are dropped: signatures of all rows, then groups (duplicates.py);
