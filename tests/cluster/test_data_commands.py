@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
+from data_pipelines import writer
 from data_pipelines.columns import KEY, Column
 from data_pipelines.index import Index
 from data_pipelines.storage import Store
@@ -58,6 +59,20 @@ def test_build_inspect_verify(tmp_path: Path, recipe: str, capsys: pytest.Captur
     assert "begins:" in said and re.search(r"128 to 255 +\d+ +#+", said)
     assert ask(capsys, "data", "verify", recipe)["damage"] == []
     assert "match their digests" in tell(capsys, "data", "verify", built["path"])  # a folder does as well
+
+
+def test_inspect_says_where_it_looked_at_some_rows_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 2000)
+    data = write_lines(tmp_path / "source", [texts(200)], validation_fraction=0.0)
+    recipe = str(write_recipe(tmp_path, data=data.model_dump()))
+    ask(capsys, "data", "build", recipe)
+    assert "looked at" not in tell(capsys, "data", "inspect", recipe)
+    monkeypatch.setattr("data_pipelines.inspect._LOOKED_AT_BLOCKS", 3)
+    lengths = ask(capsys, "data", "inspect", recipe)["splits"]["train"]["lengths"]["tokens"]
+    assert lengths["is_sample"] and 0 < lengths["rows"] < 200
+    assert f"(of {lengths['rows']} rows looked at)" in tell(capsys, "data", "inspect", recipe)
 
 
 def test_verify_names_what_is_damaged(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
