@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from data_pipelines.arrow_rows import damage_named, partition_pieces
 from data_pipelines.input_files import local, open_input
-from data_pipelines.sources import PARTITION_BYTES, InputFile, Partition, partition_files
+from data_pipelines.sources import InputFile, Partition, partition_bytes, partition_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,24 +65,25 @@ def open_arrow(path: str) -> Iterator[ArrowFile]:
 
 
 def partition_arrow_files(files: list[InputFile]) -> list[Partition]:
-    """Small files together; large local ones by record batches, about PARTITION_BYTES of them."""
+    """Small files together; large local ones by record batches, about partition_bytes of them."""
+    target_bytes = partition_bytes(files)
     partitions: list[Partition] = []
     together: list[InputFile] = []
     for file in files:
-        cut = _by_batches(file)
+        cut = _by_batches(file, target_bytes)
         if cut:
-            partitions += [*partition_files(together, cut=False), *cut]
+            partitions += [*partition_files(together, cut=False, target_bytes=target_bytes), *cut]
             together = []
         else:
             together.append(file)
-    return partitions + partition_files(together, cut=False)
+    return partitions + partition_files(together, cut=False, target_bytes=target_bytes)
 
 
-def _by_batches(file: InputFile) -> list[Partition]:
+def _by_batches(file: InputFile, target_bytes: int) -> list[Partition]:
     """Partitions of a large file; none of one that is small, or remote, since to count its batches is to read it."""
-    if 2 * file.size <= 3 * PARTITION_BYTES or "://" in file.path:
+    if 2 * file.size <= 3 * target_bytes or "://" in file.path:
         return []
     with open_arrow(file.path) as opened:
         sizes = [batch.num_rows for _, batch in opened.batches()]
-    count = min(len(sizes), -(-file.size // PARTITION_BYTES))
+    count = min(len(sizes), -(-file.size // target_bytes))
     return partition_pieces(file, sizes, count, "batches") if count > 1 else []

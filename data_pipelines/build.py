@@ -1,6 +1,6 @@
 """From a source to a data set in a store, once: `ensure_dataset` builds what is not there yet.
 
-A source names its partitions, of about 64 MB of input each, and every step is a task a partition (partition.py), run
+A source names its partitions, of 4 to 64 MB of input each, and every step is a task a partition (partition.py), run
 here one after the other or by `run_tasks` on all cores of all nodes:
 
 1. where near-duplicates share a group, or duplicates are dropped: signatures of all rows, then groups (duplicates.py);
@@ -12,9 +12,9 @@ The files lie in the data set's own folder from the beginning. There is a data s
 was killed, or that met a full disk, goes on from the partitions that are done. What a partition writes depends on the
 source and the settings alone, so the bytes are the same whatever the number of workers, kills and tries.
 
-Memory: a block for each split, and a batch of rows, a worker; here some 200 bytes a block, and with step 1 about 30
-bytes a row. In a local folder one process builds at a time, and others wait; in a remote store, which has no locks, two
-builders write the same bytes twice.
+Memory: a block for each split, and a batch of rows, a worker; here some 200 bytes a block, and in step 1 no more than
+repeats.MEMORY_BYTES: of the rows it keeps files in the folder, which go with parts/. In a local folder one process
+builds at a time, and others wait; in a remote store, which has no locks, two builders write the same bytes twice.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ class Build:
         values = self._source.schema(self._config)
         if near or unique:
             steps.check_near(self._data.name, near, values)
-            jobs = steps.group(self._work, [replace(job, near=near, unique=unique) for job in jobs])
+            jobs = [replace(job, near=near, unique=unique) for job in jobs]
+            jobs = steps.group(self._work, jobs, self._data.name, self._config.max_bad_share)
         jobs = self.split(jobs)
         tokenizer = None
         if self._tokenizer is not None:
@@ -238,13 +239,10 @@ class Build:
         partitions = self._source.partitions(self._config)
         if not partitions:
             raise UsageError(f"The source {self._data.name} has nothing to read. Check what it is given in data.")
-        return [
-            Job(self._folder, self._data, partition, number, seq_lens=self._seq_lens)
-            for number, partition in enumerate(partitions)
-        ]
+        return [Job(self._folder, self._data, partition, number) for number, partition in enumerate(partitions)]
 
     def split(self, jobs: Sequence[Job]) -> list[Job]:
-        """The same jobs, knowing the split."""
+        """The same jobs, knowing the split, and what is counted for `write`."""
         settings = self._config
         rule = steps.split_of(jobs, self._data.name, settings.validation_fraction, settings.max_bad_share)
-        return [replace(job, split=rule) for job in jobs]
+        return [replace(job, split=rule, seq_lens=self._seq_lens) for job in jobs]

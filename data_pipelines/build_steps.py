@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from data_pipelines.build_folder import SCRATCH
 from data_pipelines.columns import Column, num_buffers
 from data_pipelines.duplicates import find_groups
 from data_pipelines.index import TOKENIZER_FILE, Index, PackingFacts, TokenizerFacts
-from data_pipelines.partition import Sample, finished, sample, sign, write
+from data_pipelines.partition import Part, Sample, Signed, finished, sample, sign, write
 from data_pipelines.partition_rows import PARTS, TEXT, Job, Look
 from data_pipelines.quarantine import SHOWN_ROWS, check_share, join
 from data_pipelines.split import SPLITS, Split
@@ -34,6 +36,7 @@ Progress = Callable[[str, int], None]  # what is being done, rows done so far
 # Results of a function for each of some values, in any order. Both pickle. No call goes on when the iterator is closed.
 RunTasks = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
+_GROUPED = f"{PARTS}/grouped.json"  # says that the groups are there, and of what jobs
 SAMPLE_BYTES = 6 << 20  # of text that a tokenizer is trained on
 _SAMPLED_PARTITIONS = 32
 _SAMPLE_READ_BYTES = 64 << 20  # of text read for it, at most
@@ -70,6 +73,21 @@ class Work:
                 close()
 
 
+class BadShare:
+    """Adds up the bad rows of a source's partitions as they are read, `of` of them in all."""
+
+    def __init__(self, name: str, max_share: float, of: int) -> None:
+        self._name, self._max_share, self._of = name, max_share, of
+        self._parts = self._bad = self._rows = 0
+        self._first: list[str] = []
+
+    def add(self, part: Signed | Part) -> None:
+        """One more is read. Raises TooManyBadRows as soon as the source cannot pass."""
+        self._parts, self._bad, self._rows = self._parts + 1, self._bad + part.bad, self._rows + part.rows
+        self._first = [*self._first, *part.first_bad][:SHOWN_ROWS]
+        check_share(self._name, self._bad, self._rows, self._max_share, self._first, self._parts / self._of)
+
+
 # --- groups and split
 
 
@@ -82,21 +100,30 @@ def check_near(name: str, near: bool, values: Sequence[Column]) -> None:
         )
 
 
-def group(work: Work, jobs: Sequence[Job]) -> list[Job]:
-    """Find the rows that are the same, or nearly, over the whole source; the jobs that know of it."""
+def group(work: Work, jobs: Sequence[Job], name: str, max_bad_share: float) -> list[Job]:
+    """Find the rows that are the same, or nearly, over the whole source; the jobs that know of it.
+
+    Raises TooManyBadRows as soon as the source cannot pass.
+    """
     store = jobs[0].store
-    if not store.exists(f"{PARTS}/grouped.json"):
+    done = json.dumps({"digest": xxhash.xxh3_128_hexdigest("".join(job.digest for job in jobs).encode())})
+    if not store.exists(_GROUPED) or store.read_bytes(_GROUPED) != done.encode():
+        share = BadShare(name, max_bad_share, len(jobs))
         work.rows = 0
         work.progress("looking for duplicates", 0)
-        for rows in work.results(sign, jobs):
-            work.count("looking for duplicates", rows)
+        for part in work.results(sign, jobs):
+            work.count("looking for duplicates", part.rows)
+            share.add(part)
         names = [Path(job.path).name for job in jobs]
         with _signatures(store, names) as (signatures, scratch):
-            for job, groups in zip(jobs, find_groups(signatures, names, jobs[0].near, scratch), strict=True):
-                store.write_atomic(f"{job.path}.groups", groups.to_bytes())
-        store.write_atomic(f"{PARTS}/grouped.json", "{}")
+            found = find_groups(signatures, names, jobs[0].near, scratch)
+            for partition, pieces in groupby(found, key=itemgetter(0)):
+                with store.open_output(f"{PARTS}/{partition}.groups") as file:
+                    for _, groups in pieces:
+                        file.write(groups.tobytes())
+        store.write_atomic(_GROUPED, done)
         for job in jobs:
-            for ending in (".content", ".minhash"):
+            for ending in (".signed.json", ".content", ".minhash"):
                 store.delete(f"{job.path}{ending}")
     return [replace(job, grouped=True) for job in jobs]
 
@@ -121,7 +148,7 @@ def split_of(jobs: Sequence[Job], name: str, fraction: float, max_bad_share: flo
     try:
         return Split.of(looked, fraction, name)
     except UsageError:
-        check_share(name, looked.bad, looked.rows, max_bad_share, looked.first)
+        check_share(name, looked.bad.count, looked.rows, max_bad_share, looked.bad.first)
         raise
 
 
@@ -171,16 +198,14 @@ def sample_texts(work: Work, jobs: Sequence[Job], limit_bytes: int = SAMPLE_BYTE
 
 def write_shards(work: Work, jobs: Sequence[Job], name: str, max_bad_share: float, stage: str) -> None:
     """Have every partition written. Raises TooManyBadRows as soon as the source cannot pass."""
-    work.rows = bad = read = parts = 0
-    first: list[str] = []
+    share = BadShare(name, max_bad_share, len(jobs))
+    work.rows = 0
     work.progress(stage, 0)
     here = work.stays_here(jobs)
     for part in work.results(partial(write, report=partial(work.count, stage)) if here else write, jobs):
         if not here:
             work.count(stage, part.rows)
-        parts, bad, read = parts + 1, bad + part.bad, read + part.rows
-        first = [*first, *part.first_bad][:SHOWN_ROWS]
-        check_share(name, bad, read, max_bad_share, first, parts / len(jobs))
+        share.add(part)
 
 
 def finish(

@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ REMEDY = (
     "`shardyard data verify` names all that is damaged. Copy the file again from where it is whole, or delete the "
     "data set's folder and run the same command again: it is built anew from its source."
 )
+_NAMED = 10  # runs of blocks in a message
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,53 @@ class BlockDamaged(Damaged):
     def blocks(self) -> tuple[int, ...]:
         """Their numbers in the split, ascending."""
         return tuple(damaged.block for damaged in self.found)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file of a data set, or blocks of it one after the other, that fail their digests; str() is one clause.
+
+    blocks: numbers of the first and the last record batch in the file; None: the file itself is meant. rows: numbers in
+    the split of the first and the last row; keys: theirs, where they could be read.
+    """
+
+    file: str
+    cause: str
+    blocks: tuple[int, int] | None = None
+    split: str | None = None
+    rows: tuple[int, int] | None = None
+    keys: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        if self.blocks is None or self.rows is None:
+            return f"{self.file}: {self.cause}"
+        first, last = self.blocks
+        blocks = f"block {first}" if first == last else f"blocks {first} to {last}"
+        keys = f", '{self.keys[0]}' to '{self.keys[1]}'" if self.keys else ""
+        return f"{self.file}, {blocks} (examples {self.rows[0]} to {self.rows[1]} of {self.split}{keys}): {self.cause}"
+
+    def joined(self, after: Damage) -> Damage | None:
+        """Both as one, where `after` is the next block of the same file and is damaged alike."""
+        same = (self.file, self.cause, self.split) == (after.file, after.cause, after.split)
+        if not same or not (self.blocks and after.blocks and self.rows and after.rows):
+            return None
+        if after.blocks[0] != self.blocks[1] + 1:
+            return None
+        keys = (self.keys[0], after.keys[1]) if self.keys and after.keys else None
+        return replace(self, blocks=(self.blocks[0], after.blocks[1]), rows=(self.rows[0], after.rows[1]), keys=keys)
+
+
+class DatasetDamaged(Damaged):
+    """A data set that fails its digests. `damage` has all of it; the message names the first."""
+
+    def __init__(self, path: str, damage: Sequence[Damage], build: str) -> None:
+        self.damage = tuple(damage)
+        named = "; ".join(map(str, self.damage[:_NAMED]))
+        more = f"; and {len(self.damage) - _NAMED} more, which --json lists" if len(self.damage) > _NAMED else ""
+        super().__init__(
+            f"The data set {path} is damaged: {named}{more}. Copy what is damaged again from where it is whole, or "
+            f"delete that folder and build it anew: {build}"
+        )
 
 
 class DamageLog:

@@ -71,8 +71,9 @@ def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
 def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any]:
     """Rows by length in a ragged column (of "tokens" without the mark): at_least <= length < below, by powers of two.
 
-    {"rows": rows looked at, "shortest", "longest", "classes": [{"at_least", "below", "rows"}, ...]}; empty classes at
-    both ends are left out. Raises ShardyardErrors for blocks that cannot be read.
+    {"rows": rows looked at, "is_sample": whether the split has more, "shortest", "longest", "classes": [{"at_least",
+    "below", "rows"}, ...]}; empty classes at both ends are left out. Raises ShardyardErrors for blocks that cannot be
+    read.
     """
     rows = dataset.split(split)
     number = min(len(rows.blocks), _LOOKED_AT_BLOCKS)
@@ -82,7 +83,7 @@ def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any
     if column == "tokens" and dataset.index.tokenizer:
         lengths = lengths - 1
     if not len(lengths):
-        return {"rows": 0, "shortest": None, "longest": None, "classes": []}
+        return {"rows": 0, "is_sample": False, "shortest": None, "longest": None, "classes": []}
     counts = np.bincount(np.frexp(lengths)[1])  # class c: 2**(c - 1) <= length < 2**c; class 0: length 0
     classes = [
         {"at_least": 2 ** (c - 1) if c else 0, "below": 2**c, "rows": int(counts[c])}
@@ -90,6 +91,7 @@ def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any
     ]
     return {
         "rows": len(lengths),
+        "is_sample": len(lengths) < rows.num_rows,
         "shortest": int(lengths.min()),
         "longest": int(lengths.max()),
         "classes": classes,

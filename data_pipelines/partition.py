@@ -23,7 +23,7 @@ from data_pipelines.duplicates import SignatureWriter, content_hash
 from data_pipelines.index import TOKENIZER_FILE
 from data_pipelines.pack import best_fit_counts
 from data_pipelines.partition_rows import TEXT, Job, Rows, members, num_bytes, source_of
-from data_pipelines.quarantine import Quarantine
+from data_pipelines.quarantine import BadRows, Quarantine
 from data_pipelines.sources import Bad, Row
 from data_pipelines.split import TRAIN, Split
 from data_pipelines.storage import Store
@@ -62,16 +62,32 @@ def stored_columns(values: tuple[Column, ...], tokenizer: Tokenizer | None) -> t
 # --- tasks
 
 
-def sign(job: Job) -> int:
-    """Write the signatures of the partition's rows; how many these are."""
+@dataclass(frozen=True)
+class Signed:
+    """What `sign` has read of a partition: see Part."""
+
+    digest: str
+    rows: int
+    bad: int
+    first_bad: tuple[str, ...]
+
+
+def sign(job: Job) -> Signed:
+    """Write the signatures of the partition's rows."""
     done = f"{job.path}.signed.json"
-    with contextlib.suppress(NotFound, ValueError, KeyError):
-        return int(json.loads(job.store.read_bytes(done))["rows"])
+    with contextlib.suppress(NotFound, ValueError, TypeError, KeyError):
+        values = json.loads(job.store.read_bytes(done))
+        found = Signed(**{**values, "first_bad": tuple(values["first_bad"])})
+        if found.digest == job.digest:
+            return found
+    bad = BadRows()
+    rows = Rows(job, bad)
     with SignatureWriter(job.store, job.path, job.near) as writer:
-        for row in Rows(job):
+        for row in rows:
             writer.add(content_hash(row.values), row.values.get(TEXT, ""))
-    job.store.write_atomic(done, json.dumps({"rows": writer.rows}))
-    return writer.rows
+    signed = Signed(job.digest, rows.count, bad.count, tuple(bad.first))
+    job.store.write_atomic(done, json.dumps(asdict(signed)))
+    return signed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -17,10 +17,10 @@ from configs.load import validate_plugin
 from configs.plugins import find_plugin
 from configs.problems import ConfigError
 from configs.schema import Plugin
-from data_pipelines.duplicates import Groups, content_hash, group_number
+from data_pipelines.duplicates import content_hash, group_number, read_groups
 from data_pipelines.filters import reason_to_drop
 from data_pipelines.index import FORMAT_VERSION
-from data_pipelines.quarantine import SHOWN_ROWS, describe
+from data_pipelines.quarantine import BadRows
 from data_pipelines.sources import Bad, Partition, Row, SourceConfig
 from data_pipelines.split import Member, Split
 from data_pipelines.storage import Store
@@ -28,13 +28,6 @@ from data_pipelines.storage import Store
 PARTS = "parts"  # the folder of what a build keeps while it goes on
 TEXT = "text"  # the column that a tokenizer takes
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
-
-
-class Collects(Protocol):
-    """Takes bad rows."""
-
-    def add(self, bad: Bad) -> None:
-        """Take one."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def source_of(data: Plugin) -> tuple[Any, SourceConfig]:
 class Rows:
     """The rows of a partition that are neither bad nor filtered out. count, dropped: what was read and left out."""
 
-    def __init__(self, job: Job, bad: Collects | None = None) -> None:
+    def __init__(self, job: Job, bad: BadRows | None = None) -> None:
         self.count = 0
         self.dropped: Counter[str] = Counter()
         self._job = job
@@ -109,22 +102,22 @@ class Rows:
 def members(job: Job, rows: Rows | None = None) -> Iterator[tuple[Row, str | None, int]]:
     """(row, the split it names itself, group) of those rows that are kept."""
     rows = rows if rows is not None else Rows(job)
-    groups = Groups.from_bytes(job.store.read_bytes(f"{job.path}.groups")) if job.grouped else None
-    number = -1
-    for number, row in enumerate(rows):
+    groups = read_groups(job.store, f"{job.path}.groups") if job.grouped else None
+    for row in rows:
         if groups is None:
             group = group_number(content_hash(row.values))
-        elif number >= len(groups.group):
-            raise _changed(job)
-        elif job.unique and not groups.first[number]:
-            rows.dropped["duplicate"] += 1
-            continue
         else:
-            group = int(groups.group[number])
+            found = next(groups, None)
+            if found is None:
+                raise _changed(job)
+            group, first = found
+            if job.unique and not first:
+                rows.dropped["duplicate"] += 1
+                continue
         if row.group is not None:
             group = xxhash.xxh3_64_intdigest(row.group.encode("utf-8"))
         yield row, row.split, group
-    if groups is not None and number + 1 != len(groups.group):
+    if groups is not None and next(groups, None) is not None:
         raise _changed(job)
 
 
@@ -139,19 +132,13 @@ class Look:
     """What the split has to know of the rows of a source, read as far as it is asked. bad, rows: seen so far."""
 
     def __init__(self, jobs: Iterable[Job]) -> None:
-        self.rows = self.bad = 0
-        self.first: list[str] = []
+        self.rows = 0
+        self.bad = BadRows()
         self._jobs = jobs
-
-    def add(self, bad: Bad) -> None:
-        """Count a bad row."""
-        self.bad += 1
-        if self.bad <= SHOWN_ROWS:
-            self.first.append(describe(asdict(bad)))
 
     def __iter__(self) -> Iterator[Member]:
         for job in self._jobs:
-            rows = Rows(job, self)
+            rows = Rows(job, self.bad)
             for row, own, group in members(job, rows):
                 yield Member(own, group, sum(num_bytes(value) for value in row.values.values()))
             self.rows += rows.count

@@ -25,12 +25,25 @@ class TooManyBadRows(UsageError):
     """More of a source's rows are bad than data.max_bad_share allows."""
 
 
-class Quarantine:
+class BadRows:
+    """How many rows are bad, and the first few of them, described for messages."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, bad: Bad) -> None:
+        """Count one."""
+        if self.count < SHOWN_ROWS:
+            self.first.append(describe(asdict(bad)))
+        self.count += 1
+
+
+class Quarantine(BadRows):
     """The bad rows of one partition. The file is made with the first of them; `close()` makes it durable."""
 
     def __init__(self, store: Store, path: str) -> None:
-        self.count = 0
-        self.first: list[str] = []  # described, for messages
+        super().__init__()
         self._store, self._path = store, path
         self._file: OutputFile | None = None
 
@@ -40,9 +53,7 @@ class Quarantine:
             self._file = self._store.open_output(self._path)
         row = asdict(bad) | {"excerpt": bad.excerpt[:EXCERPT_CHARACTERS]}
         self._file.write((json.dumps(row) + "\n").encode())
-        if self.count < SHOWN_ROWS:
-            self.first.append(describe(row))
-        self.count += 1
+        super().add(bad)
 
     def close(self) -> None:
         """Finish the file, if there is one."""

@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from data_pipelines.block_source import BlockSource, LocalBlocks, first_and_last_key
-from data_pipelines.damage import DamageLog, DamagePolicy
+from data_pipelines.damage import Damage, DamageLog, DamagePolicy
 from data_pipelines.index import REBUILD, TOKENIZER_FILE, Index
 from data_pipelines.mapped import MappedFiles
 from data_pipelines.rows import Ragged, Split
@@ -35,19 +35,6 @@ if TYPE_CHECKING:
     from data_pipelines.tokenizer import Tokenizer
 
 __all__ = ["REBUILD", "Damage", "Dataset", "Ragged", "Split"]
-
-
-class Damage(NamedTuple):
-    """A part of a data set that fails its digest; str() is one line."""
-
-    file: str
-    block: int | None  # number of the record batch within the file
-    examples: str
-    cause: str
-
-    def __str__(self) -> str:
-        place = self.file if self.block is None else f"{self.file}, block {self.block} ({self.examples})"
-        return f"{place}: {self.cause}"
 
 
 class Dataset:
@@ -127,26 +114,28 @@ class Dataset:
             yield row["key"], row["tokens"][1:], row["num_bytes"]
 
     def verify(self, progress: Callable[[str, int], None] | None = None) -> list[Damage]:
-        """Check every digest; what fails, in the order of the blocks. The list is empty when all is well.
+        """Check every digest; what fails, in the order of the blocks, those that follow each other as one; else [].
 
         progress: called with what is being done and the blocks checked so far.
         """
-        found = []
+        found: list[Damage] = []
         try:
             _ = self.tokenizer
         except ShardyardError as error:
-            found.append(Damage(TOKENIZER_FILE, None, "", str(error)))
+            found.append(Damage(TOKENIZER_FILE, str(error)))
         for name, size in self.index.files.items():
             actual = self.store.size(name) if self.store.exists(name) else None
             if actual != size:
                 cause = "missing" if actual is None else f"{actual} bytes long instead of {size}"
-                found.append(Damage(name, None, "", cause))
+                found.append(Damage(name, cause))
         done = 0
         for split in self.splits:
             for block, raw in enumerate(self._stored_blocks(split)):
                 fault = self._fault(split, block, raw)
                 if fault is not None:
-                    found.append(self._damage(split, block, raw, fault))
+                    damage = self._damage(split, block, raw, fault)
+                    joined = found[-1].joined(damage) if found else None
+                    found[-1:] = [joined] if joined else [*found[-1:], damage]
                 done += 1
                 if progress is not None:
                     progress("checking blocks", done)
@@ -206,12 +195,13 @@ class Dataset:
 
     def _damage(self, split: str, block: int, raw: np.ndarray, cause: str) -> Damage:
         blocks = self.index.splits[split]
+        file, number = self.index.file_names[int(blocks.file[block])], int(blocks.number[block])
         first = int(blocks.rows[:block].sum())
-        examples = f"examples {first} to {first + int(blocks.rows[block]) - 1} of {split}"
+        keys = None
         if not blocks.compressed and len(raw) == int(blocks.content_bytes[block]):
             keys = first_and_last_key(raw, blocks, block, self.index.columns)
-            examples += f", '{keys[0]}' to '{keys[1]}'" if keys else ""
-        return Damage(self.index.file_names[int(blocks.file[block])], int(blocks.number[block]), examples, cause)
+        rows = (first, first + int(blocks.rows[block]) - 1)
+        return Damage(file, cause, (number, number), split, rows, keys)
 
 
 def _open(store: Store, damage: DamagePolicy) -> Dataset:

@@ -11,8 +11,9 @@ from typing import Any
 from cluster.build_progress import BuildProgress
 from cluster.commands.data_views import show, show_diff, show_example, show_lengths
 from cluster.commands.output import say
-from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from configs.errors import NotFound, ShardyardError, UsageError
 from data_pipelines.build import FOLDER, dataset_name, newest_built
+from data_pipelines.damage import DatasetDamaged
 from data_pipelines.index import INDEX_FILE
 from data_pipelines.inspect import examples, pictures, summary
 from data_pipelines.quarantine import QUARANTINE_FILE
@@ -87,10 +88,8 @@ def verify(arguments: Namespace) -> dict[str, Any]:
     with _progress(arguments, "blocks") as progress:
         damage = dataset.verify(progress.tell)
     if damage:
-        raise Damaged(
-            f"The data set {dataset.path} is damaged: {'; '.join(map(str, damage))}. Copy what is damaged again from "
-            "where it is whole, or delete that folder and build it anew: shardyard data build RECIPE"
-        )
+        typed = ["RECIPE"] if _is_dataset(arguments.recipe) else [arguments.recipe, *arguments.overrides]
+        raise DatasetDamaged(dataset.path, damage, f"shardyard data build {shlex.join(typed)}")
     blocks = len(dataset.index.blocks)
     say(arguments, f"All {blocks:,} blocks of {dataset.path} match their digests.")
     return {"path": dataset.path, "fingerprint": dataset.fingerprint, "blocks": blocks, "damage": []}
@@ -148,12 +147,17 @@ def _packed(dataset: Dataset, plan: Plan | None) -> dict[str, Any] | None:
     return {"kind": kind, "seq_len": seq_len, "splits": found}
 
 
+def _is_dataset(name: str) -> bool:
+    """Whether a folder of this name is a data set, and so no recipe is meant."""
+    return Store(name).exists(INDEX_FILE)
+
+
 def _open(arguments: Namespace, name: str) -> tuple[Dataset, Plan | None]:
     """The data set in a folder of this name, else that of a recipe (with its plan), which must be there.
 
     Where the recipe's source is gone, it is the one that was built last with the same settings.
     """
-    if Store(name).exists(INDEX_FILE):
+    if _is_dataset(name):
         return Dataset.open(name), None
     overrides = getattr(arguments, "overrides", [])
     plan = _plan(name, overrides)

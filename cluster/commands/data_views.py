@@ -53,7 +53,8 @@ def show_lengths(arguments: Namespace, split: str, column: str, lengths: Mapping
     if not classes:
         return
     most = max(one["rows"] for one in classes)
-    say(arguments, f"\n{split}: lengths of {column}, {lengths['shortest']:,} to {lengths['longest']:,}")
+    looked_at = f" (of {lengths['rows']:,} rows looked at)" if lengths["is_sample"] else ""
+    say(arguments, f"\n{split}: lengths of {column}, {lengths['shortest']:,} to {lengths['longest']:,}{looked_at}")
     labels = [f"{one['at_least']:,} to {one['below'] - 1:,}" for one in classes]
     width = max(map(len, labels))
     for label, one in zip(labels, classes, strict=True):

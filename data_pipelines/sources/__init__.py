@@ -5,7 +5,7 @@ A source file holds
 - `class Config(SourceConfig)`: its settings;
 - `schema(config) -> tuple[Column, ...]`: the columns of a row's values. Language models take a column "text" (utf8);
   image models "image" and "label". The key is no column of it;
-- `partitions(config) -> list[Partition]`: the input in pieces of about PARTITION_BYTES, always the same for the same
+- `partitions(config) -> list[Partition]`: the input in pieces of about `partition_bytes`, always the same for the same
   input, whatever the number of workers. `partition_files` makes them of files;
 - `read(config, partition) -> Iterator[Row | Bad]`: the rows of one piece, always in the same order and with the same
   content. A row that cannot be used is a Bad, never an exception; a file that cannot be read is an error with cause
@@ -18,7 +18,7 @@ A source file holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ from data_pipelines.filters import FiltersConfig
 from data_pipelines.input_files import InputFile, file_identity, find_files, open_input, read_file
 
 __all__ = [
-    "PARTITION_BYTES",
     "READING_SETTINGS",
     "Bad",
     "Column",
@@ -42,11 +41,13 @@ __all__ = [
     "file_identity",
     "find_files",
     "open_input",
+    "partition_bytes",
     "partition_files",
     "read_file",
 ]
 
-PARTITION_BYTES = 64 << 20
+_PARTITIONS = 32  # of an input, about, as far as they stay between these sizes
+_PARTITION_BYTES = (4 << 20, 64 << 20)
 _MAX_FILES = 4096  # in a partition: of small files it is their number that takes the time
 _EXCERPT_CHARACTERS = 200
 
@@ -151,13 +152,24 @@ def excerpt(raw: bytes | str) -> str:
     return raw[:_EXCERPT_CHARACTERS].decode("utf-8", errors="replace")
 
 
+def partition_bytes(files: Iterable[InputFile]) -> int:
+    """How large partitions of these files shall be, about: 64 MB, and of less than 2 GB so that many cores have work.
+
+    A function of the input alone, for what is built must not depend on the number of cores.
+    """
+    least, most = _PARTITION_BYTES
+    return min(max(sum(file.size for file in files) // _PARTITIONS, least), most)
+
+
 def partition_files(
-    files: list[InputFile], *, cut: bool, target_bytes: int = PARTITION_BYTES, max_files: int = _MAX_FILES
+    files: list[InputFile], *, cut: bool, target_bytes: int | None = None, max_files: int = _MAX_FILES
 ) -> list[Partition]:
     """Partitions of about target_bytes: small files together, in order; each large one, where `cut`, in byte ranges.
 
-    A file of more than 1.5 times the target is cut, unless it is compressed, into ranges of equal size.
+    A file of more than 1.5 times the target is cut, unless it is compressed, into ranges of equal size. target_bytes:
+    None is partition_bytes of these files.
     """
+    target_bytes = target_bytes or partition_bytes(files)
     partitions: list[Partition] = []
     group: list[InputFile] = []
     group_bytes = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -12,7 +13,6 @@ from pydantic import Field
 from data_pipelines.arrow_rows import check_same, columns_of, damage_named, partition_pieces, rows_of
 from data_pipelines.input_files import open_input, without_query
 from data_pipelines.sources import (
-    PARTITION_BYTES,
     Bad,
     Column,
     InputFile,
@@ -21,6 +21,7 @@ from data_pipelines.sources import (
     SourceConfig,
     file_identity,
     find_files,
+    partition_bytes,
     partition_files,
 )
 
@@ -57,19 +58,20 @@ def schema(config: Config) -> tuple[Column, ...]:
 
 
 def partitions(config: Config) -> list[Partition]:
-    """Small files together; large ones by row groups, about PARTITION_BYTES of them."""
+    """Small files together; large ones by row groups, about partition_bytes of them."""
     files = find_files(config.paths, SUFFIXES)
+    target_bytes = partition_bytes(files)
     with ThreadPoolExecutor(_THREADS) as threads:
-        cut = dict(zip(files, threads.map(_by_row_groups, files), strict=True))
+        cut = dict(zip(files, threads.map(partial(_by_row_groups, target_bytes=target_bytes), files), strict=True))
     partitions: list[Partition] = []
     together: list[InputFile] = []
     for file in files:
         if cut[file]:
-            partitions += [*partition_files(together, cut=False), *cut[file]]
+            partitions += [*partition_files(together, cut=False, target_bytes=target_bytes), *cut[file]]
             together = []
         else:
             together.append(file)
-    return partitions + partition_files(together, cut=False)
+    return partitions + partition_files(together, cut=False, target_bytes=target_bytes)
 
 
 def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
@@ -94,13 +96,13 @@ def identity(config: Config) -> list[int | str]:
     return file_identity(find_files(config.paths, SUFFIXES))
 
 
-def _by_row_groups(file: InputFile) -> list[Partition]:
+def _by_row_groups(file: InputFile, target_bytes: int) -> list[Partition]:
     """Partitions of a large file; none of one that is small, or that is one row group."""
-    if 2 * file.size <= 3 * PARTITION_BYTES:
+    if 2 * file.size <= 3 * target_bytes:
         return []
     with _opened(file.path) as opened:
         sizes = [opened.metadata.row_group(group).total_byte_size for group in range(opened.num_row_groups)]
-    count = min(len(sizes), -(-file.size // PARTITION_BYTES))
+    count = min(len(sizes), -(-file.size // target_bytes))
     return partition_pieces(file, sizes, count, "row groups") if count > 1 else []
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.cli import main
+from data_pipelines import writer
 from data_pipelines.columns import KEY, Column
 from data_pipelines.index import Index
 from data_pipelines.storage import Store
@@ -96,6 +97,20 @@ def test_the_waste_of_packing_is_told(
     assert (longer["packed"] is None) == (kind == "best_fit"), "what was not counted would have to be read"
 
 
+def test_inspect_says_where_it_looked_at_some_rows_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 2000)
+    data = write_lines(tmp_path / "source", [texts(200)], validation_fraction=0.0)
+    recipe = str(write_recipe(tmp_path, data=data.model_dump()))
+    ask(capsys, "data", "build", recipe)
+    assert "looked at" not in tell(capsys, "data", "inspect", recipe)
+    monkeypatch.setattr("data_pipelines.inspect._LOOKED_AT_BLOCKS", 3)
+    lengths = ask(capsys, "data", "inspect", recipe)["splits"]["train"]["lengths"]["tokens"]
+    assert lengths["is_sample"] and 0 < lengths["rows"] < 200
+    assert f"(of {lengths['rows']} rows looked at)" in tell(capsys, "data", "inspect", recipe)
+
+
 def test_verify_names_what_is_damaged(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(ask(capsys, "data", "build", recipe)["path"])
     shard = folder / "validation-00000-000.arrow"
@@ -103,8 +118,27 @@ def test_verify_names_what_is_damaged(tmp_path: Path, recipe: str, capsys: pytes
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
     error = ask(capsys, "data", "verify", recipe, code=1)
-    assert error["kind"] == "Damaged"
+    assert error["kind"] == "DatasetDamaged"
     assert re.search(r"validation-00000-000\.arrow, block 0 \(examples 0 to \d+ of validation", error["error"])
+    assert error["error"].endswith(f"shardyard data build {recipe}")
+    (damage,) = error["damage"]
+    assert (damage["file"], damage["blocks"], damage["split"]) == (shard.name, [0, 0], "validation")
+    assert ask(capsys, "data", "verify", str(folder), code=1)["error"].endswith("shardyard data build RECIPE")
+
+
+def test_a_lost_file_of_many_blocks_is_one_clause(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 500)
+    data = write_lines(tmp_path / "source", [texts(200)], validation_fraction=0.0)
+    recipe = str(write_recipe(tmp_path, data=data.model_dump()))
+    folder = Path(ask(capsys, "data", "build", recipe, "data.shuffle=examples")["path"])
+    (folder / "train-00000-000.arrow").unlink()
+    error = ask(capsys, "data", "verify", recipe, "data.shuffle=examples", code=1)
+    lost, blocks = error["damage"]
+    assert (lost["file"], lost["cause"], lost["blocks"]) == ("train-00000-000.arrow", "missing", None)
+    assert blocks["blocks"][0] == 0 and blocks["blocks"][1] > 20 and blocks["rows"] == [0, 199]
+    assert len(error["error"]) < 700 and error["error"].endswith(f"{recipe} data.shuffle=examples")
 
 
 def test_diff(tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,17 +1,25 @@
-"""Several nodes in one machine: workers elsewhere are killed too, and a node that goes is named."""
+"""Several nodes in one machine: workers elsewhere are killed too, a node that goes is named, data is built on all."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.controller import Outcome
+from cluster.ray_build import RayTasks
+from data_pipelines.build import ensure_dataset
+from data_pipelines.storage import Store
+from data_pipelines.tokenizer import TokenizerConfig
 from tests.cluster.test_ray_group import Launched, alive, facts
+from tests.data_pipelines.lines_source import write_lines
+from tests.data_pipelines.test_build import contents, texts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -58,3 +66,34 @@ def test_a_lost_node_is_named_and_replaced(cluster: Any, tmp_path: Path) -> None
     first, last = run.events("failed")[0], run.events("failed")[-1]
     assert (first["cause"], first["rank"]) == ("died", 1)
     assert "node" in last["error"]
+
+
+def on_both_nodes(function: Callable[[Any], Any], nodes: Path, item: Any) -> Any:
+    """The function's result, when a task has begun on another node too."""
+    import ray
+
+    (nodes / ray.get_runtime_context().get_node_id()).touch()
+    deadline = time.monotonic() + 60
+    while len(list(nodes.iterdir())) < 2:
+        assert time.monotonic() < deadline, "no task came to the other node"
+        time.sleep(0.02)
+    return function(item)
+
+
+def test_a_build_on_two_nodes_gives_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
+    import ray
+
+    ray.shutdown()  # the build joins by itself
+    nodes = tmp_path / "nodes"
+    nodes.mkdir()
+    data = write_lines(tmp_path / "source", [texts(40, seed % 5) for seed in range(7)], duplicates="near")
+    tokenizer, store = TokenizerConfig(vocab_size=300), Store(tmp_path / "many")
+    ensure_dataset(Store(tmp_path / "alone"), data, tokenizer)
+    with RayTasks(address=cluster.address, store=store) as tasks:
+
+        def run_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+            yield from tasks(partial(on_both_nodes, function, nodes), items)
+
+        ensure_dataset(store, data, tokenizer, run_tasks=run_tasks)
+    assert len(list(nodes.iterdir())) == 2
+    assert contents(tmp_path / "many") == contents(tmp_path / "alone")

@@ -26,6 +26,7 @@ from data_pipelines.quarantine import TooManyBadRows
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
+from tests.data_pipelines import lines_source
 from tests.data_pipelines.lines_source import write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +209,27 @@ def test_the_split_stays_when_data_is_added(tmp_path: Path) -> None:
     assert all(sides[text] == split for split, text in before.values())
 
 
+@pytest.mark.parametrize("duplicates", ["keep", "near"])
+def test_a_held_out_row_stays_so_when_near_duplicates_are_added_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, duplicates: str
+) -> None:
+    monkeypatch.setattr(lines_source, "NEAR_DUPLICATES_SHARE_A_SPLIT", True)
+    generator = random.Random(0)
+    words = [f"word{number}" for number in range(500)]
+    old = [generator.choices(words, k=100) for _ in range(60)]
+    added = [" ".join([*one[:50], "changed", *one[51:]]) for one in old]
+    sides = []
+    for files in ([[], [" ".join(one) for one in old]], [added, [" ".join(one) for one in old]]):
+        data = write_lines(tmp_path / "source", files, duplicates=duplicates, validation_fraction=0.3)
+        found = rows(ensure_dataset(Store(tmp_path / "s"), data, BYTES))
+        sides.append({key: split for key, (split, _) in found.items()})
+    before, after = sides
+    of_line = [after.get(f"001.jsonl:{line}", after[f"000.jsonl:{line}"]) for line in range(1, 61)]
+    held_out = [before[f"001.jsonl:{line}"] == "validation" for line in range(1, 61)]
+    assert 8 < sum(held_out) < 30 and len(after) == (120 if duplicates == "keep" else 60)
+    assert all(side == "validation" for side, held in zip(of_line, held_out, strict=True) if held)
+
+
 def test_equal_texts_and_rows_of_a_group_lie_on_one_side(tmp_path: Path) -> None:
     same = texts(40, 1)
     grouped = [{"text": one, "group": f"group{n % 5}"} for n, one in enumerate(texts(40, 2))]
@@ -296,6 +318,14 @@ def test_a_build_that_cannot_pass_stops_early(tmp_path: Path) -> None:
     with pytest.raises(TooManyBadRows, match=r"read so far"):
         ensure_dataset(Store(tmp_path / "s"), data, BYTES, lambda _, count: done.append(count))
     assert max(done) < 100
+
+
+def test_the_first_pass_over_a_source_stops_early_too(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "source", [[*texts(10, n), b"bad", b"bad"] for n in range(20)], duplicates="near")
+    done: list[tuple[str, int]] = []
+    with pytest.raises(TooManyBadRows, match=r"4 of the 24 rows .* read so far .*000\.jsonl:11: no row"):
+        ensure_dataset(Store(tmp_path / "s"), data, BYTES, lambda *said: done.append(said))
+    assert done[-1] == ("looking for duplicates", 24) and everything(tmp_path / "s") == []
 
 
 def test_rows_that_are_all_bad_say_why(tmp_path: Path) -> None:
@@ -462,6 +492,22 @@ def test_kills_at_any_moment_change_nothing(tmp_path: Path, duplicates: str) -> 
     assert built == wanted_files
     last = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(dataset.path).glob("*.arrow")}
     assert kept.items() <= last.items()
+
+
+def test_the_scratch_files_of_a_killed_build_go_before_the_next(tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "source", [texts(30, 1), texts(30, 1)], duplicates="near")
+    builder = start_builder(tmp_path / "s", data, stop_at="looking for duplicates")
+    try:
+        wait_for_line(builder, "looking for duplicates")
+    finally:
+        kill(builder)
+    (folder,) = (tmp_path / "s" / "datasets").iterdir()
+    (folder / "parts" / "scratch-killed").mkdir(parents=True)
+    (folder / "parts" / "scratch-killed" / "leaders").write_bytes(b"left")
+    (folder / "parts" / "00000.signed.json").write_text("{}")
+    left: list[str] = []
+    ensure_dataset(Store(tmp_path / "s"), data, SMALL_BPE, lambda *_: left.extend(map(str, folder.rglob("scratch-*"))))
+    assert left == [] and not list(folder.rglob("*scratch*"))
 
 
 # --- builders beside each other

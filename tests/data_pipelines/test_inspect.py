@@ -42,6 +42,7 @@ def test_summary_counts_what_is_there(tmp_path: Path) -> None:
             min(lengths),
             max(lengths),
         )
+        assert histogram["is_sample"] is False
         for row in histogram["classes"]:
             assert row["rows"] == sum(row["at_least"] <= length < row["below"] for length in lengths)
         assert sum(row["rows"] for row in histogram["classes"]) == len(texts)
@@ -61,7 +62,7 @@ def test_lengths_are_read_from_blocks_spread_over_the_split(tmp_path: Path, monk
     dataset = write_set(tmp_path, {"train": rows}, (KEY, Column("raw", "binary")))
     monkeypatch.setattr("data_pipelines.inspect._LOOKED_AT_BLOCKS", 4)
     found = length_histogram(dataset, "train", "raw")
-    assert 0 < found["rows"] < 400 and found["shortest"] == 0 and found["longest"] > 200
+    assert 0 < found["rows"] < 400 and found["is_sample"] and found["shortest"] == 0 and found["longest"] > 200
 
 
 def test_examples_are_shown_by_kind(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_a_damaged_block_is_named_when_it_is_used_and_no_other_suffers(small: Da
         assert words in str(error.value)
     assert error.value.blocks == (3,) and split.damage.blocks() == [3]
     found = opened.verify()
-    assert [(one.file, one.block) for one in found] == [(file.name, number)]
+    assert [(one.file, one.blocks) for one in found] == [(file.name, (number, number))]
     assert f"examples {first} to {last} of train, {keys}" in str(found[0])
     others = np.setdiff1d(np.arange(150), np.arange(first, last + 1))
     assert len(split.gather(others, ["label"])["label"]) == len(others)
@@ -298,9 +298,8 @@ def test_any_flipped_byte_of_a_block_is_found(small: Dataset, seed: int) -> None
     file, start, stop = file_of(small, "train", block)
     damage(file, generator.randrange(start, stop))
     opened = Dataset.open(folder(small))
-    assert [(one.file, one.block) for one in opened.verify()] == [
-        (file.name, int(opened.index.splits["train"].number[block]))
-    ]
+    number = int(opened.index.splits["train"].number[block])
+    assert [(one.file, one.blocks) for one in opened.verify()] == [(file.name, (number, number))]
     with pytest.raises(BlockDamaged):
         list(opened.rows("train"))
 
@@ -328,6 +327,33 @@ def test_a_missing_file_is_named(small: Dataset) -> None:
         list(opened.rows("validation"))
     assert str(opened.verify()[0]) == "validation-00000-000.arrow: missing"
     assert same_rows(list(opened.rows("train")), ROWS["train"])
+
+
+def test_damaged_blocks_that_follow_each_other_are_one(small: Dataset) -> None:
+    """Against the blocks one by one, by file."""
+    blocks = small.index.splits["train"]
+    damaged = [0, 1, 2, 4, 6, 7, 8, 9]
+    assert len(blocks) == 10 and len(set(blocks.file.tolist())) > 1
+    for block in damaged:
+        damage(*file_of(small, "train", block)[:2])
+    opened = Dataset.open(folder(small))
+    names, first_rows = opened.index.file_names, opened.split("train").first_rows
+    expected: list[list[int]] = []
+    for block in damaged:
+        runs_on = expected and block - 1 == expected[-1][-1] and blocks.file[block] == blocks.file[block - 1]
+        expected = [*expected[:-1], [*expected[-1], block]] if runs_on else [*expected, [block]]
+    found = opened.verify()
+    assert [(one.file, one.blocks, one.rows) for one in found] == [
+        (
+            names[int(blocks.file[run[0]])],
+            (int(blocks.number[run[0]]), int(blocks.number[run[-1]])),
+            (int(first_rows[run[0]]), int(first_rows[run[-1]] + blocks.rows[run[-1]] - 1)),
+        )
+        for run in expected
+    ]
+    for one in found:
+        assert one.rows is not None and one.split == "train" and one.cause == "fails its digest"
+        assert one.keys == tuple(ROWS["train"][row]["key"] for row in one.rows)
 
 
 def test_verify_says_how_far_it_is(small: Dataset) -> None:

@@ -80,6 +80,28 @@ def test_small_files_lie_together_and_large_ones_are_cut() -> None:
     assert [len(part.files) for part in partition_files(files, cut=False, target_bytes=10**6, max_files=3)] == [3, 3, 1]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "partitions"),
+    [
+        ([3 << 20], 1),
+        ([6 << 20], 1),
+        ([7 << 20], 2),
+        ([63 << 20], 16),
+        ([1 << 20] * 63, 16),
+        ([1 << 30], 32),
+        ([3 << 30, 1 << 30], 64),
+    ],
+)
+def test_an_input_of_any_size_is_work_for_many(sizes: list[int], partitions: int) -> None:
+    files = [InputFile(f"{n}.txt", f"/x/{n}.txt", size, 0) for n, size in enumerate(sizes)]
+    found = partition_files(files, cut=True)
+    assert len(found) == partitions
+    covered = [(part.stop or 0) - (part.start or 0) for part in found if part.start is not None]
+    assert max(covered, default=0) <= 64 << 20 and sum(covered) in (0, sum(sizes))
+    compressed = [InputFile(f"{n}.gz", f"/x/{n}.gz", size, 0) for n, size in enumerate(sizes)]
+    assert [part.start for part in partition_files(compressed, cut=True)] == [None] * min(len(sizes), partitions)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     pieces=st.lists(st.text("ab|", max_size=12), max_size=30),

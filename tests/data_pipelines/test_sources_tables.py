@@ -202,7 +202,7 @@ def test_large_files_are_read_in_pieces_with_the_same_keys(
     alone = rows_of(source, config)
     assert len(source.partitions(config)) == 1
     for module in (parquet, arrow_files):
-        monkeypatch.setattr(module, "PARTITION_BYTES", 1000)
+        monkeypatch.setattr(module, "partition_bytes", lambda _files: 1000)
     assert len(source.partitions(config)) == 4
     found = rows_of(source, config)
     assert [(row.key, row.values["text"]) for row in found] == [(row.key, row.values["text"]) for row in alone]
