@@ -10,6 +10,7 @@ from pathlib import Path
 from configs.errors import UsageError
 from data_pipelines.build_lock import LOCK_FILE
 from data_pipelines.index import BLOCKS_FILE, INDEX_FILE, TOKENIZER_FILE
+from data_pipelines.lengths import LENGTHS_FILE
 from data_pipelines.local_files import is_temporary
 from data_pipelines.partition_rows import PARTS
 from data_pipelines.quarantine import QUARANTINE_FILE
@@ -17,7 +18,7 @@ from data_pipelines.storage import Store
 
 SCRATCH = "scratch-"  # begins the names of folders in PARTS that serve one process
 _SHARD = re.compile(r"\w+-\d{5,}-\d{3,}\.arrow")
-_OTHERS = (TOKENIZER_FILE, BLOCKS_FILE, QUARANTINE_FILE)
+_OTHERS = (TOKENIZER_FILE, BLOCKS_FILE, LENGTHS_FILE, QUARANTINE_FILE)
 
 
 def refuse_other_files(target: Path) -> None:

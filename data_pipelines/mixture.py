@@ -80,6 +80,11 @@ class Schedule:
         self._build(_checked(weights, changes), list(caps) if caps is not None else [None] * len(weights))
         self._starts = np.array([segment.start for segment in self._segments], np.int64)
 
+    @property
+    def changes(self) -> tuple[int, ...]:
+        """The positions at which shares change, ascending."""
+        return tuple(segment.start for segment in self._segments[1:])
+
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sources, numbers), (n,) int64 each, for (n,) int64 positions: the source's how-manieth example.
 

@@ -39,6 +39,11 @@ class BoundTask:
         kind: str = getattr(self.config, "packing", "concat")
         return kind
 
+    def length_column(self) -> str | None:
+        """The stored column by whose lengths rows are put into buckets (data_pipelines/buckets.py); None: none are."""
+        column = getattr(self.module, "length_column", None)
+        return None if column is None else column(self.config)
+
     def io(self) -> tuple[Any, Any]:
         """Shapes (trainer/shapes.py) that a model must take and give."""
         return self.module.io(self.config)
@@ -60,6 +65,12 @@ class BoundTask:
         """What fills arrays that are shorter than the longest of their batch."""
         value: float = getattr(self.module, "PAD", 0)
         return value
+
+    @property
+    def ragged(self) -> Mapping[str, int]:
+        """Of the arrays that its preparation gives, by name: how many of their first axes may differ."""
+        axes: Mapping[str, int] = getattr(self.module, "RAGGED", {})
+        return axes
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """The loss's denominator: how many terms `loss` sums."""
