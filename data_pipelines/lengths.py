@@ -38,7 +38,7 @@ def file_bytes(rows: int, columns: Sequence[Column]) -> int:
 def block_lengths(values: Sequence[Sequence[Any]], columns: Sequence[Column]) -> dict[str, np.ndarray]:
     """(rows,) int32 of each column that has lengths; values: those of a block as they are stored, for each column."""
     return {
-        column.name: np.array([len(value) if column.is_ragged else int(value) for value in rows], "<i4")
+        column.name: np.array([len(value) if column.is_ragged else value.item() for value in rows], "<i4")
         for rows, column in zip(values, columns, strict=True)
         if column.has_length
     }

@@ -79,9 +79,9 @@ def check_buckets(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None,
     raise UsageError(
         f"{source} stands at position {position:,}, among examples that are sorted by length: {_named(then)} then, "
         f"{_named(now)} now. In another order some of them would be seen twice and others not at all. Set "
-        "batch.global_batch_size and batch.micro_batch_size as they were, and let changes of a mixture begin after "
-        f"position {max(each['window'][1] for each in inside):,}; or take the weights alone (train --from without "
-        "--branch)."
+        "batch.global_batch_size and batch.micro_batch_size as they were, and let changes of a mixture begin at "
+        f"position {max(each['window'][1] for each in inside):,} or later; or take the weights alone (train --from "
+        "without --branch)."
     )
 
 

@@ -125,7 +125,7 @@ def test_built_once_then_opened(tmp_path: Path, source: Plugin) -> None:
     assert stages == [] and second.fingerprint == first.fingerprint and second.verify() == []
     name = f"tests-data_pipelines-lines_source-{dataset_digest(source, BYTES)[:16]}"
     shards = [f"{split}-{number:05d}-000.arrow" for split in ("train", "validation") for number in range(5)]
-    expected = sorted(["blocks.arrow", "index.json", "tokenizer.json", *shards])
+    expected = sorted(["blocks.arrow", "index.json", "lengths.bin", "tokenizer.json", *shards])
     assert everything(tmp_path / "s") == [f"datasets/{name}/{file}" for file in expected]
 
 
