@@ -12,7 +12,7 @@ from data_pipelines.build_lock import LOCK_FILE
 from data_pipelines.index import BLOCKS_FILE, INDEX_FILE, TOKENIZER_FILE
 from data_pipelines.lengths import LENGTHS_FILE
 from data_pipelines.local_files import is_temporary
-from data_pipelines.partition_rows import PARTS
+from data_pipelines.partition_rows import LENGTHS_ENDING, PARTS
 from data_pipelines.quarantine import QUARANTINE_FILE
 from data_pipelines.storage import Store
 
@@ -34,7 +34,7 @@ def refuse_other_files(target: Path) -> None:
 
 
 def sweep(folder: Store) -> None:
-    """Remove what an ended build left unfinished: shards that no finished partition names, files half written.
+    """Remove what an ended build left unfinished: files that no finished partition names, or that are half written.
 
     Where no partition is finished at all, everything of the build goes.
     """
@@ -46,6 +46,9 @@ def sweep(folder: Store) -> None:
     for name in folder.list():
         if _SHARD.fullmatch(name) and name not in done:
             folder.delete(name)
+    for name in folder.list(PARTS):
+        if name.endswith(LENGTHS_ENDING) and f"{name.partition('.')[0]}.json" not in parts:
+            folder.delete(f"{PARTS}/{name}")
     for name in folder.list_dirs(PARTS):
         folder.delete_dir(f"{PARTS}/{name}")
     _remove_temporary(folder)

@@ -23,7 +23,7 @@ from data_pipelines.duplicates import SignatureWriter, content_hash
 from data_pipelines.index import TOKENIZER_FILE
 from data_pipelines.lengths import file_bytes, length_columns
 from data_pipelines.pack import best_fit_counts
-from data_pipelines.partition_rows import TEXT, Job, Rows, members, num_bytes, source_of
+from data_pipelines.partition_rows import LENGTHS_ENDING, TEXT, Job, Rows, members, num_bytes, source_of
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.sources import Bad, Row
 from data_pipelines.split import TRAIN, Split
@@ -200,7 +200,7 @@ def _encoded(
 
 def lengths_part(job: Job, split: str) -> str:
     """The partition's part of lengths.bin, for one split."""
-    return f"{job.path}.{split}.lengths"
+    return f"{job.path}.{split}{LENGTHS_ENDING}"
 
 
 def _writer(job: Job, split: str, columns: tuple[Column, ...], stack: contextlib.ExitStack) -> ShardWriter:

@@ -359,7 +359,8 @@ def test_a_full_disk_keeps_finished_partitions_and_other_data_sets(
     assert good.verify() == [] and all(left[name] == raw for name, raw in before.items())
     new = sorted(Path(name).name for name in left.keys() - before.keys())
     shards = [f"{split}-{number:05d}-000.arrow" for split in ("train", "validation") for number in range(2)]
-    assert new == sorted(["00000.json", "00001.json", "tokenizer.json", *shards])
+    lengths = [f"{number:05d}.{split}.lengths" for split in ("train", "validation") for number in range(2)]
+    assert new == sorted(["00000.json", "00001.json", "tokenizer.json", *shards, *lengths])
     ensure_dataset(Store(tmp_path / "s"), source, SMALL_BPE)
     ensure_dataset(Store(tmp_path / "undisturbed"), source, SMALL_BPE)
     after = contents(tmp_path / "s")
