@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def test_less_is_padded_than_in_the_plain_order(folder: Path, by: str) -> None:
         return padding_share(config(folder, {"rows": 300, "kind": 5}, task=task))
 
     assert share(by) < 0.1 < 0.2 < share(None)
+
+
+def test_rows_are_prepared_in_as_many_threads_as_wanted(folder: Path) -> None:
+    def threads_beside(loader_threads: int) -> int:
+        settings = config(folder, resources={"loader_threads": loader_threads})
+        data = opened(settings)
+        loader = data.loader(load(settings).config, World(0, 1, 0, torch.device("cpu")), Position())
+        loader.step(0)
+        found = sum(thread.name.startswith("prepare") for thread in threading.enumerate())
+        loader.close()
+        data.close()
+        return found
+
+    assert threads_beside(1) == 0 < threads_beside(3) <= 3
 
 
 def test_a_length_column_must_have_lengths(folder: Path) -> None:
