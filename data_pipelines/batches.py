@@ -144,32 +144,32 @@ class Batcher:
             tensors = {}
             for name in batch[0]:
                 arrays = [np.asarray(row[name]) for row in batch]
-                axes = self._ragged.get(name, 0)
-                _check_shapes(name, axes, arrays)
-                sizes = np.array([array.shape[:axes] for array in arrays], np.int32)
-                shape = (count, *sizes.max(axis=0).tolist(), *arrays[0].shape[axes:])
-                target = buffers.take(f"{name}/prepared/{number}", shape, arrays[0].dtype)
-                if (sizes == sizes[0]).all():
-                    np.stack(arrays, out=target)
+                key, axes = f"{name}/prepared/{number}", self._ragged.get(name, 0)
+                if len({array.shape for array in arrays}) == 1:
+                    target = np.stack(arrays, out=buffers.take(key, (count, *arrays[0].shape), arrays[0].dtype))
                 else:
+                    target = buffers.take(key, (count, *_padded_shape(name, axes, arrays)), arrays[0].dtype)
                     _pad_arrays(arrays, target, self._pad)
                 tensors[name] = torch.from_numpy(target)
-                if axes == 1:
-                    tensors[f"{name}_length"] = torch.from_numpy(sizes[:, 0].copy())
-                elif axes:
-                    tensors[f"{name}_size"] = torch.from_numpy(sizes)
+                if axes:
+                    sizes = np.array([array.shape[:axes] for array in arrays], np.int32)
+                    if axes == 1:
+                        tensors[f"{name}_length"] = torch.from_numpy(sizes.squeeze(1))
+                    else:
+                        tensors[f"{name}_size"] = torch.from_numpy(sizes)
             batches.append(tensors)
         return batches
 
 
-def _check_shapes(name: str, axes: int, arrays: Sequence[np.ndarray]) -> None:
-    """Raises UsageError where arrays of a micro-batch differ in more than their first `axes` sizes."""
-    if len({(array.ndim, array.shape[axes:]) for array in arrays}) > 1 or arrays[0].ndim < axes:
+def _padded_shape(name: str, axes: int, arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """That which holds each of the arrays. Raises UsageError where they differ beyond their first `axes` sizes."""
+    if len({(array.ndim, array.shape[axes:]) for array in arrays}) > 1:
         shapes = ", ".join(map(str, sorted({array.shape for array in arrays})[:3]))
         raise UsageError(
             f"Examples of one batch have '{name}' of shapes {shapes}; it may differ in its first {axes} sizes. Give "
             "them one shape in the task's preparation, or say in the task's RAGGED in how many axes they differ."
         )
+    return tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
 
 
 def _pad_arrays(arrays: Sequence[np.ndarray], target: np.ndarray, pad: float) -> None:
