@@ -104,6 +104,9 @@ class ResourcesConfig(Section):
     threads: int = Field(
         default=1, ge=1, description="Intra-op threads of a worker, and the CPUs it asks for; changes the last bits."
     )
+    loader_threads: int = Field(
+        default=4, ge=1, description="Threads that decode and augment, per worker; changes no result."
+    )
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="1 trains on GPUs, 0 on CPUs.")
 
 

@@ -1,8 +1,9 @@
 """Gathered examples cut into micro-batches of tensors.
 
-Arrays of equal shape are stacked. Lists that differ in length are padded to the longest of their *micro-batch*, never
-of more, so that a batch does not depend on what is read with it; `<name>_length`, (B,) int32, has the lengths (of
-arrays that `prepare` gives: where they differ).
+Arrays of one shape are stacked. Stored lists, and arrays of `prepare` that the task says are ragged in their first k
+axes, are padded to the longest of their *micro-batch*, never of more, so that a batch does not depend on what is read
+with it. With them come their sizes, always: `<name>_length`, (B,) int32, where one axis is ragged; else `<name>_size`,
+(B, k) int32.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ class MicroBatch:
 
 
 class Batcher:
-    """Makes micro-batches of gathered examples, with `prepare` for each example or without."""
+    """Makes micro-batches of gathered examples, with `prepare` for each example or without.
 
-    def __init__(self, prepare: Prepare | None, seed: int, threads: int, pad: float) -> None:
+    ragged: of arrays that `prepare` gives, by name: how many of their first axes may differ.
+    """
+
+    def __init__(self, prepare: Prepare | None, seed: int, threads: int, pad: float, ragged: Mapping[str, int]) -> None:
         assert threads >= 1, threads
         self._prepare = prepare
         self._seed = seed & 0xFFFFFFFFFFFFFFFF
         self._pad = pad
+        self._ragged = ragged
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "prepare") if prepare is not None and threads > 1 else None
 
@@ -140,30 +145,39 @@ class Batcher:
             tensors = {}
             for name in batch[0]:
                 arrays = [np.asarray(row[name]) for row in batch]
-                key = f"{name}/prepared/{number}"
+                key, axes = f"{name}/prepared/{number}", self._ragged.get(name, 0)
                 if len({array.shape for array in arrays}) == 1:
                     target = np.stack(arrays, out=buffers.take(key, (count, *arrays[0].shape), arrays[0].dtype))
                 else:
-                    target = self._padded(name, key, arrays, buffers)
-                    lengths = np.array([len(array) for array in arrays], np.int32)
-                    tensors[f"{name}_length"] = torch.from_numpy(lengths)
+                    target = buffers.take(key, (count, *_padded_shape(name, axes, arrays)), arrays[0].dtype)
+                    _pad_arrays(arrays, target, self._pad)
                 tensors[name] = torch.from_numpy(target)
+                if axes:
+                    sizes = np.array([array.shape[:axes] for array in arrays], np.int32)
+                    if axes == 1:
+                        tensors[f"{name}_length"] = torch.from_numpy(sizes.squeeze(1))
+                    else:
+                        tensors[f"{name}_size"] = torch.from_numpy(sizes)
             batches.append(tensors)
         return batches
 
-    def _padded(self, name: str, key: str, arrays: Sequence[np.ndarray], buffers: Buffers) -> np.ndarray:
-        rest = {array.shape[1:] for array in arrays}
-        if len(rest) > 1 or len({array.ndim for array in arrays}) > 1:
-            shapes = ", ".join(map(str, sorted({array.shape for array in arrays})[:3]))
-            raise UsageError(
-                f"Examples of one batch have '{name}' of shapes {shapes}; only the first size may differ. Give them "
-                "one shape in the task's preparation."
-            )
-        target = buffers.take(key, (len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype)
-        for row, array in zip(target, arrays, strict=True):
-            row[: len(array)] = array
-            row[len(array) :] = self._pad
-        return target
+
+def _padded_shape(name: str, axes: int, arrays: Sequence[np.ndarray]) -> tuple[int, ...]:
+    """That which holds each of the arrays. Raises UsageError where they differ beyond their first `axes` sizes."""
+    if len({(array.ndim, array.shape[axes:]) for array in arrays}) > 1:
+        shapes = ", ".join(map(str, sorted({array.shape for array in arrays})[:3]))
+        raise UsageError(
+            f"Examples of one batch have '{name}' of shapes {shapes}; it may differ in its first {axes} sizes. Give "
+            "them one shape in the task's preparation, or say in the task's RAGGED in how many axes they differ."
+        )
+    return tuple(map(max, zip(*(array.shape for array in arrays), strict=True)))
+
+
+def _pad_arrays(arrays: Sequence[np.ndarray], target: np.ndarray, pad: float) -> None:
+    """target[i] = arrays[i], in the corner of its first places, and `pad` around it."""
+    target[:] = pad
+    for row, array in zip(target, arrays, strict=True):
+        row[tuple(map(slice, array.shape))] = array
 
 
 def _pad_rows(values: np.ndarray, starts: np.ndarray, sizes: np.ndarray, target: np.ndarray, pad: float) -> None:

@@ -45,20 +45,20 @@ def to_arrow(blocks: Blocks) -> tuple[bytes, dict[str, int]]:
     return raw.to_pybytes(), places
 
 
-def read_bytes(store: Store, facts: Mapping[str, Any]) -> memoryview:
-    """The bytes of blocks.arrow, mapped where it is local; their length and digest are right."""
-    size, path = count_of(facts["size"]), store.path(BLOCKS_FILE)
-    if not store.exists(BLOCKS_FILE):
+def read_bytes(store: Store, name: str, size: int, xxh3: str) -> memoryview:
+    """The bytes of a file that the index names, mapped where it is local. Raises Damaged where they are others."""
+    path = store.path(name)
+    if not store.exists(name):
         raise Damaged(f"{path} is missing, though the index names it. {REBUILD}")
-    if store.size(BLOCKS_FILE) != size:
-        raise Damaged(f"{path} is {store.size(BLOCKS_FILE)} bytes long instead of {size}. {REBUILD}")
-    local = store.local_path(BLOCKS_FILE)
+    if store.size(name) != size:
+        raise Damaged(f"{path} is {store.size(name)} bytes long instead of {size}. {REBUILD}")
+    local = store.local_path(name)
     if local is None:
-        raw = memoryview(store.read_bytes(BLOCKS_FILE))
+        raw = memoryview(store.read_bytes(name))
     else:
-        with store.explained("read", BLOCKS_FILE), local.open("rb") as file:
+        with store.explained("read", name), local.open("rb") as file:
             raw = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
-    if xxhash.xxh3_128_hexdigest(raw) != facts["xxh3"]:
+    if xxhash.xxh3_128_hexdigest(raw) != xxh3:
         raise Damaged(f"{path} fails its digest. {REBUILD}")
     return raw
 

@@ -7,21 +7,21 @@ examples of like length, and the micro-batches come in no order of length. With 
     base order    7 2 9 3 8 2 | ...      sorted    2 2 | 3 7 | 8 9      runs permuted    8 9 2 2 3 7
 
 It permutes positions inside a window, so each epoch still holds each example once, and is as much a pure function of
-the position as the order it is made of. Runs end where micro-batches do also where sizes do not divide.
+the position as the order it is made of. Runs end where micro-batches do also where sizes do not divide. A mixture's
+windows also end where its shares change, so that they change just there.
+
+Lengths are those that the build stored (lengths.py): no block is read to plan, so a damaged one changes no order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from data_pipelines.order import Order
 from data_pipelines.permutation import keys, permute
-
-if TYPE_CHECKING:
-    from data_pipelines.rows import Split
 
 _RUNS = 2  # what a key permutes; 0 and 1 are those of order.py
 _WINDOW = 8192  # examples
@@ -31,8 +31,9 @@ _KEPT_WINDOWS = 4
 class BucketOrder:
     """An order with runs of like length, of `micro_batch_size` examples at the positions of micro-batches.
 
-    lengths_of: (n,) int64 sample ids -> (n,) lengths. The positions of step s must begin at a multiple of
-    global_batch_size, as they do when a run's batch size does not change.
+    lengths_of: (n,) int64 sample ids -> (n,) lengths. cuts: ascending positions at which windows end too. A step's
+    positions begin at a multiple of global_batch_size, as they do when a run's batch size does not change; where they
+    do not, the order is as good, but micro-batches hold parts of two runs.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BucketOrder:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
+        cuts: Sequence[int] = (),
         window: int = _WINDOW,
     ) -> None:
         self.num_examples = base.num_examples
@@ -54,6 +56,7 @@ class BucketOrder:
         self._micro_batch_size = micro_batch_size
         # Windows end with global batches, but for an epoch's end.
         self._window = -(-window // global_batch_size) * global_batch_size
+        self._cuts = np.array([0, *cuts, np.iinfo(np.int64).max])
         self._windows: dict[int, np.ndarray] = {}  # first position -> sample ids
 
     @property
@@ -73,6 +76,18 @@ class BucketOrder:
             ids[here] = self._ids(int(start), int(stops[index]))[positions[here] - start]
         return ids
 
+    def state(self, position: int) -> dict[str, Any]:
+        """For a checkpoint before a position: the window of the example before it, and what its order follows from.
+
+        Where that window ends at the position, a run may go on in another order.
+        """
+        start, stop = self._window_of(np.array([position - 1], np.int64)) if position else ([0], [0])
+        return {
+            "global_batch_size": self._global_batch_size,
+            "micro_batch_size": self._micro_batch_size,
+            "window": [int(start[0]), int(stop[0])],
+        }
+
     def _window_of(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The first position of the window of each, and the one after its last."""
         starts = positions // self._window * self._window
@@ -80,6 +95,8 @@ class BucketOrder:
         if self.epoch_length is not None:
             epoch = positions // self.epoch_length * self.epoch_length
             starts, stops = np.maximum(starts, epoch), np.minimum(stops, epoch + self.epoch_length)
+        cut = self._cuts.searchsorted(positions, side="right")
+        starts, stops = np.maximum(starts, self._cuts[cut - 1]), np.minimum(stops, self._cuts[cut])
         if self.end is not None:
             stops = np.minimum(stops, self.end)
         return starts, stops
@@ -107,31 +124,3 @@ class BucketOrder:
         place[order] = begins
         within = np.arange(len(positions)) - np.repeat(firsts, sizes)
         return ascending[np.repeat(place, sizes) + within]
-
-
-class Lengths:
-    """Lengths of a ragged column's values by row, read a block at a time and kept."""
-
-    def __init__(self, split: Split, column: str, max_blocks: int = 512) -> None:
-        self._split = split
-        self._column = column
-        self._max_blocks = max_blocks
-        self._blocks: dict[int, np.ndarray] = {}
-
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) int64 rows -> (n,) int64 lengths."""
-        blocks = self._split.block_of(ids)
-        rows = ids - self._split.first_rows[blocks]
-        lengths = np.empty(len(ids), np.int64)
-        for block in np.unique(blocks).tolist():
-            here = blocks == block
-            lengths[here] = self._of(block)[rows[here]]
-        return lengths
-
-    def _of(self, block: int) -> np.ndarray:
-        lengths = self._blocks.get(block)
-        if lengths is None:
-            while len(self._blocks) >= self._max_blocks:
-                self._blocks.pop(next(iter(self._blocks)), None)
-            self._blocks[block] = lengths = self._split.lengths(block, self._column)
-        return lengths

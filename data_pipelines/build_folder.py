@@ -10,14 +10,15 @@ from pathlib import Path
 from configs.errors import UsageError
 from data_pipelines.build_lock import LOCK_FILE
 from data_pipelines.index import BLOCKS_FILE, INDEX_FILE, TOKENIZER_FILE
+from data_pipelines.lengths import LENGTHS_FILE
 from data_pipelines.local_files import is_temporary
-from data_pipelines.partition_rows import PARTS
+from data_pipelines.partition_rows import LENGTHS_ENDING, PARTS
 from data_pipelines.quarantine import QUARANTINE_FILE
 from data_pipelines.storage import Store
 
 SCRATCH = "scratch-"  # begins the names of folders in PARTS that serve one process
 _SHARD = re.compile(r"\w+-\d{5,}-\d{3,}\.arrow")
-_OTHERS = (TOKENIZER_FILE, BLOCKS_FILE, QUARANTINE_FILE)
+_OTHERS = (TOKENIZER_FILE, BLOCKS_FILE, LENGTHS_FILE, QUARANTINE_FILE)
 
 
 def refuse_other_files(target: Path) -> None:
@@ -33,7 +34,7 @@ def refuse_other_files(target: Path) -> None:
 
 
 def sweep(folder: Store) -> None:
-    """Remove what an ended build left unfinished: shards that no finished partition names, files half written.
+    """Remove what an ended build left unfinished: files that no finished partition names, or that are half written.
 
     Where no partition is finished at all, everything of the build goes.
     """
@@ -45,6 +46,9 @@ def sweep(folder: Store) -> None:
     for name in folder.list():
         if _SHARD.fullmatch(name) and name not in done:
             folder.delete(name)
+    for name in folder.list(PARTS):
+        if name.endswith(LENGTHS_ENDING) and f"{name.partition('.')[0]}.json" not in parts:
+            folder.delete(f"{PARTS}/{name}")
     for name in folder.list_dirs(PARTS):
         folder.delete_dir(f"{PARTS}/{name}")
     _remove_temporary(folder)

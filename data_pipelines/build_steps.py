@@ -24,7 +24,9 @@ from data_pipelines.build_folder import SCRATCH
 from data_pipelines.columns import Column, num_buffers
 from data_pipelines.duplicates import find_groups
 from data_pipelines.index import TOKENIZER_FILE, Index, PackingFacts, TokenizerFacts
-from data_pipelines.partition import Part, Sample, Signed, finished, sample, sign, write
+from data_pipelines.lengths import join as join_lengths
+from data_pipelines.lengths import length_columns
+from data_pipelines.partition import Part, Sample, Signed, finished, lengths_part, sample, sign, write
 from data_pipelines.partition_rows import PARTS, TEXT, Job, Look
 from data_pipelines.quarantine import SHOWN_ROWS, check_share, join
 from data_pipelines.split import SPLITS, Split
@@ -211,9 +213,10 @@ def write_shards(work: Work, jobs: Sequence[Job], name: str, max_bad_share: floa
 def finish(
     store: Store, data: Plugin, jobs: Sequence[Job], columns: Sequence[Column], tokenizer: Tokenizer | None
 ) -> None:
-    """Write the list of bad rows and the index."""
+    """Write the list of bad rows, the lengths of rows and the index."""
     compressed, buffers = not store.is_local, num_buffers(columns)
     written: dict[str, list[tuple[Any, Blocks]]] = {split: [] for split in SPLITS}
+    lengths: dict[str, list[str]] = {split: [] for split in SPLITS}
     dropped: Counter[str] = Counter()
     bad = 0
     for job in jobs:
@@ -227,6 +230,7 @@ def finish(
         dropped.update(part.dropped)
         for split, (files, blocks) in part.splits.items():
             written.setdefault(split, []).append((files, Blocks.from_json(blocks, buffers, compressed)))
+            lengths.setdefault(split, []).append(lengths_part(job, split))
     join(store, (f"{job.path}.bad.jsonl" for job in jobs))
     order = [*SPLITS, *sorted(written.keys() - {*SPLITS})]
     files, splits = join_parts({split: written[split] for split in order}, buffers, compressed)
@@ -244,4 +248,5 @@ def finish(
         quarantined=bad,
         dropped=dict(sorted(dropped.items())),
         packing=PackingFacts(jobs[0].seq_lens) if jobs[0].seq_lens else None,
+        lengths=join_lengths(store, chain(*(lengths[split] for split in order))) if length_columns(columns) else None,
     ).write(store)

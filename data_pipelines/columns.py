@@ -19,6 +19,7 @@ NUMBERS = (
 )
 TEXT = "utf8"
 BINARY = "binary"
+_SMALL = ("int8", "int16", "int32", "uint8", "uint16")  # any of their values is an int32
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Column:
     def is_ragged(self) -> bool:
         """Whether its values differ in length."""
         return bool(self.shape) and self.shape[0] is None
+
+    @cached_property
+    def has_length(self) -> bool:
+        """Whether lengths.bin tells how long each value is: the length of a list, or the value of a small number."""
+        return self.name != "key" and (self.is_ragged or (self.shape == () and self.dtype in _SMALL))
 
     @property
     def num_buffers(self) -> int:

@@ -21,9 +21,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,9 +74,10 @@ class Loader:
     The tensors of a step are overwritten some time after the next step() call; copy what must last. `prepare(row,
     generator)` turns an example into arrays; it runs in `threads` threads, its generator is seeded by (seed, position),
     so results depend neither on threads nor on ranks. None takes the examples' arrays as they are. pad: what fills up
-    arrays that differ in length (batches.py). pin: page-locked buffers, for asynchronous copies
-    to a GPU. damage "skip": examples of damaged blocks are left out, and found_damage() has the blocks; the caller must
-    agree with the other ranks, skip() them, and ask for the step again. Close it: it leaves no thread behind.
+    arrays that differ in length; ragged: which of those that `prepare` gives do, and in how many axes (batches.py).
+    pin: page-locked buffers, for asynchronous copies to a GPU. damage "skip": examples of damaged blocks are left out,
+    and found_damage() has the blocks; the caller must agree with the other ranks, skip() them, and ask for the step
+    again. Close it: it leaves no thread behind.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Loader:
         threads: int = 1,
         pin: bool = False,
         pad: float = 0,
+        ragged: Mapping[str, int] = MappingProxyType({}),
         exceptions: Exceptions = Exceptions(),  # noqa: B008 (immutable)
         damage: str = "stop",
     ) -> None:
@@ -118,7 +121,7 @@ class Loader:
         self._sizes = np.array([cut.stop - cut.start for _, _, cut in slots])
         self._offsets = np.concatenate([np.arange(cut.start, cut.stop, dtype=np.int64) for _, _, cut in slots])
         self._omissions = Omissions(examples, order, exceptions)
-        self._batcher = Batcher(prepare, seed, threads, pad)
+        self._batcher = Batcher(prepare, seed, threads, pad, ragged)
         self._plan = _NO_PLAN
         self._planning = threading.Lock()
         self._free: list[Buffers] = []
@@ -126,10 +129,7 @@ class Loader:
         self._given: _HandOver | None = None
         self._steps = range(0)  # of self._given
         self._size = 1  # steps of the next hand-over
-        self._reader = ThreadPoolExecutor(1, "loader", initializer=_use_one_core)
-        num_threads = torch.get_num_threads()
-        self._reader.submit(int).result()
-        torch.set_num_threads(num_threads)  # what threads made later begin with
+        self._reader = _one_thread()
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step; any step may be asked for, consecutive ones are ready.
@@ -340,6 +340,15 @@ class Loader:
         return self._examples_seen + (step - self._start_step) * self._global_batch_size
 
 
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread that reads ahead on one core."""
+    reader = ThreadPoolExecutor(1, "loader", initializer=_use_one_core)
+    num_threads = torch.get_num_threads()
+    reader.submit(int).result()
+    torch.set_num_threads(num_threads)  # what threads made later begin with
+    return reader
+
+
 def _use_one_core() -> None:
     """For this thread: a gather is one memory copy, which more threads would only take from training."""
     torch.get_num_threads()  # takes the setting of the process first, which would undo the next line later
@@ -354,22 +363,40 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     num_examples: int | None = None,
+    threads: int = 1,
     pad: float = 0,
+    ragged: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of an evaluation: over all ranks each example once, the same number on every rank.
 
     num_examples: how many, spread evenly over the examples; None takes all. The generator of an example's `prepare` is
-    seeded by its sample id alone.
+    seeded by its sample id alone. threads, pad, ragged: as of Loader. The next micro-batch is made ready in a thread
+    meanwhile; read the iterator to its end, or close it.
     """
     total = len(examples)
     count = total if num_examples is None else min(num_examples, total)
     ids = np.arange(count, dtype=np.int64) * total // max(count, 1)
-    batcher = Batcher(prepare, 0, 1, pad)
-    for index, idle, cut in _slots(count, micro_batch_size, rank, world_size):
+    batcher = Batcher(prepare, 0, threads, pad, ragged)
+
+    def made(index: int, idle: bool, cut: slice) -> MicroBatch:
         memory = Buffers()
         arrays = examples.gather(ids[cut], memory)
         sizes = np.array([cut.stop - cut.start])
-        yield batcher.cut(arrays, [(index, idle)], ids[cut], ids[cut], sizes, memory)[0]
+        return batcher.cut(arrays, [(index, idle)], ids[cut], ids[cut], sizes, memory)[0]
+
+    reader = _one_thread()
+    try:
+        ahead: Future[MicroBatch] | None = None
+        for slot in _slots(count, micro_batch_size, rank, world_size):
+            following = reader.submit(made, *slot)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+    finally:
+        reader.shutdown(wait=True, cancel_futures=True)
+        batcher.close()
 
 
 def _slots(count: int, micro_batch_size: int, rank: int, world_size: int) -> Iterator[tuple[int, bool, slice]]:

@@ -80,6 +80,11 @@ class Schedule:
         self._build(_checked(weights, changes), list(caps) if caps is not None else [None] * len(weights))
         self._starts = np.array([segment.start for segment in self._segments], np.int64)
 
+    @property
+    def changes(self) -> tuple[int, ...]:
+        """The positions at which shares change, ascending."""
+        return tuple(segment.start for segment in self._segments[1:])
+
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(sources, numbers), (n,) int64 each, for (n,) int64 positions: the source's how-manieth example.
 
@@ -311,15 +316,15 @@ class MixtureOrder:
             ids[here] = self._orders[source].sample_ids(numbers[here]) + self._bases[source]
         return ids
 
-    def metrics(self, names: Sequence[str], start: int, stop: int, left_out: np.ndarray) -> dict[str, float]:
+    def metrics(self, names: Sequence[str], start: int, stop: int, given: np.ndarray | None = None) -> dict[str, float]:
         """Planned share of each source at positions start .. stop - 1, and its share of the examples that were given.
 
-        left_out: (n,) int64, those of the positions whose examples were not given, since their blocks are skipped.
+        given: (sources,), how many examples of each; None where it is those at these positions, and none was left out.
         """
         if stop == start:
             return {}
-        sources, _ = self.schedule(left_out)
-        given = self.schedule.counts(stop) - self.schedule.counts(start) - np.bincount(sources, minlength=len(names))
+        if given is None:
+            given = self.schedule.counts(stop) - self.schedule.counts(start)
         planned, shares = self.schedule.planned(start, stop), given / max(1, given.sum())
         return {f"data/{name}/planned_share": float(planned[i]) for i, name in enumerate(names)} | {
             f"data/{name}/share": float(shares[i]) for i, name in enumerate(names)

@@ -21,8 +21,9 @@ from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from data_pipelines.columns import KEY, Column, token_columns
 from data_pipelines.duplicates import SignatureWriter, content_hash
 from data_pipelines.index import TOKENIZER_FILE
+from data_pipelines.lengths import file_bytes, length_columns
 from data_pipelines.pack import best_fit_counts
-from data_pipelines.partition_rows import TEXT, Job, Rows, members, num_bytes, source_of
+from data_pipelines.partition_rows import LENGTHS_ENDING, TEXT, Job, Rows, members, num_bytes, source_of
 from data_pipelines.quarantine import BadRows, Quarantine
 from data_pipelines.sources import Bad, Row
 from data_pipelines.split import TRAIN, Split
@@ -50,6 +51,7 @@ class Part:
     first_bad: tuple[str, ...]
     dropped: Mapping[str, int]
     splits: Mapping[str, tuple[Mapping[str, int], Mapping[str, Any]]] = field(default_factory=dict)
+    lengths: Mapping[str, int] = field(default_factory=dict)  # bytes of its part of lengths.bin, by file
 
 
 def stored_columns(values: tuple[Column, ...], tokenizer: Tokenizer | None) -> tuple[Column, ...]:
@@ -142,7 +144,7 @@ def write(job: Job, report: Report = _silent) -> Part:
             for split, key, values, text_bytes in _encoded(batch, job.split, tokenizer):
                 try:
                     if split not in writers:
-                        writers[split] = stack.enter_context(_writer(job, split, columns))
+                        writers[split] = stack.enter_context(_writer(job, split, columns, stack))
                     writers[split].add({"key": key, **values}, text_bytes)
                 except UsageError as error:
                     bad.add(Bad(job.partition.name, None, f"{key}: {error}", ""))
@@ -154,6 +156,11 @@ def write(job: Job, report: Report = _silent) -> Part:
         tuple(bad.first),
         dict(rows.dropped),
         {split: (writer.files, writer.blocks.to_json()) for split, writer in sorted(writers.items())},
+        {
+            lengths_part(job, split): file_bytes(int(writer.blocks.rows.sum()), columns)
+            for split, writer in sorted(writers.items())
+            if length_columns(columns)
+        },
     )
     job.store.write_atomic(f"{job.path}.json", json.dumps(asdict(part)))
     return part
@@ -169,6 +176,7 @@ def finished(job: Job) -> Part | None:
     if part.digest != job.digest:
         return None
     files = {name: size for sizes, _ in part.splits.values() for name, size in sizes.items()}
+    files.update(part.lengths)
     try:
         whole = all(job.store.size(name) == size for name, size in files.items())
     except ShardyardError:
@@ -206,7 +214,14 @@ def _encoded(
         yield name, row.key, {**others, "tokens": np.concatenate([mark, tokens]), "num_bytes": text_bytes}, text_bytes
 
 
-def _writer(job: Job, split: str, columns: tuple[Column, ...]) -> ShardWriter:
+def lengths_part(job: Job, split: str) -> str:
+    """The partition's part of lengths.bin, for one split."""
+    return f"{job.path}.{split}{LENGTHS_ENDING}"
+
+
+def _writer(job: Job, split: str, columns: tuple[Column, ...], stack: contextlib.ExitStack) -> ShardWriter:
+    """What else it needs open is put on the stack, below it."""
+
     def packed(lengths: np.ndarray) -> dict[int, int]:
         return best_fit_counts(lengths, job.seq_lens)
 
@@ -216,6 +231,7 @@ def _writer(job: Job, split: str, columns: tuple[Column, ...]) -> ShardWriter:
         columns,
         None if job.store.is_local else "zstd",
         packed if job.seq_lens else None,
+        stack.enter_context(job.store.open_output(lengths_part(job, split))) if length_columns(columns) else None,
     )
 
 

@@ -26,6 +26,7 @@ from data_pipelines.split import Member, Split
 from data_pipelines.storage import Store
 
 PARTS = "parts"  # the folder of what a build keeps while it goes on
+LENGTHS_ENDING = ".lengths"  # of a partition's parts of lengths.bin
 TEXT = "text"  # the column that a tokenizer takes
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 

@@ -3,6 +3,7 @@
     <store>/datasets/<name>-<settings>-<digest>/
         index.json          written last: without it there is no data set
         blocks.arrow        what is known of each block
+        lengths.bin         how long each row is, where rows differ
         tokenizer.json      a Hugging Face tokenizer, where the data is text
         train-00000-000.arrow, ..., validation-00000-000.arrow, ...
 
@@ -24,8 +25,10 @@ import xxhash
 
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from data_pipelines.block_source import BlockSource, LocalBlocks, first_and_last_key
+from data_pipelines.blocks_file import read_bytes
 from data_pipelines.damage import Damage, DamageLog, DamagePolicy
 from data_pipelines.index import REBUILD, TOKENIZER_FILE, Index
+from data_pipelines.lengths import LENGTHS_FILE, Lengths, file_bytes
 from data_pipelines.mapped import MappedFiles
 from data_pipelines.rows import Ragged, Split
 from data_pipelines.storage import Store
@@ -104,6 +107,21 @@ class Dataset:
             )
         return PackedSplit(self.split(split), seq_len, self.index.tokenizer.eos_id, kind, boundaries=boundaries)
 
+    def lengths(self, split: str, column: str) -> Lengths:
+        """How long each row of a split is in a column that has lengths (Column.has_length); no block is read.
+
+        Raises Damaged where the file of lengths is not whole.
+        """
+        return Lengths(self._lengths, self.index.blocks, slice(*self.index.ranges[split]), self.index.columns, column)
+
+    @cached_property
+    def _lengths(self) -> memoryview:
+        index = self.index
+        if index.lengths is None:
+            raise Damaged(f"The data set {self.path} says of no row how long it is. {REBUILD}")
+        size = file_bytes(int(index.blocks.rows.sum()), index.columns)
+        return read_bytes(self.store, LENGTHS_FILE, size, index.lengths)
+
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Each row of a split in order: column -> number, array, str or bytes."""
         return self.split(split).rows()
@@ -123,6 +141,10 @@ class Dataset:
             _ = self.tokenizer
         except ShardyardError as error:
             found.append(Damage(TOKENIZER_FILE, str(error)))
+        try:
+            _ = self._lengths if self.index.lengths is not None else None
+        except ShardyardError as error:
+            found.append(Damage(LENGTHS_FILE, str(error)))
         for name, size in self.index.files.items():
             actual = self.store.size(name) if self.store.exists(name) else None
             if actual != size:

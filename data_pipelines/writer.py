@@ -13,6 +13,7 @@ import xxhash
 from configs.errors import UsageError
 from data_pipelines.blocks import Blocks
 from data_pipelines.columns import BINARY, TEXT, Column, arrow_schema, num_buffers
+from data_pipelines.lengths import block_lengths
 from data_pipelines.storage import OutputFile, Store
 
 BLOCK_BYTES = 2 << 20
@@ -27,7 +28,7 @@ class ShardWriter:
     by an exception, the file it was at is removed.
 
     packed: (rows of a block,) int64 lengths of its documents, end marks counted -> {seq_len: number of best-fit
-    sequences}; called once a block, for data with a column "tokens".
+    sequences}; called once a block, for data with a column "tokens". lengths: a file for the rows' part of lengths.bin.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ShardWriter:
         columns: Sequence[Column],
         compression: Literal["zstd"] | None = None,
         packed: Callable[[np.ndarray], Mapping[int, int]] | None = None,
+        lengths: OutputFile | None = None,
     ) -> None:
         self.files: dict[str, int] = {}
         self._store = store
@@ -44,6 +46,8 @@ class ShardWriter:
         self._columns = tuple(columns)
         self._compression = compression
         self._packed = packed
+        self._lengths = lengths
+        self._has_documents = any(column.name == "tokens" and column.is_ragged for column in columns)
         self._schema = arrow_schema(columns)
         self._rows: list[tuple[Any, ...]] = []
         self._pending_bytes = 0
@@ -93,17 +97,16 @@ class ShardWriter:
             return
         transposed = list(zip(*self._rows, strict=True))
         arrays = [_arrow_array(values, column) for values, column in zip(transposed, self._columns, strict=True)]
-        self._append(pa.RecordBatch.from_arrays(arrays, schema=self._schema), self._block_lengths(transposed))
+        lengths = block_lengths(transposed, self._columns)
+        documents = lengths["tokens"].astype(np.int64) if self._has_documents else None
+        self._append(pa.RecordBatch.from_arrays(arrays, schema=self._schema), documents)
+        if self._lengths is not None:
+            self._lengths.write(b"".join(array.tobytes() for array in lengths.values()))
         self._rows = []
         self._pending_bytes = self._text_bytes = 0
 
-    def _block_lengths(self, transposed: Sequence[Sequence[Any]]) -> np.ndarray | None:
-        for values, column in zip(transposed, self._columns, strict=True):
-            if column.name == "tokens" and column.is_ragged:
-                return np.array([len(value) for value in values], np.int64)
-        return None
-
-    def _append(self, batch: pa.RecordBatch, lengths: np.ndarray | None) -> None:
+    def _append(self, batch: pa.RecordBatch, documents: np.ndarray | None) -> None:
+        """documents: lengths of its "tokens", end marks counted."""
         if self._writer is None:
             self._open_file()
         assert self._writer is not None and self._tee is not None
@@ -122,13 +125,13 @@ class ShardWriter:
                 "start": stop - len(message),
                 "stop": stop,
                 "rows": batch.num_rows,
-                "tokens": 0 if lengths is None else int(lengths.sum()),
+                "tokens": 0 if documents is None else int(documents.sum()),
                 "text_bytes": self._text_bytes,
                 "xxh3": xxhash.xxh3_64_intdigest(message),
                 "content_xxh3": xxhash.xxh3_64_intdigest(body),
                 "content_bytes": len(held),
                 "content_buffers": _buffer_places(content, len(content) - len(held), self._schema, self._columns),
-                "packed": dict(self._packed(lengths)) if self._packed and lengths is not None else {},
+                "packed": dict(self._packed(documents)) if self._packed and documents is not None else {},
             }
         )
         self._number += 1

@@ -188,6 +188,10 @@ def test_the_data_page_reads_columns_of_every_kind(
         for name, value in want.items():
             flat = value.reshape(-1) if name == "image" else value
             assert got[name] == (flat.tolist() if isinstance(flat, np.ndarray) else flat)
+    for name in ("tokens", "audio", "raw", "caption"):
+        values = [row[name].encode() if name == "caption" else row[name] for row in rows]
+        assert page["lengths"](tmp_path, "train", name) == list(map(len, values))
+    assert page["lengths"](tmp_path, "validation", "raw") == []
 
 
 @pytest.mark.parametrize("seed", [0, 1337, -1, 2**63 - 1])

@@ -39,6 +39,11 @@ class BoundTask:
         kind: str = getattr(self.config, "packing", "concat")
         return kind
 
+    def length_column(self) -> str | None:
+        """The stored column by whose lengths rows are put into buckets (data_pipelines/buckets.py); None: none are."""
+        column = getattr(self.module, "length_column", None)
+        return None if column is None else column(self.config)
+
     def io(self) -> tuple[Any, Any]:
         """Shapes (trainer/shapes.py) that a model must take and give."""
         return self.module.io(self.config)
@@ -69,6 +74,12 @@ class BoundTask:
         """
         if hasattr(self.module, "check"):
             self.module.check(batch, self.config)
+
+    @property
+    def ragged(self) -> Mapping[str, int]:
+        """Of the arrays that its preparation gives, by name: how many of their first axes may differ."""
+        axes: Mapping[str, int] = getattr(self.module, "RAGGED", {})
+        return axes
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
         """The loss's denominator: how many terms `loss` sums."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from configs.errors import UsageError
 from configs.schema import flatten
 from data_pipelines.sources import READING_SETTINGS
 
@@ -65,6 +66,30 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         what = f"had {', '.join(changed)}" if changed else "has as many rows and tokens, but other content"
         found.append(f"split '{split}' {what}")
     return found[:_MOST_SHOWN]
+
+
+def check_buckets(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None, position: int, source: str) -> None:
+    """Refuse to go on inside a window of buckets whose order is another one now (both as RunData.state has them).
+
+    Raises UsageError: some examples of the window would come twice, and others not at all.
+    """
+    inside = [each for each in (then, now) if each is not None and each["window"][1] > position]
+    if then == now or not inside:
+        return
+    raise UsageError(
+        f"{source} stands at position {position:,}, among examples that are sorted by length: {_named(then)} then, "
+        f"{_named(now)} now. In another order some of them would be seen twice and others not at all. Set "
+        "batch.global_batch_size and batch.micro_batch_size as they were, and let changes of a mixture begin at "
+        f"position {max(each['window'][1] for each in inside):,} or later; or take the weights alone (train --from "
+        "without --branch)."
+    )
+
+
+def _named(buckets: Mapping[str, Any] | None) -> str:
+    if buckets is None:
+        return "not at all"
+    sizes, (start, stop) = f"{buckets['global_batch_size']} and {buckets['micro_batch_size']}", buckets["window"]
+    return f"by '{buckets['column']}' in batches of {sizes}, positions {start:,} to {stop:,}"
 
 
 def _differences_of_sources(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -83,7 +83,9 @@ def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
         rank=session.world.rank,
         world_size=session.world.size,
         num_examples=num_examples,
+        threads=session.config.resources.loader_threads,
         pad=session.data.pad,
+        ragged=session.data.ragged,
     )
     sums = session.engine.evaluate(session.task, batches)
     metrics = session.task.metrics(sums, session.data.validation_totals)

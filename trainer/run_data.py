@@ -11,9 +11,11 @@ import xxhash
 
 from configs.errors import UsageError
 from configs.schema import RunConfig
+from data_pipelines.buckets import BucketOrder
 from data_pipelines.build import Progress, RunTasks, ensure_dataset
 from data_pipelines.data_state import Exceptions
 from data_pipelines.examples import Examples, Rows
+from data_pipelines.lengths import MixtureLengths
 from data_pipelines.loader import Loader
 from data_pipelines.mixture import SLOTS, Change, MixtureExamples, MixtureOrder, Schedule
 from data_pipelines.mixture_build import ensure_mixture
@@ -21,7 +23,7 @@ from data_pipelines.order import Order, choose_order
 from data_pipelines.ownership import owners
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
-from trainer.data_position import describe, differences
+from trainer.data_position import check_buckets, describe, differences
 from trainer.distributed import World
 from trainer.reading import reading_metrics
 from trainer.validate import Plan, columns_misfit
@@ -77,11 +79,14 @@ class RunData:
     validation: Examples
     validation_totals: Totals
     order: Order
+    mixture: MixtureOrder | None  # what `order` is made of, or is
+    length_column: str | None
     source_names: tuple[str, ...]
     prepare: Prepare | None
     prepare_evaluation: Prepare | None
     description: Mapping[str, Any]
     pad: float
+    ragged: Mapping[str, int]
     skips_damage: bool
 
     @classmethod
@@ -93,8 +98,7 @@ class RunData:
         """
         task, settings = plan.task, plan.source_config
         for dataset in datasets:
-            names = [column.name for column in dataset.index.columns]
-            if (misfit := columns_misfit(plan.config, task, names)) is not None:
+            if (misfit := columns_misfit(plan.config, task, dataset.index.columns)) is not None:
                 raise UsageError(misfit)
         train, validation = ([_examples(each, split, task) for each in datasets] for split in ("train", "validation"))
         for dataset, examples in zip(datasets, train, strict=True):
@@ -103,17 +107,21 @@ class RunData:
         totals = [(getattr(each, "num_tokens", 0), getattr(each, "num_bytes", 0)) for each in validation]
         stored = datasets[0].index.columns
         mixed = plan.config.data.name == MIXTURE
+        order = _order(plan, train)
         return cls(
             datasets=tuple(datasets),
             train=MixtureExamples(train) if mixed else train[0],
             validation=MixtureExamples(validation, "validation") if mixed else validation[0],
             validation_totals=Totals(sum(tokens for tokens, _ in totals), sum(size for _, size in totals)),
-            order=_order(plan, train),
+            order=_in_buckets(order, plan, datasets),
+            mixture=order if isinstance(order, MixtureOrder) else None,
+            length_column=task.length_column(),
             source_names=_source_names(plan),
             prepare=task.preparation(stored, training=True),
             prepare_evaluation=task.preparation(stored, training=False),
             description=_described(datasets),
             pad=task.pad,
+            ragged=task.ragged,
             skips_damage=settings.damage == "skip",
         )
 
@@ -134,8 +142,8 @@ class RunData:
             UsageError: a mixture's sources end before the run does.
         """
         size = config.batch.global_batch_size
-        if isinstance(self.order, MixtureOrder):
-            _check_length(self.order.schedule, start.examples + (config.steps - start.step) * size)
+        if self.mixture is not None:
+            _check_length(self.mixture.schedule, start.examples + (config.steps - start.step) * size)
         return Loader(
             self.train,
             self.order,
@@ -148,9 +156,10 @@ class RunData:
             start_step=start.step,
             examples_seen=start.examples,
             exceptions=start.exceptions,
-            threads=config.resources.threads,
+            threads=config.resources.loader_threads,
             pin=world.device.type == "cuda",
             pad=self.pad,
+            ragged=self.ragged,
             damage="skip" if self.skips_damage else "stop",
         )
 
@@ -162,9 +171,17 @@ class RunData:
             "exceptions": position.exceptions.state(),
             "dataset": dict(self.description),
         }
-        if isinstance(self.order, MixtureOrder):
-            state["mixture"] = self.order.schedule.history(position.examples)
+        if self.mixture is not None:
+            state["mixture"] = self.mixture.schedule.history(position.examples)
+        if (buckets := self._buckets(position.examples)) is not None:
+            state["buckets"] = buckets
         return state
+
+    def _buckets(self, examples: int) -> dict[str, Any] | None:
+        """What the order in buckets follows from at a position; None without buckets."""
+        if not isinstance(self.order, BucketOrder):
+            return None
+        return {"column": self.length_column, **self.order.state(examples)}
 
     def metrics(self, position: Position) -> dict[str, float]:
         """What is worth a curve: blocks left out, where damage is; a mixture's shares of the last examples.
@@ -174,15 +191,22 @@ class RunData:
         """
         skipped, stop = len(position.exceptions.skipped), position.examples
         found = {"data/skipped_blocks": float(skipped)} if skipped else {}
-        if isinstance(self.order, MixtureOrder):
-            last = np.arange(max(0, stop - SLOTS), stop)
-            left_out = last[:0]
-            if skipped:
-                blocks = owners(np.cumsum(self.train.block_examples), self.order.sample_ids(last))
-                left_out = last[~position.exceptions.kept(self.train.name, blocks, last)]
-            found |= self.order.metrics(self.source_names, stop - len(last), stop, left_out)
+        if self.mixture is not None:
+            start = max(0, stop - SLOTS)
+            given = self._given(start, position) if skipped or self.order is not self.mixture else None
+            found |= self.mixture.metrics(self.source_names, start, stop, given)
         prefixes = ["data"] if len(self.datasets) == 1 else [f"data/{name}" for name in self.source_names]
         return found | reading_metrics(dict(zip(prefixes, self.datasets, strict=True)))
+
+    def _given(self, start: int, position: Position) -> np.ndarray:
+        """How many examples of each source of a mixture were given from a position on, (sources,) int64."""
+        positions = np.arange(start, position.examples)
+        ids = self.order.sample_ids(positions)
+        blocks = owners(np.cumsum(self.train.block_examples), ids)
+        ids = ids[position.exceptions.kept(self.train.name, blocks, positions)]
+        assert isinstance(self.train, MixtureExamples)
+        sources = owners(np.cumsum([len(part) for part in self.train.parts]), ids)
+        return np.bincount(sources, minlength=len(self.train.parts))
 
     @property
     def waste(self) -> float | None:
@@ -195,7 +219,8 @@ class RunData:
         """Where the run of a checkpoint (its manifest; `source` names it) stands in this data.
 
         Raises:
-            UsageError: it stands in other data; says what has changed. Damaged: its exceptions cannot be read.
+            UsageError: it stands in other data, or within a bucket of another order; says what has changed.
+            Damaged: its exceptions cannot be read.
         """
         data = manifest["data"]
         if data["fingerprint"] != self.fingerprint:
@@ -207,8 +232,9 @@ class RunData:
                 f"shardyard train RECIPE --from {manifest['run']}@{manifest['step']} name=..."
             )
         examples = int(data["examples_seen"])
-        if isinstance(self.order, MixtureOrder):
-            self.order.schedule.check_history(data.get("mixture", []), examples)
+        if self.mixture is not None:
+            self.mixture.schedule.check_history(data.get("mixture", []), examples)
+        check_buckets(data.get("buckets"), self._buckets(examples), examples, source)
         return Position(int(manifest["step"]), examples, Exceptions.from_state(data["exceptions"]))
 
 
@@ -233,6 +259,22 @@ def _order(plan: Plan, train: Sequence[Examples]) -> Order:
     size = plan.config.batch.global_batch_size
     changes = [Change(change.position(size), change.weights) for change in settings.changes]
     return MixtureOrder(orders, Schedule([source.weight for source in settings.sources], caps, changes))
+
+
+def _in_buckets(order: Order, plan: Plan, datasets: Sequence[Dataset]) -> Order:
+    """The order with rows of like length side by side, where the task names the column of their lengths."""
+    column, batch = plan.task.length_column(), plan.config.batch
+    if column is None:
+        return order
+    parts = [dataset.lengths("train", column) for dataset in datasets]
+    return BucketOrder(
+        order,
+        MixtureLengths(parts) if len(parts) > 1 else parts[0],
+        seed=plan.config.seed,
+        global_batch_size=batch.global_batch_size,
+        micro_batch_size=batch.micro_batch_size,
+        cuts=order.schedule.changes if isinstance(order, MixtureOrder) else (),
+    )
 
 
 def _source_names(plan: Plan) -> tuple[str, ...]:

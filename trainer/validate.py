@@ -195,16 +195,29 @@ def _tokenizer_problems(task_config: Any, resolved: Resolved) -> list[Problem]:
     return []
 
 
-def columns_misfit(config: RunConfig, task: BoundTask, names: Sequence[str]) -> str | None:
+def columns_misfit(config: RunConfig, task: BoundTask, columns: Sequence[Column]) -> str | None:
     """Why the task cannot read data of these columns; None if it can."""
-    missing = [name for name in task.columns() if name not in names]
-    if not missing:
+    named = {column.name: column for column in columns}
+    missing = [name for name in task.columns() if name not in named]
+    if missing:
+        return (
+            f"data '{config.data.name}' has the columns {', '.join(name for name in named if name != 'key')}; task "
+            f"'{config.task.name}' reads {', '.join(task.columns())}. Use a source that has {', '.join(missing)}, or "
+            "another task."
+        )
+    by = task.length_column()
+    if by is None:
         return None
-    return (
-        f"data '{config.data.name}' has the columns {', '.join(name for name in names if name != 'key')}; task "
-        f"'{config.task.name}' reads {', '.join(task.columns())}. Use a source that has {', '.join(missing)}, or "
-        "another task."
-    )
+    if task.packing() is not None:
+        return f"task '{config.task.name}' packs its rows, so there are none to be put side by side by '{by}'"
+    if by not in named or not named[by].has_length:
+        what = f"{named[by].dtype}{list(named[by].shape)}" if by in named else "not there"
+        return (
+            f"task '{config.task.name}' puts rows of like '{by}' side by side, and in data '{config.data.name}' that "
+            f"column is {what}. It has to be a list, text, bytes, or a number of the type int32 or smaller. Use a "
+            "source that has it, or another task."
+        )
+    return None
 
 
 def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, settings: SourceConfig) -> str | None:
@@ -215,10 +228,10 @@ def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, setting
         return str(error)
     except ShardyardError:
         return None  # it cannot be looked at from here, or not yet: the build will tell
-    names = [column.name for column in columns]
-    if task.packing() is not None:  # text becomes tokens in the build
-        names = ["tokens" if name == "text" else name for name in names]
-    misfit = columns_misfit(config, task, names)
+    if getattr(task.config, "tokenizer", None) is not None:  # text becomes tokens in the build
+        tokens = Column("tokens", "uint16", (None,))
+        columns = tuple(tokens if column.name == "text" else column for column in columns)
+    misfit = columns_misfit(config, task, columns)
     if misfit is None:
         try:
             task.preparation(columns, training=True)

@@ -13,6 +13,8 @@ import xxhash
 from data_pipelines.blocks import join_parts
 from data_pipelines.columns import KEY, Column, num_buffers, token_columns
 from data_pipelines.index import TOKENIZER_FILE, Index, TokenizerFacts
+from data_pipelines.lengths import join as join_lengths
+from data_pipelines.lengths import length_columns
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
@@ -64,15 +66,24 @@ def write_set(
     """Write rows, each split by `parts` writers, and open the data set."""
     store = folder if isinstance(folder, Store) else Store(folder)
     written: dict[str, list[Any]] = {split: [] for split in splits}
+    lengths: list[str] = []
     for split, rows in splits.items():
         cuts = np.linspace(0, len(rows), parts + 1).astype(int).tolist()
         for part, (start, stop) in enumerate(pairwise(cuts)):
-            with ShardWriter(store, f"{split}-{part:05d}", columns, compression) as writer:
+            lengths.append(f"{split}-{part:05d}.lengths")
+            with (
+                store.open_output(lengths[-1]) as file,
+                ShardWriter(store, f"{split}-{part:05d}", columns, compression, lengths=file) as writer,
+            ):
                 for row in rows[start:stop]:
                     writer.add(row, row.get("num_bytes", 10))
             written[split].append((writer.files, writer.blocks))
     files, blocks = join_parts(written, num_buffers(columns), compression is not None)
-    Index("small", source or {"name": "small"}, tuple(columns), files, blocks, tokenizer, compression).write(store)
+    digest = join_lengths(store, lengths) if length_columns(columns) else None
+    for each in lengths:
+        store.delete(each)
+    facts = {"tokenizer": tokenizer, "compression": compression, "lengths": digest}
+    Index("small", source or {"name": "small"}, tuple(columns), files, blocks, **facts).write(store)
     return Dataset.open(store)
 
 

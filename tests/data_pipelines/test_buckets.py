@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.buckets import BucketOrder, Lengths
+from data_pipelines.buckets import BucketOrder
+from data_pipelines.mixture import Change, MixtureOrder, Schedule
 from data_pipelines.order import BlockOrder, ExampleOrder
-from tests.data_pipelines.fakes import random_documents, token_split
 
 
 @settings(deadline=None, max_examples=80)
@@ -50,11 +52,48 @@ def test_micro_batches_hold_like_lengths_and_come_in_no_order_of_length() -> Non
     assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
 
 
-def test_lengths_are_those_of_the_stored_lists() -> None:
-    blocks = random_documents(0, 5)
-    split = token_split(blocks)
-    expected = np.array([len(document) + 1 for documents in blocks for document in documents])
-    lengths = Lengths(split, "tokens", max_blocks=2)
-    ids = np.random.default_rng(0).integers(0, len(expected), 100)
-    assert lengths(ids).tolist() == expected[ids].tolist()
-    assert len(lengths._blocks) <= 2
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 2**40), st.integers(1, 12), st.lists(st.integers(1, 400), max_size=4), st.integers(1, 60))
+def test_windows_end_where_the_shares_of_a_mixture_change(
+    seed: int, global_batch_size: int, changes: list[int], window: int
+) -> None:
+    """Between two changes each stretch holds the examples that it holds without buckets, also where a source ends."""
+    sizes = (40, 70)
+    schedule = Schedule(
+        (1, 2), (None, 150), [Change(at, (1 + number % 3, 1)) for number, at in enumerate(sorted(set(changes)))]
+    )
+    base = MixtureOrder([ExampleOrder(seed + number, size) for number, size in enumerate(sizes)], schedule)
+    assert set(changes) <= set(schedule.changes)
+    lengths = np.random.default_rng(seed).integers(1, 50, sum(sizes))
+    sizes_of = {"global_batch_size": global_batch_size, "micro_batch_size": -(-global_batch_size // 3)}
+    order = BucketOrder(base, lengths.__getitem__, seed=seed, cuts=schedule.changes, window=window, **sizes_of)
+    positions = np.arange(600)
+    ids, plain = order.sample_ids(positions), base.sample_ids(positions)
+    for start, stop in pairwise(
+        [0, *(at for at in schedule.changes if at < 600), 600 // order._window * order._window]
+    ):
+        assert sorted(ids[start:stop].tolist()) == sorted(plain[start:stop].tolist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 60), st.integers(0, 40), st.integers(20, 70))
+def test_where_the_state_says_so_a_run_may_go_on_in_another_order(
+    first: int, second: int, window: int, steps: int, num_examples: int
+) -> None:
+    """And where it does not, and the batch changes, examples may come twice or not at all."""
+    lengths = np.random.default_rng(window).integers(1, 50, num_examples)
+
+    def order(size: int) -> BucketOrder:
+        sizes = {"global_batch_size": size, "micro_batch_size": size}
+        return BucketOrder(ExampleOrder(1, num_examples), lengths.__getitem__, seed=1, window=window, **sizes)
+
+    position = first * steps
+    states = [each.state(position) for each in (order(first), order(second))]
+    if all(state["window"][1] <= position for state in states):
+        before, after = np.arange(position), np.arange(position, position + 2 * num_examples)
+        seen = [*order(first).sample_ids(before).tolist(), *order(second).sample_ids(after).tolist()]
+        for epoch in range(position // num_examples + 1):
+            part = seen[epoch * num_examples : (epoch + 1) * num_examples]
+            assert sorted(part) == list(range(num_examples))
+    whole_epochs = position % num_examples == 0
+    assert not whole_epochs or all(state["window"][1] <= position for state in states)

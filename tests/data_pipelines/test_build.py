@@ -128,7 +128,7 @@ def test_built_once_then_opened(tmp_path: Path, source: Plugin) -> None:
     name = dataset_name(source, BYTES)
     assert re.fullmatch(rf"tests-data_pipelines-lines_source-[0-9a-f]{{8}}-{dataset_digest(source, BYTES)[:16]}", name)
     shards = [f"{split}-{number:05d}-000.arrow" for split in ("train", "validation") for number in range(5)]
-    expected = sorted(["blocks.arrow", "index.json", "tokenizer.json", *shards])
+    expected = sorted(["blocks.arrow", "index.json", "lengths.bin", "tokenizer.json", *shards])
     assert everything(tmp_path / "s") == [f"datasets/{name}/{file}" for file in expected]
 
 
@@ -406,7 +406,8 @@ def test_a_full_disk_keeps_finished_partitions_and_other_data_sets(
     assert good.verify() == [] and all(left[name] == raw for name, raw in before.items())
     new = sorted(Path(name).name for name in left.keys() - before.keys())
     shards = [f"{split}-{number:05d}-000.arrow" for split in ("train", "validation") for number in range(2)]
-    assert new == sorted(["00000.json", "00001.json", "tokenizer.json", *shards])
+    lengths = [f"{number:05d}.{split}.lengths" for split in ("train", "validation") for number in range(2)]
+    assert new == sorted(["00000.json", "00001.json", "tokenizer.json", *shards, *lengths])
     ensure_dataset(Store(tmp_path / "s"), source, SMALL_BPE)
     ensure_dataset(Store(tmp_path / "undisturbed"), source, SMALL_BPE)
     after = contents(tmp_path / "s")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from configs.errors import ShardyardError
 from data_pipelines import writer as writer_module
 from data_pipelines.columns import BINARY, KEY, NUMBERS, TEXT, Column
-from data_pipelines.index import BLOCKS_FILE, INDEX_FILE
+from data_pipelines.index import BLOCKS_FILE, FORMAT_VERSION, INDEX_FILE
+from data_pipelines.lengths import LENGTHS_FILE
 from data_pipelines.shards import Dataset
 from tests.data_pipelines.small_sets import COLUMNS, same_rows, some_rows, write_set
 
@@ -112,7 +113,7 @@ def mutate(file: Path, kind: str, share: float, extra: bytes) -> None:
         file.write_bytes(changed[kind])
 
 
-@pytest.mark.parametrize("pattern", [INDEX_FILE, BLOCKS_FILE, "train-*.arrow"])
+@pytest.mark.parametrize("pattern", [INDEX_FILE, BLOCKS_FILE, LENGTHS_FILE, "train-*.arrow"])
 @QUICK
 @given(mutation=mutations(), which=st.integers(0, 10))
 def test_damage_is_refused_or_does_not_matter(written: Path, pattern: str, mutation: Any, which: int) -> None:
@@ -126,12 +127,14 @@ def test_damage_is_refused_or_does_not_matter(written: Path, pattern: str, mutat
         try:
             dataset = Dataset.open(folder)
             read = {split: list(dataset.rows(split)) for split in dataset.splits}
+            lengths = {split: dataset.lengths(split, "tokens")(np.arange(len(ROWS[split]))) for split in ROWS}
         except ShardyardError as error:
             assert not unharmed and file.name in str(error)
             return
         assert all(same_rows(read[split], ROWS[split]) for split in ROWS)
+        assert all(lengths[split].tolist() == [len(row["tokens"]) for row in ROWS[split]] for split in ROWS)
         # White space in index.json, and what lies around the blocks of an Arrow file, may change; lengths are verified.
-        assert unharmed or pattern != BLOCKS_FILE
+        assert unharmed or pattern not in (BLOCKS_FILE, LENGTHS_FILE)
         assert {found.file for found in dataset.verify()} <= {file.name}
 
 
@@ -157,7 +160,7 @@ def test_any_json_in_place_of_the_index_is_refused(tmp_path: Path, header: Any) 
     import xxhash
 
     if isinstance(header, dict):
-        header["format_version"] = 2
+        header["format_version"] = FORMAT_VERSION
         header.pop("digest", None)
         header["digest"] = xxhash.xxh3_128_hexdigest(json.dumps(header, sort_keys=True).encode())
     (tmp_path / INDEX_FILE).write_text(json.dumps(header))

@@ -133,8 +133,8 @@ def test_no_index_says_how_to_get_one(tmp_path: Path) -> None:
 def test_an_index_of_another_version_says_so(tmp_path: Path) -> None:
     small_index().write(Store(tmp_path))
     file = tmp_path / INDEX_FILE
-    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(Damaged, match="format version 1; this program reads 2"):
+    file.write_text(file.read_text().replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(Damaged, match="format version 2; this program reads 3"):
         Index.read(Store(tmp_path))
 
 
@@ -189,6 +189,7 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
     "change",
     [
         *map(drop, ("name", "source", "columns", "files", "splits", "blocks", "tokenizer", "packing", "fingerprint")),
+        drop("lengths"),
         put([], "columns"),
         put([{"name": "key", "dtype": "utf8", "shape": [None]}] * 2, "columns"),
         put("uint99", "columns", 1, "dtype"),
@@ -213,6 +214,7 @@ def put(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
         put(3, "blocks", "arrays", "rows"),
         put(0, "blocks", "arrays", "surprise"),
         put([8], "packing"),
+        put(7, "lengths"),
         put("many", "quarantined"),
         put({"vocab_size": "many", "eos_id": 0, "xxh3": ""}, "tokenizer"),
         put([], "tokenizer"),

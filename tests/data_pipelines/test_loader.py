@@ -3,7 +3,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,13 +18,18 @@ from hypothesis import strategies as st
 from configs.errors import Damaged, UsageError
 from data_pipelines import batches as batches_module
 from data_pipelines import loader as loader_module
+from data_pipelines import writer as writer_module
 from data_pipelines.buckets import BucketOrder
+from data_pipelines.columns import KEY, Column
 from data_pipelines.data_state import Exceptions
-from data_pipelines.examples import Examples
+from data_pipelines.examples import Examples, Rows
+from data_pipelines.lengths import MixtureLengths
 from data_pipelines.loader import Loader, MicroBatch, evaluation_batches
 from data_pipelines.mixture import Change, MixtureExamples, MixtureOrder, Schedule
 from data_pipelines.order import BlockOrder, ExampleOrder, Order, SequentialOrder, choose_order
+from data_pipelines.shards import Dataset
 from tests.data_pipelines.fakes import Lists, Numbers, packed, random_documents
+from tests.data_pipelines.small_sets import write_set
 
 WORLD_SIZES = (1, 2, 3, 4, 6)
 
@@ -101,21 +109,40 @@ def some_data(kind: str, seed: int, global_batch_size: int, micro_batch_size: in
         ]
         schedule = Schedule([5, 2, 3], [None, 2 * len(parts[1]), None], [Change(31, (1, 1, 1))])
         return MixtureExamples(parts), MixtureOrder(orders, schedule)
-    lists = Lists([9, 0, 14, 3, 8])
-    base = BlockOrder(seed, lists.block_examples, 2)
-    order = BucketOrder(
-        base,
-        lists.lengths,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        window=20,
-    )
-    return lists, order
+    sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    datasets = stored_lists()
+    rows = [Rows(dataset.split("train"), ("list", "pixels")) for dataset in datasets]
+    lengths = [dataset.lengths("train", "list") for dataset in datasets]
+    base = [BlockOrder(seed, part.block_examples, 2) for part in rows]
+    if kind == "ragged":
+        return rows[0], BucketOrder(base[0], lengths[0], seed=seed, window=20, **sizes)
+    mixed = MixtureOrder(base, Schedule([1, 2], [None, 2 * len(rows[1])], [Change(31, (1, 1))]))
+    cuts = mixed.schedule.changes
+    return MixtureExamples(rows), BucketOrder(mixed, MixtureLengths(lengths), seed=seed, window=20, cuts=cuts, **sizes)
+
+
+@cache
+def stored_lists() -> tuple[Dataset, ...]:
+    """Two data sets on disk, of lists of 0 to 12 numbers, in several blocks each; they stay mapped."""
+    columns = (KEY, Column("list", "int32", (None,)), Column("pixels", "int32"))
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer_module, "BLOCK_BYTES", 300)
+        found = []
+        for number, count in enumerate((34, 21)):
+            rows = [
+                {"key": f"{row}", "list": np.full(row * 7 % 13, row, np.int32), "pixels": row} for row in range(count)
+            ]
+            dataset = write_set(Path(folder) / str(number), {"train": rows}, columns)
+            split = dataset.split("train")
+            assert len(split.blocks) > 3
+            split.gather(np.arange(count), ("list", "pixels"))  # maps the files, which may go then
+            dataset.lengths("train", "list")
+            found.append(dataset)
+    return tuple(found)
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
-@given(st.data(), st.sampled_from(["concat", "best_fit", "mixture", "ragged"]), st.integers(0, 2**40))
+@given(st.data(), st.sampled_from(["concat", "best_fit", "mixture", "ragged", "ragged mixture"]), st.integers(0, 2**40))
 def test_identical_global_batches_whatever_the_cluster(data: st.DataObject, kind: str, seed: int) -> None:
     """World sizes, threads, read-ahead and where a run was stopped and resumed change nothing; blocks are skipped."""
     global_batch_size = data.draw(st.integers(1, 14), "global batch")
@@ -138,6 +165,7 @@ def test_identical_global_batches_whatever_the_cluster(data: st.DataObject, kind
             seed=seed,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
+            ragged={"list": 1},
             exceptions=exceptions,
             **options,
         )
@@ -395,7 +423,7 @@ def test_lists_are_padded_to_the_longest_of_their_micro_batch(long_row: int, mon
     monkeypatch.setattr(batches_module, "_LONG_ROW", long_row)
     lists = Lists([50])
     for prepare in (None, lambda row, _: {"list": row["list"].astype(np.float32)}):
-        loader = numbers_loader(lists, prepare=prepare, pad=-1)
+        loader = numbers_loader(lists, prepare=prepare, pad=-1, ragged={"list": 1})
         for step in range(12):
             for batch in loader.step(step):
                 lengths = [number * 7 % 10 for number in batch.sample_ids.tolist()]
@@ -405,14 +433,50 @@ def test_lists_are_padded_to_the_longest_of_their_micro_batch(long_row: int, mon
                     [number] * length + [-1] * (max(lengths) - length)
                     for number, length in zip(batch.sample_ids.tolist(), lengths, strict=True)
                 ]
-                if prepare is None or lengths[0] != lengths[1]:
-                    assert batch.tensors["list_length"].tolist() == lengths
+                assert batch.tensors["list_length"].tolist() == lengths
+                assert batch.tensors["list_length"].dtype == torch.int32
         loader.close()
 
 
-def test_shapes_that_cannot_be_padded_are_refused() -> None:
-    loader = numbers_loader(prepare=lambda row, _: {"x": np.zeros((2, int(row["id"][0]) + 1))})
-    with pytest.raises(UsageError, match="only the first size"):
+def picture(row: dict[str, np.ndarray], _: np.random.Generator) -> dict[str, np.ndarray]:
+    """Of a height and a width of its own."""
+    number = int(row["id"][0])
+    return {"image": np.full((*size_of(number), 3), number, np.int16)}
+
+
+def size_of(number: int) -> tuple[int, int]:
+    return 1 + number % 4, 1 + number // 3 % 5
+
+
+def test_pictures_are_padded_to_the_highest_and_widest_of_their_micro_batch() -> None:
+    loader = numbers_loader(prepare=picture, pad=-1, ragged={"image": 2})
+    for step in range(12):
+        for batch in loader.step(step):
+            sizes = [size_of(number) for number in batch.sample_ids.tolist()]
+            expected = np.full((2, *np.max(sizes, axis=0), 3), -1)
+            for row, (number, (high, wide)) in enumerate(zip(batch.sample_ids.tolist(), sizes, strict=True)):
+                for down, right in product(range(high), range(wide)):
+                    expected[row, down, right] = number
+            assert batch.tensors["image"].tolist() == expected.tolist()
+            assert batch.tensors["image_size"].tolist() == list(map(list, sizes))
+            assert batch.tensors.keys() == {"image", "image_size"}
+    loader.close()
+
+
+def test_what_a_batch_holds_does_not_depend_on_the_neighbours() -> None:
+    """Sizes come also where all are alike."""
+    for axes, key in ((1, "image_length"), (2, "image_size")):
+        loader = numbers_loader(prepare=lambda *_: {"image": np.ones((4, 5, 3))}, ragged={"image": axes})
+        assert loader.step(0)[0].tensors[key].tolist() == ([4, 4] if axes == 1 else [[4, 5], [4, 5]])
+        loader.close()
+
+
+@pytest.mark.parametrize("ragged", [0, 1])
+def test_shapes_that_differ_where_the_task_does_not_say_so_are_refused(ragged: int) -> None:
+    loader = numbers_loader(
+        prepare=lambda row, _: {"x": np.zeros((2, int(row["id"][0]) + 1))}, ragged={"x": ragged} if ragged else {}
+    )
+    with pytest.raises(UsageError, match=rf"shapes \(2, 1\), \(2, 2\); it may differ in its first {ragged} .*RAGGED"):
         loader.step(0)
     loader.close()
 
@@ -439,6 +503,37 @@ def test_evaluation_counts_each_example_once(total: int, num_examples: int | Non
 
 
 def evaluation(total: int, num_examples: int | None, rank: int, world_size: int) -> Iterator[MicroBatch]:
-    return evaluation_batches(
-        Numbers([total]), with_noise, micro_batch_size=4, rank=rank, world_size=world_size, num_examples=num_examples
-    )
+    sizes = {"micro_batch_size": 4, "rank": rank, "world_size": world_size}
+    return evaluation_batches(Numbers([total]), with_noise, num_examples=num_examples, **sizes)
+
+
+def test_an_evaluation_reads_one_micro_batch_ahead_in_threads_that_change_nothing() -> None:
+    before = set(threading.enumerate())
+    asked: list[int] = []
+    read = threading.Event()
+
+    class Watched(Numbers):
+        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+            asked.append(int(ids[0]))
+            if len(asked) == 2:
+                read.set()
+            return super().gather(ids, out)
+
+    def evaluated(threads: int) -> Iterator[MicroBatch]:
+        options: dict[str, Any] = {"micro_batch_size": 4, "rank": 0, "world_size": 1, "threads": threads}
+        return evaluation_batches(Watched([40]), with_noise, **options)
+
+    batches = evaluated(3)
+    next(batches)
+    assert read.wait(10) and asked == [0, 4]  # and no more than that
+    batches.close()
+    assert set(threading.enumerate()) == before
+    assert same(list(evaluated(3)), list(evaluated(1)))
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_in_an_evaluation_comes_with_its_own_micro_batch() -> None:
+    batches = evaluation_batches(Numbers([8, 4, 8], broken=[1]), micro_batch_size=4, rank=0, world_size=1)
+    assert [next(batches).sample_ids.tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(Damaged, match="block 1"):
+        next(batches)
