@@ -45,6 +45,7 @@ def read(examples: Examples, order: Order, start: int, rank: int, world_size: in
         start_step=start,
         examples_seen=start * GLOBAL_BATCH,
         threads=threads,
+        ragged={"list": 1},
         prefetch_bytes=4000,
     )
     with log.open("ab", buffering=0) as file:
@@ -60,7 +61,7 @@ def lines(log: Path) -> list[Any]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["concat", "best_fit", "mixture", "ragged"])
+@pytest.mark.parametrize("kind", ["concat", "best_fit", "mixture", "ragged", "ragged mixture"])
 def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
     examples, order = some_data(kind, 5, GLOBAL_BATCH, MICRO_BATCH)
     assert 3 * len(examples) < STEPS * GLOBAL_BATCH  # several epochs
