@@ -123,10 +123,10 @@ def open_decompressed(path: str | Path) -> Iterator[BinaryIO]:
             ) from error
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a source's file; a ShardyardError that names it when it cannot be read."""
+def read_file(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a source's file, or the first so many; a ShardyardError that names it when it cannot be read."""
     with open_input(path) as file:
-        return bytes(file.read())
+        return bytes(file.read() if most is None else file.read(most))
 
 
 def stat_file(path: str, key: str) -> InputFile:

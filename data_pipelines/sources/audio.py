@@ -19,6 +19,7 @@ from data_pipelines.records import Record, Records, records_of
 from data_pipelines.row_values import value_of
 from data_pipelines.sound import decode_sound
 from data_pipelines.sources import (
+    MAX_VALUE_BYTES,
     Bad,
     Column,
     InputFile,
@@ -178,7 +179,7 @@ def _values(fields: dict[str, Any], folder: str, config: Config) -> dict[str, An
             raise ValueError(f"field '{config.text_field}' {error}") from None
     clip = join_path(folder, path.strip())
     try:
-        values["audio"] = decode_sound(read_file(clip), config.sample_rate)
+        values["audio"] = decode_sound(read_file(clip, MAX_VALUE_BYTES + 1), config.sample_rate, MAX_VALUE_BYTES)
     except ValueError as error:
         raise ValueError(f"{without_query(clip)}: {error}") from None
     if not len(values["audio"]):

@@ -234,6 +234,28 @@ def test_rows_with_nulls_or_wrong_numbers_are_bad(tmp_path: Path, kind: str) -> 
     assert [row.key.rpartition(":")[2] for row in found if isinstance(row, Row)] == ["1"]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_large_rows_are_taken_few_at_a_time_and_those_that_are_too_large_are_bad(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((arrow_rows, "_SLICE_BYTES"), (parquet, "_BATCH_BYTES")):
+        monkeypatch.setattr(module, name, 1 << 20)
+    monkeypatch.setattr(arrow_rows, "MAX_VALUE_BYTES", 1 << 20)
+    lengths = [100_000] * 20 + [(1 << 20) + 1, 1 << 20]
+    rows = pa.table({"raw": [bytes(length) for length in lengths], "v": [np.zeros(length // 8) for length in lengths]})
+    source, config = written(tmp_path, kind, rows, {"raw": "raw", "v": "v"})
+    taken = []
+    objects = arrow_rows._objects
+    monkeypatch.setattr(arrow_rows, "_objects", lambda array: taken.append(array.nbytes) or objects(array))
+    found = read_all(source, config)
+    assert [type(row) for row in found] == [Row] * 20 + [Bad, Row]
+    assert found[20].line == 21 and "column 'raw' takes more than 1 MB" in found[20].reason
+    assert max(taken) < 4 << 20 and sum(taken) > sum(lengths)
+    rows = pa.table({"v": [np.zeros(length // 8 + 1) for length in lengths]})
+    source, config = written(tmp_path, kind, rows, {"v": "v"})
+    assert [row.line for row in bads_of(source, config)] == [21, 22]
+
+
 def test_text_that_is_not_utf8_is_bad(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
