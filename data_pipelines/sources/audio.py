@@ -96,7 +96,7 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
                 values = _values(fields, folder, config)
                 group = str(_field(fields, config.speaker_field)) if config.speaker_field is not None else None
             except (ValueError, NotFound) as error:
-                yield records.bad(record, str(error))
+                yield records.bad(record, str(error).rstrip("."))
                 continue
             yield Row(records.key(record), values, group=group)
 

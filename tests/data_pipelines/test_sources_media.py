@@ -245,6 +245,7 @@ def test_clips_that_cannot_be_used_are_bad(tmp_path: Path) -> None:
     parts = ("bad.wav", "none.wav: has no samples", "cut.wav: is cut off: its last 1000 bytes are missing")
     parts += ("gone.wav: there is no such file", "names no file", "has 1 values")
     assert all(part in reason for part, reason in zip(parts, reasons, strict=True)), reasons
+    assert not any(reason.endswith(".") for reason in reasons)  # they stand inside of sentences
     assert [row.line for row in found if isinstance(row, Bad)] == [2, 3, 4, 5, 6, 8]
     bad = bads_of(
         audio, clips(tmp_path, "m.jsonl", '{"path": "clips/a.wav"}\n{"text": "x"}\n[]\n{"path": 3, "text": "x"}')
