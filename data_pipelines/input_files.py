@@ -7,6 +7,7 @@ path is percent-encoded. Keys do not tell where the data lies, so that it may be
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,15 +113,36 @@ def open_decompressed(path: str | Path) -> Iterator[BinaryIO]:
         import pyarrow as pa
 
         try:
-            with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) as stream:
+            with pa.CompressedInputStream(pa.PythonFile(_Numbered(file), mode="r"), compression) as stream:
                 yield stream
         except OSError as error:
             if error.errno is not None:
-                raise
+                raise  # of the disk or the store
             raise Damaged(
                 f"{without_query(name)} cannot be decompressed ({first_line(error)}): it is cut off or damaged, or is "
                 f"no {compression} file. Copy it again from where it is whole, or take it out of the data's paths."
             ) from error
+
+
+class _Numbered:
+    """A file whose errors have an errno, also those of a store, by which they are told from a decompressor's."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.EREMOTEIO, first_line(error)) from error
+
+    def close(self) -> None:
+        """Who opened the file closes it."""
 
 
 def read_file(path: str | Path, most: int | None = None) -> bytes:

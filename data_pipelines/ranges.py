@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines.damage import DamagePolicy
 from data_pipelines.local_files import explain
 from data_pipelines.storage import Store
+from data_pipelines.time_limit import Stalled, within
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
@@ -34,12 +34,6 @@ _THROTTLED = (
     *(" 503", " 429"),
 )
 _TIMED_OUT = ("CURLCODE: 28",)
-
-T = TypeVar("T")
-
-
-class Stalled(OSError):
-    """A request gave nothing within its time."""
 
 
 class CutShort(OSError):
@@ -79,30 +73,6 @@ def pauses(seed: str) -> Iterator[float]:
     while True:
         yield longest * generator.uniform(0.5, 1.0)
         longest = min(LONGEST_PAUSE_S, 2 * longest)
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """The call's result. Raises Stalled where it takes longer; its thread is left behind, and what it finds dropped.
-
-    No client library can be relied on to time out, so the wait is out here. The thread is a daemon: it keeps no
-    process alive.
-    """
-    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((call(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True, name="read").start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise Stalled(f"nothing came for {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # None only where T allows it
 
 
 class RangeReader:
