@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from configs.errors import Damaged
+from configs.errors import Damaged, NotFound
 from data_pipelines.blocks import ARRAYS, Blocks, array_dtype, array_shape, names_of
 from data_pipelines.columns import Column, num_buffers
+from data_pipelines.ranges import RangeReader
 from data_pipelines.storage import Store
 
 BLOCKS_FILE = "blocks.arrow"
@@ -45,22 +47,26 @@ def to_arrow(blocks: Blocks) -> tuple[bytes, dict[str, int]]:
     return raw.to_pybytes(), places
 
 
-def read_bytes(store: Store, facts: Mapping[str, Any]) -> memoryview:
+def read_bytes(store: Store, reader: RangeReader, facts: Mapping[str, Any]) -> memoryview:
     """The bytes of blocks.arrow, mapped where it is local; their length and digest are right."""
     size, path = count_of(facts["size"]), store.path(BLOCKS_FILE)
-    if not store.exists(BLOCKS_FILE):
-        raise Damaged(f"{path} is missing, though the index names it. {REBUILD}")
-    if store.size(BLOCKS_FILE) != size:
-        raise Damaged(f"{path} is {store.size(BLOCKS_FILE)} bytes long instead of {size}. {REBUILD}")
-    local = store.local_path(BLOCKS_FILE)
-    if local is None:
-        raw = memoryview(store.read_bytes(BLOCKS_FILE))
-    else:
-        with store.explained("read", BLOCKS_FILE), local.open("rb") as file:
-            raw = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+    try:
+        raw = _mapped(store) if store.is_local else memoryview(reader.read_file(BLOCKS_FILE))
+    except NotFound:
+        raise Damaged(f"{path} is missing, though the index names it. {REBUILD}") from None
+    if len(raw) != size:
+        raise Damaged(f"{path} is {len(raw)} bytes long instead of {size}. {REBUILD}")
     if xxhash.xxh3_128_hexdigest(raw) != facts["xxh3"]:
         raise Damaged(f"{path} fails its digest. {REBUILD}")
     return raw
+
+
+def _mapped(store: Store) -> memoryview:
+    local = store.local_path(BLOCKS_FILE)
+    assert local is not None
+    with store.explained("read", BLOCKS_FILE), local.open("rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0
+        return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def from_arrow(raw: memoryview, content: Mapping[str, Any], columns: tuple[Column, ...]) -> Blocks:

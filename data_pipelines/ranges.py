@@ -14,9 +14,9 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines.damage import DamagePolicy
@@ -34,6 +34,8 @@ _THROTTLED = (
     *(" 503", " 429"),
 )
 _TIMED_OUT = ("CURLCODE: 28",)
+
+T = TypeVar("T")
 
 
 class CutShort(OSError):
@@ -94,8 +96,18 @@ class RangeReader:
         the store still fails after the policy's retry_s.
         """
         cuts = [*range(start, stop, REQUEST_BYTES), stop]
-        parts = [self._patiently(path, first, last) for first, last in itertools.pairwise(cuts)]
+        parts = [
+            self._patiently(path, first, partial(self._once, path, first, last))
+            for first, last in itertools.pairwise(cuts)
+        ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_file(self, path: str) -> bytes:
+        """The whole file; one on a local disk without further tries. Raises what read() does, but Truncated."""
+        if self._store.is_local:
+            return self._store.read_bytes(path)
+        size = self._patiently(path, 0, lambda: within(self._policy.stall_s, lambda: int(self._open(path).size())))
+        return self.read(path, 0, size)
 
     def pause(self, seconds: float) -> None:
         """Wait. Raises Unreachable when closed meanwhile."""
@@ -113,15 +125,15 @@ class RangeReader:
         with self._lock:
             self._files.clear()
 
-    def _patiently(self, path: str, start: int, stop: int) -> bytes:
-        """One request, again and again until it is answered in full or the budget is spent."""
+    def _patiently(self, path: str, start: int, request: Callable[[], T]) -> T:
+        """The answer to a request, which is made until it is answered in full or the budget is spent."""
         waits = pauses(f"{self._seed} {path} {start}")
         tries, failing_since = 0, None
         while True:
             tries += 1
             began = time.monotonic()
             try:
-                return self._once(path, start, stop)
+                return request()
             except Truncated:
                 raise
             except Exception as error:
@@ -182,7 +194,7 @@ class RangeReader:
         cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         return Unreachable(
             f"{self._store.path(path)} could not be read: {tries} tries in {seconds:.0f} s failed, the last with: "
-            f"{cause.rstrip('.')}. Check the store and the network, and launch the run again: it goes on where it was. "
+            f"{cause.rstrip('.: ')}. Check the store and the network, and launch the run again: it goes on where it was. "
             f"For a store that is away for longer raise data.retry_s (now {self._policy.retry_s:g})."
         )
 

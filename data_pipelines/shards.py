@@ -27,6 +27,7 @@ from data_pipelines.block_source import BlockSource, LocalBlocks, first_and_last
 from data_pipelines.damage import DamageLog, DamagePolicy
 from data_pipelines.index import REBUILD, TOKENIZER_FILE, Index
 from data_pipelines.mapped import MappedFiles
+from data_pipelines.ranges import Counters, RangeReader
 from data_pipelines.rows import Ragged, Split
 from data_pipelines.storage import Store
 
@@ -69,7 +70,7 @@ class Dataset:
         Raises NotFound where there is no index, and Damaged for one that is not whole.
         """
         folder = store if isinstance(store, Store) else Store(store)
-        return cls(folder, Index.read(folder), damage)
+        return cls(folder, Index.read(folder, damage), damage)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open, (self.store, self.damage_policy)
@@ -86,7 +87,7 @@ class Dataset:
 
         if self.index.tokenizer is None:
             return None
-        raw = self.store.read_bytes(TOKENIZER_FILE)
+        raw = RangeReader(self.store, self.damage_policy, Counters()).read_file(TOKENIZER_FILE)
         if xxhash.xxh3_128_hexdigest(raw) != self.index.tokenizer.xxh3:
             raise Damaged(f"{self.store.path(TOKENIZER_FILE)} fails its digest. {REBUILD}")
         return Tokenizer.from_json(raw.decode("utf-8"))

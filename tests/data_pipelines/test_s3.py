@@ -22,7 +22,7 @@ from data_pipelines.damage import BlockDamaged, DamagePolicy
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
 from tests.data_pipelines.fault_proxy import FAULTS, FaultProxy
-from tests.data_pipelines.small_sets import same_rows, some_rows, write_set
+from tests.data_pipelines.small_sets import same_rows, some_rows, write_set, write_texts
 
 moto_server = pytest.importorskip("moto.server", reason="moto[s3,server] is not installed")
 pytestmark = pytest.mark.longer
@@ -69,6 +69,17 @@ def stored(request: pytest.FixtureRequest, server: tuple[str, int], s3: FaultPro
     return write_set(direct, {"train": ROWS}, compression=request.param)
 
 
+@pytest.fixture
+def texts(server: tuple[str, int], s3: FaultProxy, tmp_path: Path) -> Dataset:
+    """A data set of texts in a bucket."""
+    here = write_texts(tmp_path / "here", {"train": ["one", "two"]})
+    there = Store(uri(server[1], tmp_path.name))
+    there._remote[0].create_dir("bucket")
+    for name in here.store.list():
+        there.write_atomic(name, here.store.read_bytes(name))
+    return here
+
+
 def open_through(proxy: FaultProxy, tmp_path: Path, **policy: Any) -> Dataset:
     settings: dict[str, Any] = {"cache_path": str(tmp_path / "blocks"), "cache_bytes": 1 << 20} | policy
     return Dataset.open(Store(uri(proxy.port, tmp_path.name)), damage=DamagePolicy(**settings))
@@ -91,6 +102,32 @@ def test_each_block_is_read_once_in_one_request(stored: Dataset, s3: FaultProxy,
     s3.gets.clear()
     assert same_rows(list(again.rows("train")), ROWS) and not s3.gets
     again.close()
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "corrupt"])
+def test_a_data_set_is_opened_through_faults_in_passing(
+    texts: Dataset, s3: FaultProxy, tmp_path: Path, fault: str
+) -> None:
+    s3.plan.extend([fault, fault, None] * 3)  # of index.json, blocks.arrow and tokenizer.json
+    opened = open_through(s3, tmp_path, stall_s=0.3)
+    assert opened.fingerprint == texts.fingerprint and opened.tokenizer is not None
+    assert s3.met[fault] == 6 and not s3.plan
+
+
+@pytest.mark.parametrize("fault", ["error", "truncate", "stall"])
+@pytest.mark.parametrize("file", ["index.json", "blocks.arrow", "tokenizer.json"])
+def test_a_data_set_whose_store_stays_away_is_not_opened_and_the_budget_holds(
+    texts: Dataset, s3: FaultProxy, tmp_path: Path, file: str, fault: str
+) -> None:
+    s3.plan.extend([None] * ["index.json", "blocks.arrow", "tokenizer.json"].index(file))
+    s3.always = fault
+    with pytest.raises(
+        Unreachable, match=rf"{tmp_path.name}/{file} could not be read: \d+ tries .*data\.retry_s \(now 1"
+    ):
+        _ = open_through(s3, tmp_path, stall_s=0.3, retry_s=1.0).tokenizer
+    assert 2 <= s3.met[fault] <= 10
+    s3.always = None
+    assert open_through(s3, tmp_path).tokenizer is not None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
