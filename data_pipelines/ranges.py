@@ -191,10 +191,10 @@ class RangeReader:
         return without_retries(file_system, self._policy.stall_s), root
 
     def _given_up(self, path: str, tries: int, seconds: float, error: Exception) -> Unreachable:
-        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        cause = (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(".: ")
         return Unreachable(
             f"{self._store.path(path)} could not be read: {tries} tries in {seconds:.0f} s failed, the last with: "
-            f"{cause.rstrip('.: ')}. Check the store and the network, and launch the run again: it goes on where it was. "
+            f"{cause}. Check the store and the network, and launch the run again: it goes on where it was. "
             f"For a store that is away for longer raise data.retry_s (now {self._policy.retry_s:g})."
         )
 

@@ -17,10 +17,15 @@ import numpy as np
 import pytest
 
 from configs.errors import ShardyardError, Unreachable
+from configs.schema import Plugin
 from data_pipelines import block_cache, cache, ranges, writer
+from data_pipelines.build import ensure_dataset
 from data_pipelines.damage import BlockDamaged, DamagePolicy
+from data_pipelines.loader import Loader
+from data_pipelines.order import choose_order
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
+from tests.data_pipelines.conftest import BYTES
 from tests.data_pipelines.fault_proxy import FAULTS, FaultProxy
 from tests.data_pipelines.small_sets import same_rows, some_rows, write_set, write_texts
 
@@ -200,6 +205,43 @@ def test_a_missing_shard_is_named(stored: Dataset, s3: FaultProxy, tmp_path: Pat
 def test_a_wrong_bucket_is_told_at_once(stored: Dataset, s3: FaultProxy) -> None:
     with pytest.raises(ShardyardError, match=r"no data set|Cannot"):
         Dataset.open(Store(uri(s3.port, "nowhere").replace("bucket/", "no-such-bucket/")))
+
+
+# --- builds
+
+
+def first_batches(dataset: Dataset) -> list[tuple[list[int], dict[str, Any]]]:
+    """Sample ids and tensors of a step, as training gets them."""
+    packed = dataset.packed("train", 64)
+    order = choose_order("blocks", 3, packed.block_examples)
+    settings: dict[str, Any] = {"seed": 3, "global_batch_size": 8, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+    loader = Loader(packed, order, **settings)
+    try:
+        return [
+            (batch.sample_ids.tolist(), {name: tensor.tolist() for name, tensor in batch.tensors.items()})
+            for batch in loader.step(0)
+        ]
+    finally:
+        loader.close()
+
+
+def test_a_build_into_s3_is_the_same_data_set_as_one_here(
+    server: tuple[str, int], s3: FaultProxy, source: Plugin, tmp_path: Path
+) -> None:
+    settings = {**source.settings, "cache_dir": str(tmp_path / "blocks"), "cache_bytes": 64 << 20}
+    data = Plugin(name=source.name, **settings)
+    there = Store(uri(server[1], tmp_path.name))
+    there._remote[0].create_dir("bucket")
+    built, local = (ensure_dataset(store, data, BYTES) for store in (there, Store(tmp_path / "store")))
+    assert (built.index.compression, local.index.compression) == ("zstd", None)
+    assert built.fingerprint == local.fingerprint and len(built.index.splits["train"]) > 2
+    assert built.verify() == []
+    assert same_rows(list(built.rows("validation")), list(local.rows("validation")))
+    batches = first_batches(built)
+    assert batches == first_batches(local) and len(batches) == 2
+    assert ensure_dataset(there, data, BYTES).fingerprint == built.fingerprint  # opened, and not built again
+    for dataset in (built, local):
+        dataset.close()
 
 
 # --- processes
