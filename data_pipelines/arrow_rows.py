@@ -18,12 +18,13 @@ import numpy as np
 from configs.errors import Damaged, UsageError
 from data_pipelines.columns import BINARY, TEXT, Column
 from data_pipelines.input_files import first_line, without_query
-from data_pipelines.sources import Bad, InputFile, Partition, Row
+from data_pipelines.sources import MAX_VALUE_BYTES, Bad, InputFile, Partition, Row
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _SLICE_ROWS = 1024  # turned into Python objects at once
+_SLICE_BYTES = 16 << 20  # of rows that are large
 
 Reader = Callable[[int], Any]  # the value of a row; raises ValueError with the reason why it has none
 
@@ -56,15 +57,19 @@ def rows_of(
 ) -> Iterator[Row | Bad]:
     """The rows of a batch. first: the number of its first row in the file, from 0; a key is key:number from 1."""
     _check_buffers(batch, [wanted[column.name] for column in columns])
-    for start in range(0, batch.num_rows, _SLICE_ROWS):
-        piece = batch.slice(start, _SLICE_ROWS)
+    slice_rows = min(_SLICE_ROWS, 1 + batch.num_rows * _SLICE_BYTES // max(1, batch.nbytes))
+    item_bytes = {column.name: column.item_bytes for column in columns if column.is_ragged}
+    for start in range(0, batch.num_rows, slice_rows):
+        piece = batch.slice(start, slice_rows)
         readers = {column.name: _reader(piece.column(wanted[column.name]), column) for column in columns}
         for index in range(piece.num_rows):
             number = first + start + index + 1
             values = {}
             try:
                 for name, reader in readers.items():
-                    values[name] = reader(index)
+                    values[name] = value = reader(index)
+                    if name in item_bytes and len(value) * item_bytes[name] > MAX_VALUE_BYTES:
+                        raise ValueError(f"takes more than {MAX_VALUE_BYTES >> 20} MB, which is no row")
             except ValueError as error:
                 yield Bad(file, number, f"column '{wanted[name]}' {error}")
                 continue

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from configs.errors import Damaged
+from configs.errors import Damaged, NotFound
 from data_pipelines.blocks import ARRAYS, Blocks, array_dtype, array_shape, names_of
 from data_pipelines.columns import Column, num_buffers
+from data_pipelines.ranges import RangeReader
 from data_pipelines.storage import Store
 
 BLOCKS_FILE = "blocks.arrow"
@@ -45,22 +47,26 @@ def to_arrow(blocks: Blocks) -> tuple[bytes, dict[str, int]]:
     return raw.to_pybytes(), places
 
 
-def read_bytes(store: Store, name: str, size: int, xxh3: str) -> memoryview:
+def read_bytes(store: Store, reader: RangeReader, name: str, size: int, xxh3: str) -> memoryview:
     """The bytes of a file that the index names, mapped where it is local. Raises Damaged where they are others."""
     path = store.path(name)
-    if not store.exists(name):
-        raise Damaged(f"{path} is missing, though the index names it. {REBUILD}")
-    if store.size(name) != size:
-        raise Damaged(f"{path} is {store.size(name)} bytes long instead of {size}. {REBUILD}")
-    local = store.local_path(name)
-    if local is None:
-        raw = memoryview(store.read_bytes(name))
-    else:
-        with store.explained("read", name), local.open("rb") as file:
-            raw = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+    try:
+        raw = _mapped(store, name) if store.is_local else memoryview(reader.read_file(name))
+    except NotFound:
+        raise Damaged(f"{path} is missing, though the index names it. {REBUILD}") from None
+    if len(raw) != size:
+        raise Damaged(f"{path} is {len(raw)} bytes long instead of {size}. {REBUILD}")
     if xxhash.xxh3_128_hexdigest(raw) != xxh3:
         raise Damaged(f"{path} fails its digest. {REBUILD}")
     return raw
+
+
+def _mapped(store: Store, name: str) -> memoryview:
+    local = store.local_path(name)
+    assert local is not None
+    with store.explained("read", name), local.open("rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0
+        return memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def from_arrow(raw: memoryview, content: Mapping[str, Any], columns: tuple[Column, ...]) -> Blocks:

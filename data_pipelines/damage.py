@@ -1,19 +1,16 @@
 """Damaged blocks: what the policy says, how an error names them, and the list the loader asks for.
 
 A block that fails its digest is read again, with back-off, before it counts as damaged (fetch.py for remote stores,
-`read_again` for local disks). What is damaged then stops the run, or, under "skip", is kept in a DamageLog: the ranks
-agree between two steps on what to leave out, so that every one of them, and every resume, leaves out the same.
+block_source.py for local disks). What is damaged then stops the run, or, under "skip", is kept in a DamageLog: the
+ranks agree between two steps on what to leave out, so that every one of them, and every resume, leaves out the same.
 A store that is out of reach is no damage: it stops the run under either policy, for nothing of the data is lost.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -162,22 +159,3 @@ def first_rows(rows: np.ndarray) -> np.ndarray:
     starts = np.zeros(len(rows), np.int64)
     np.cumsum(rows[:-1], out=starts[1:])
     return starts
-
-
-def read_again(path: Path, start: int, stop: int) -> bytes:
-    """Bytes start..stop of a local file from the disk itself, as far as the kernel lets go of its cached pages.
-
-    A page that was damaged in memory, not on the disk, is whole again after this. Fewer bytes where the file ends
-    before; raises OSError.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
-        parts = []
-        while start < stop and (part := os.pread(descriptor, stop - start, start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,8 @@ from data_pipelines import blocks_file
 from data_pipelines.blocks import Blocks
 from data_pipelines.blocks_file import BLOCKS_FILE, REBUILD, count_of, counts_of, typed
 from data_pipelines.columns import Column, num_buffers
+from data_pipelines.damage import DamagePolicy
+from data_pipelines.ranges import Counters, RangeReader
 from data_pipelines.storage import Store
 
 __all__ = [
@@ -132,21 +134,23 @@ class Index:
         return json.dumps({"digest": _digest(content), **content}, indent=1)
 
     @classmethod
-    def read(cls, store: Store) -> Index:
-        """The index that write() wrote.
+    def read(cls, store: Store, policy: DamagePolicy | None = None) -> Index:
+        """The index that write() wrote. policy: how patiently a remote store is read.
 
         Raises NotFound where there is none, and Damaged for anything that is not whole.
         """
-        if not store.exists(INDEX_FILE):
+        reader = RangeReader(store, policy or DamagePolicy(), Counters())
+        try:
+            content = _header_in(reader.read_file(INDEX_FILE), store.path(INDEX_FILE))
+        except NotFound:
             raise NotFound(
                 f"There is no data set in {store.path()}: it has no {INDEX_FILE}, which a build writes last. Build "
                 "the data set again (shardyard data build), or check the path."
-            )
-        content = _read_header(store)
+            ) from None
         try:
             columns = tuple(Column.from_json(values) for values in content["columns"])
             facts = content["blocks"]
-            raw = blocks_file.read_bytes(store, BLOCKS_FILE, count_of(facts["size"]), facts["xxh3"])
+            raw = blocks_file.read_bytes(store, reader, BLOCKS_FILE, count_of(facts["size"]), facts["xxh3"])
             blocks = blocks_file.from_arrow(raw, content, columns)
             blocks_file.check(blocks, content, columns)
             return cls._from_json(content, columns, blocks)
@@ -190,10 +194,9 @@ def _content_digest(blocks: Blocks) -> list[Any]:
 # --- index.json
 
 
-def _read_header(store: Store) -> dict[str, Any]:
-    path = store.path(INDEX_FILE)
+def _header_in(raw: bytes, path: str) -> dict[str, Any]:
     try:
-        content = typed(json.loads(store.read_bytes(INDEX_FILE)), dict)
+        content = typed(json.loads(raw), dict)
         digest, version = content.pop("digest"), content["format_version"]
         if version != FORMAT_VERSION:
             raise Damaged(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. {REBUILD}")

@@ -7,6 +7,7 @@ path is percent-encoded. Keys do not tell where the data lies, so that it may be
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,21 +113,42 @@ def open_decompressed(path: str | Path) -> Iterator[BinaryIO]:
         import pyarrow as pa
 
         try:
-            with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) as stream:
+            with pa.CompressedInputStream(pa.PythonFile(_Numbered(file), mode="r"), compression) as stream:
                 yield stream
         except OSError as error:
             if error.errno is not None:
-                raise
+                raise  # of the disk or the store
             raise Damaged(
                 f"{without_query(name)} cannot be decompressed ({first_line(error)}): it is cut off or damaged, or is "
                 f"no {compression} file. Copy it again from where it is whole, or take it out of the data's paths."
             ) from error
 
 
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a source's file; a ShardyardError that names it when it cannot be read."""
+class _Numbered:
+    """A file whose errors have an errno, also those of a store, by which they are told from a decompressor's."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.EREMOTEIO, first_line(error)) from error
+
+    def close(self) -> None:
+        """Who opened the file closes it."""
+
+
+def read_file(path: str | Path, most: int | None = None) -> bytes:
+    """The bytes of a source's file, or the first so many; a ShardyardError that names it when it cannot be read."""
     with open_input(path) as file:
-        return bytes(file.read())
+        return bytes(file.read() if most is None else file.read(most))
 
 
 def stat_file(path: str, key: str) -> InputFile:

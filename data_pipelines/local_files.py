@@ -20,6 +20,7 @@ _REMEDIES = {
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "Move that file away, or choose another store."),
     errno.EISDIR: ("it is a folder, not a file", "Move that folder away, or choose another store."),
     errno.EIO: ("the disk reported an input/output error", "Check the disk (dmesg), or choose another store."),
+    errno.ESPIPE: ("it can only be read from its beginning on", "Copy it to a local folder, or to an object store."),
     errno.EMFILE: ("this process has too many open files", "Raise the limit (ulimit -n)."),
 }
 

@@ -6,6 +6,7 @@ data set is one flat array of bytes, in which a batch of rows is gathered with o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -22,6 +23,7 @@ from configs.errors import ShardyardError
 from data_pipelines.local_files import explain
 
 _PAGE = mmap.PAGESIZE
+_FOLIO = 2 << 20  # the kernel caches and drops pages in groups of up to so many bytes
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
@@ -90,6 +92,22 @@ class MappedFiles:
         """Ask the system to read a part of the range ahead."""
         first = start // _PAGE * _PAGE
         self._libc.madvise(self.address + first, start + num_bytes - first, mmap.MADV_WILLNEED)
+
+    def read_again(self, file: int, start: int, stop: int) -> None:
+        """Have bytes start..stop of a mapped file come from the disk when they are next touched.
+
+        So what was damaged in memory alone is whole again. The kernel drops a cached page once nobody maps it: not
+        where another process does.
+        """
+        first = start // _FOLIO * _FOLIO
+        end = min(-(-stop // _FOLIO) * _FOLIO, -(-(self.map(file) or 0) // _PAGE) * _PAGE)
+        self._libc.madvise(self.address + self.offset(file) + first, end - first, mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # without it the page cache is what there is
+            descriptor = os.open(self.path(file), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, first, end - first, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
 
     def _reserve(self) -> int:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE

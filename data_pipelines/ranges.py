@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import queue
 import random
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines.damage import DamagePolicy
 from data_pipelines.local_files import explain
 from data_pipelines.storage import Store
+from data_pipelines.time_limit import Stalled, within
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
@@ -36,10 +36,6 @@ _THROTTLED = (
 _TIMED_OUT = ("CURLCODE: 28",)
 
 T = TypeVar("T")
-
-
-class Stalled(OSError):
-    """A request gave nothing within its time."""
 
 
 class CutShort(OSError):
@@ -81,30 +77,6 @@ def pauses(seed: str) -> Iterator[float]:
         longest = min(LONGEST_PAUSE_S, 2 * longest)
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """The call's result. Raises Stalled where it takes longer; its thread is left behind, and what it finds dropped.
-
-    No client library can be relied on to time out, so the wait is out here. The thread is a daemon: it keeps no
-    process alive.
-    """
-    outcome: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((call(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True, name="read").start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise Stalled(f"nothing came for {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # None only where T allows it
-
-
 class RangeReader:
     """Byte ranges of a store's files. Safe to use from several threads; close() wakes those that wait to try again."""
 
@@ -124,8 +96,18 @@ class RangeReader:
         the store still fails after the policy's retry_s.
         """
         cuts = [*range(start, stop, REQUEST_BYTES), stop]
-        parts = [self._patiently(path, first, last) for first, last in itertools.pairwise(cuts)]
+        parts = [
+            self._patiently(path, first, partial(self._once, path, first, last))
+            for first, last in itertools.pairwise(cuts)
+        ]
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_file(self, path: str) -> bytes:
+        """The whole file; one on a local disk without further tries. Raises what read() does, but Truncated."""
+        if self._store.is_local:
+            return self._store.read_bytes(path)
+        size = self._patiently(path, 0, lambda: within(self._policy.stall_s, lambda: int(self._open(path).size())))
+        return self.read(path, 0, size)
 
     def pause(self, seconds: float) -> None:
         """Wait. Raises Unreachable when closed meanwhile."""
@@ -143,15 +125,15 @@ class RangeReader:
         with self._lock:
             self._files.clear()
 
-    def _patiently(self, path: str, start: int, stop: int) -> bytes:
-        """One request, again and again until it is answered in full or the budget is spent."""
+    def _patiently(self, path: str, start: int, request: Callable[[], T]) -> T:
+        """The answer to a request, which is made until it is answered in full or the budget is spent."""
         waits = pauses(f"{self._seed} {path} {start}")
         tries, failing_since = 0, None
         while True:
             tries += 1
             began = time.monotonic()
             try:
-                return self._once(path, start, stop)
+                return request()
             except Truncated:
                 raise
             except Exception as error:
@@ -209,10 +191,10 @@ class RangeReader:
         return without_retries(file_system, self._policy.stall_s), root
 
     def _given_up(self, path: str, tries: int, seconds: float, error: Exception) -> Unreachable:
-        cause = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        cause = (next(iter(str(error).strip().splitlines()), "") or type(error).__name__).rstrip(".: ")
         return Unreachable(
             f"{self._store.path(path)} could not be read: {tries} tries in {seconds:.0f} s failed, the last with: "
-            f"{cause.rstrip('.')}. Check the store and the network, and launch the run again: it goes on where it was. "
+            f"{cause}. Check the store and the network, and launch the run again: it goes on where it was. "
             f"For a store that is away for longer raise data.retry_s (now {self._policy.retry_s:g})."
         )
 

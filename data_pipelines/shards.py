@@ -30,6 +30,7 @@ from data_pipelines.damage import Damage, DamageLog, DamagePolicy
 from data_pipelines.index import REBUILD, TOKENIZER_FILE, Index
 from data_pipelines.lengths import LENGTHS_FILE, Lengths, file_bytes
 from data_pipelines.mapped import MappedFiles
+from data_pipelines.ranges import Counters, RangeReader
 from data_pipelines.rows import Ragged, Split
 from data_pipelines.storage import Store
 
@@ -59,7 +60,7 @@ class Dataset:
         Raises NotFound where there is no index, and Damaged for one that is not whole.
         """
         folder = store if isinstance(store, Store) else Store(store)
-        return cls(folder, Index.read(folder), damage)
+        return cls(folder, Index.read(folder, damage), damage)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open, (self.store, self.damage_policy)
@@ -76,7 +77,7 @@ class Dataset:
 
         if self.index.tokenizer is None:
             return None
-        raw = self.store.read_bytes(TOKENIZER_FILE)
+        raw = RangeReader(self.store, self.damage_policy, Counters()).read_file(TOKENIZER_FILE)
         if xxhash.xxh3_128_hexdigest(raw) != self.index.tokenizer.xxh3:
             raise Damaged(f"{self.store.path(TOKENIZER_FILE)} fails its digest. {REBUILD}")
         return Tokenizer.from_json(raw.decode("utf-8"))
@@ -120,7 +121,8 @@ class Dataset:
         if index.lengths is None:
             raise Damaged(f"The data set {self.path} says of no row how long it is. {REBUILD}")
         size = file_bytes(int(index.blocks.rows.sum()), index.columns)
-        return read_bytes(self.store, LENGTHS_FILE, size, index.lengths)
+        reader = RangeReader(self.store, self.damage_policy, Counters())
+        return read_bytes(self.store, reader, LENGTHS_FILE, size, index.lengths)
 
     def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Each row of a split in order: column -> number, array, str or bytes."""

@@ -8,6 +8,7 @@ as numbered segments (see SegmentWriter), and a file is there as a whole or not 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -20,11 +21,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from configs.errors import ShardyardError, UsageError
+from configs.errors import ShardyardError, Unreachable, UsageError
 from data_pipelines.local_files import explain, is_temporary, replace_file
 from data_pipelines.segments import SegmentWriter
+from data_pipelines.time_limit import Stalled, within
 
 __all__ = ["FileFacts", "OutputFile", "SegmentWriter", "Store", "explain"]
+
+_CONTACT_S = 30.0  # after which a store that has not answered yet is out of reach
+_reached: set[str] = set()  # addresses of stores that have answered
 
 Names = list[str]  # inside the class, `list` is the method
 
@@ -70,21 +75,27 @@ class Store:
     @cached_property
     def _remote(self) -> tuple[Any, str]:
         """(pyarrow file system, root path in it)."""
-        from pyarrow import ArrowInvalid, ArrowNotImplementedError
-        from pyarrow.fs import FileSystem
-
+        scheme, _, rest = self.uri.partition("?")[0].partition("://")
+        address = f"{scheme}://{rest.partition('/')[0]}"
         try:
-            file_system, root = FileSystem.from_uri(self.uri)
-        except (ArrowInvalid, ArrowNotImplementedError) as error:
-            if not str(error).startswith(("Unrecognized filesystem type", "Got ")):  # or pyarrow was built without it
-                raise UsageError(
-                    f"The store {self.uri} is not understood: {error}. Use a local folder or a URI such as "
-                    "s3://bucket/path."
-                ) from error
-            file_system, root = _fsspec(self.uri, error)
+            file_system, root = _opened(self.uri) if address in _reached else within(_CONTACT_S, self._first_contact)
+        except Stalled as error:
+            raise Unreachable(
+                f"{address} has not answered for {_CONTACT_S:g} s. Check the network, the address, and the proxy if "
+                "there is one."
+            ) from error
         except OSError as error:
-            raise explain(error, "open", self.uri) from error
+            raise explain(error, "open", self.path()) from error
+        _reached.add(address)
         return file_system, root.rstrip("/")
+
+    def _first_contact(self) -> tuple[Any, str]:
+        """Open the file system, and ask it for something; what it says to that is for the requests that follow."""
+        file_system, root = _opened(self.uri)
+        if file_system.type_name != "s3":  # which limits its time itself
+            with contextlib.suppress(Exception):
+                file_system.get_file_info(root)
+        return file_system, root
 
     def child(self, *parts: str) -> Store:
         """The store whose root is a folder of this one (which need not exist yet)."""
@@ -131,8 +142,7 @@ class Store:
             if self._root is not None:
                 replace_file(self._root / path, raw)
                 return
-            file_system, root = self._remote
-            with file_system.open_output_stream(f"{root}/{path}", compression=None) as stream:
+            with self._output_stream(path) as stream:
                 stream.write(raw)
 
     def exists(self, path: str = "") -> bool:
@@ -250,6 +260,16 @@ class Store:
         """
         return OutputFile(self, path)
 
+    def _output_stream(self, path: str) -> Any:
+        """A remote file to write, in a folder that is made where there have to be folders."""
+        file_system, root = self._remote
+        target = f"{root}/{path}"
+        try:
+            return file_system.open_output_stream(target, compression=None)
+        except FileNotFoundError:
+            file_system.create_dir(target.rpartition("/")[0], recursive=True)
+            return file_system.open_output_stream(target, compression=None)
+
     # --- what grows
 
     def appender(self, path_prefix: str) -> SegmentWriter:
@@ -269,7 +289,27 @@ class Store:
         return b"".join(part[: part.rfind(b"\n") + 1] for part in parts)
 
 
-def _fsspec(uri: str, refusal: Exception) -> tuple[Any, str]:
+def _opened(uri: str) -> tuple[Any, str]:
+    """(pyarrow file system, root path in it) for a URI. Raises UsageError for one that nobody serves, and OSErrors."""
+    from pyarrow import ArrowInvalid, ArrowNotImplementedError
+    from pyarrow.fs import FileSystem
+
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:  # else it tries for 15 minutes
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_CONTACT_S:g}"
+    if uri.startswith(("hf://", "fsspec+")):  # pyarrow hands these to fsspec too
+        return _fsspec(uri.removeprefix("fsspec+"), None)
+    try:
+        file_system, root = FileSystem.from_uri(uri)
+    except (ArrowInvalid, ArrowNotImplementedError) as error:
+        if not str(error).startswith(("Unrecognized filesystem type", "Got ")):  # or pyarrow was built without it
+            raise UsageError(
+                f"The store {uri} is not understood: {error}. Use a local folder or a URI such as s3://bucket/path."
+            ) from error
+        return _fsspec(uri, error)
+    return file_system, root
+
+
+def _fsspec(uri: str, refusal: Exception | None) -> tuple[Any, str]:
     """(pyarrow file system over fsspec's, root path in it) for a URI that pyarrow itself does not serve."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
@@ -283,11 +323,73 @@ def _fsspec(uri: str, refusal: Exception) -> tuple[Any, str]:
             f"{uri} needs a package for {scheme}:// that is not installed: {error}. Install it, or copy the files to a "
             "local folder."
         ) from error
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UsageError(
-            f"{uri} is not understood: {refusal}. Use a local folder or a URI such as s3://bucket/path."
+            f"{uri} is not understood: {refusal or error}. Use a local folder or a URI such as s3://bucket/path."
         ) from error
-    return PyFileSystem(FSSpecHandler(file_system)), root
+    except OSError:
+        raise
+    except Exception as error:
+        raise _os_error(error) from error
+    return PyFileSystem(FSSpecHandler(_FsspecFiles(file_system))), root
+
+
+class _OnlyOSErrors:
+    """A file system of fsspec, or a file of one, whose calls raise OSErrors, whatever its network library raises."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = found(*args, **kwargs)
+            except FileNotFoundError as error:
+                raise _not_found(error) from error
+            except OSError:
+                raise
+            except Exception as error:
+                raise _os_error(error) from error
+            return _OnlyOSErrors(result) if hasattr(result, "read") else result
+
+        return call
+
+
+def _os_error(error: Exception) -> OSError:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, NotImplementedError):
+        return OSError(errno.EROFS, text)
+    only_forward = "Cannot seek" in text or "range requests" in text  # of an HTTP server that gives whole files
+    return OSError(errno.ESPIPE if only_forward else errno.EREMOTEIO, text)
+
+
+def _not_found(error: FileNotFoundError) -> OSError:
+    """The error, or what is behind it: fsspec takes for missing whatever it cannot get of an HTTP server."""
+    cause = error.__cause__
+    if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)):
+        return cause
+    status = getattr(cause, "status", 404)
+    return error if status in (404, 410) else OSError(errno.EREMOTEIO, f"the server says {status}")
+
+
+class _FsspecFiles(_OnlyOSErrors):
+    """A file system of fsspec, where what cannot be looked up is an error, and not taken for what is not there."""
+
+    def isfile(self, path: str) -> bool:
+        """Whether there is a file of this name."""
+        return self.exists(path) and self.info(path)["type"] == "file"
+
+    def exists(self, path: str) -> bool:
+        """Whether there is something of this name."""
+        try:
+            self.info(path)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 class OutputFile(io.RawIOBase):
@@ -304,8 +406,7 @@ class OutputFile(io.RawIOBase):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._file: Any = open(target, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
             else:
-                file_system, root = store._remote
-                self._file = file_system.open_output_stream(f"{root}/{path}", compression=None)
+                self._file = store._output_stream(path)
 
     def writable(self) -> bool:
         """Always; it cannot be read."""

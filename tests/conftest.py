@@ -36,6 +36,7 @@ LONGER = (
     "data_pipelines/test_shards.py",
     "data_pipelines/test_sources.py",
     "data_pipelines/test_sources_media.py",
+    "data_pipelines/test_sources_memory.py",
     "data_pipelines/test_sources_remote.py",
     "data_pipelines/test_sources_tables.py",
     "data_pipelines/test_storage.py",

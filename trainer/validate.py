@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,8 @@ def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
         raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given)),))
     task = BoundTask(task_module, task_config)
     if sees_inputs and (misfit := _data_misfit(config, task, source, source_config)) is not None:
-        raise ConfigError((Problem(where("data.name", resolved.origins, "default"), "data.name", misfit),))
+        key = _setting_to_change(misfit, source_config)
+        raise ConfigError((Problem(where(key, resolved.origins, "default"), key, misfit),))
     model = BoundModel(model_module, model_config, given, wanted)
     workers = config.resources.workers
     slots = workers * config.accumulation(workers)
@@ -238,6 +240,13 @@ def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, setting
         except UsageError as error:
             return str(error)
     return misfit
+
+
+def _setting_to_change(message: str, settings: SourceConfig) -> str:
+    """The key that a message about the data points to: what it says to set; else the columns, where they are chosen."""
+    known = type(settings).model_fields
+    told = next((name for name in re.findall(r"\b(?:Set|Check) data\.(\w+)", message) if name in known), None)
+    return f"data.{told or ('columns' if 'columns' in known else 'name')}"
 
 
 def _misfit(config: RunConfig, model_module: ModuleType, given: object) -> str:

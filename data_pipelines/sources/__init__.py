@@ -30,6 +30,7 @@ from data_pipelines.filters import FiltersConfig
 from data_pipelines.input_files import InputFile, file_identity, find_files, open_input, read_file
 
 __all__ = [
+    "MAX_VALUE_BYTES",
     "READING_SETTINGS",
     "Bad",
     "Column",
@@ -48,6 +49,7 @@ __all__ = [
 
 _PARTITIONS = 32  # of an input, about, as far as they stay between these sizes
 _PARTITION_BYTES = (4 << 20, 64 << 20)
+MAX_VALUE_BYTES = 256 << 20  # of a row: a value that takes more makes the row a Bad
 _MAX_FILES = 4096  # in a partition: of small files it is their number that takes the time
 _EXCERPT_CHARACTERS = 200
 

@@ -19,6 +19,7 @@ from data_pipelines.records import Record, Records, records_of
 from data_pipelines.row_values import value_of
 from data_pipelines.sound import decode_sound
 from data_pipelines.sources import (
+    MAX_VALUE_BYTES,
     Bad,
     Column,
     InputFile,
@@ -95,7 +96,7 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
                 values = _values(fields, folder, config)
                 group = str(_field(fields, config.speaker_field)) if config.speaker_field is not None else None
             except (ValueError, NotFound) as error:
-                yield records.bad(record, str(error))
+                yield records.bad(record, str(error).rstrip("."))
                 continue
             yield Row(records.key(record), values, group=group)
 
@@ -178,7 +179,7 @@ def _values(fields: dict[str, Any], folder: str, config: Config) -> dict[str, An
             raise ValueError(f"field '{config.text_field}' {error}") from None
     clip = join_path(folder, path.strip())
     try:
-        values["audio"] = decode_sound(read_file(clip), config.sample_rate)
+        values["audio"] = decode_sound(read_file(clip, MAX_VALUE_BYTES + 1), config.sample_rate, MAX_VALUE_BYTES)
     except ValueError as error:
         raise ValueError(f"{without_query(clip)}: {error}") from None
     if not len(values["audio"]):

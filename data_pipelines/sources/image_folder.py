@@ -16,6 +16,7 @@ from configs.errors import UsageError
 from data_pipelines.images import SUFFIXES, check_image, pillow, pixels_of
 from data_pipelines.input_files import list_folders, read_file, without_query
 from data_pipelines.sources import (
+    MAX_VALUE_BYTES,
     Bad,
     Column,
     InputFile,
@@ -30,7 +31,6 @@ from data_pipelines.sources import (
 NEAR_DUPLICATES_SHARE_A_SPLIT = False
 _SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 _SPLITS |= {"val": "validation", "dev": "validation", "test": "test"}
-_MAX_IMAGE_BYTES = 256 << 20
 
 
 class Config(SourceConfig):
@@ -82,7 +82,7 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
     for path, key in zip(partition.files, partition.keys, strict=True):
         parts = key.split("/")
         label, split = numbers[parts[own_splits]], _SPLITS[parts[0]] if own_splits else None
-        raw = read_file(path)
+        raw = read_file(path, MAX_VALUE_BYTES + 1)
         try:
             yield Row(key, {"image": _stored(raw, config), "label": label}, split)
         except ValueError as error:
@@ -130,8 +130,8 @@ def _found_classes(path: str) -> tuple[str, ...]:
 
 
 def _stored(raw: bytes, config: Config) -> Any:
-    if len(raw) > _MAX_IMAGE_BYTES:
-        raise ValueError(f"has more than {_MAX_IMAGE_BYTES >> 20} MB")
+    if len(raw) > MAX_VALUE_BYTES:
+        raise ValueError(f"has more than {MAX_VALUE_BYTES >> 20} MB")
     if config.image_size is not None:
         return pixels_of(raw, config.image_size, config.channels)
     if config.check:

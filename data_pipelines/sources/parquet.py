@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 NEAR_DUPLICATES_SHARE_A_SPLIT = False
 SUFFIXES = (".parquet", ".pq")
 _BATCH_ROWS = 1024
+_BATCH_BYTES = 16 << 20  # of rows that are large
+_BUFFER_BYTES = 1 << 20  # of each column, read at once from a disk
+_REMOTE_BUFFER_BYTES = 8 << 20  # from a store, where each read is a request
 _THREADS = 16  # that read the ends of remote files
 
 
@@ -79,16 +82,17 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
 
     Raises UsageError for a file whose columns are not those of the first.
     """
-    columns = schema(config)
+    columns, names = schema(config), list({*config.columns.values()})
     for path, key in zip(partition.files, partition.keys, strict=True):
         name = without_query(path)
         with _opened(path) as file:
             check_same(columns, columns_of(file.schema_arrow, config.columns, name), name)
             groups = list(range(file.num_row_groups))[partition.start : partition.stop]
             number = sum(file.metadata.row_group(group).num_rows for group in range(partition.start or 0))
-            for batch in file.iter_batches(_BATCH_ROWS, groups, columns=list({*config.columns.values()})):
-                yield from rows_of(batch, columns, config.columns, file=name, key=key, first=number)
-                number += batch.num_rows
+            for group in groups:
+                for batch in file.iter_batches(_batch_rows(file, group, names), [group], names):
+                    yield from rows_of(batch, columns, config.columns, file=name, key=key, first=number)
+                    number += batch.num_rows
 
 
 def identity(config: Config) -> list[int | str]:
@@ -106,9 +110,26 @@ def _by_row_groups(file: InputFile, target_bytes: int) -> list[Partition]:
     return partition_pieces(file, sizes, count, "row groups") if count > 1 else []
 
 
+def _batch_rows(file: pq.ParquetFile, group: int, names: list[str]) -> int:
+    """How many rows of a row group are taken at once, by the mean size of these columns in it."""
+    metadata = file.metadata.row_group(group)
+    num_bytes = 0
+    for number in range(metadata.num_columns):
+        leaf = metadata.column(number)
+        if f"{leaf.path_in_schema}.".startswith(tuple(f"{name}." for name in names)):
+            num_bytes += leaf.total_uncompressed_size
+    return min(_BATCH_ROWS, 1 + metadata.num_rows * _BATCH_BYTES // max(1, num_bytes))
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
+    """The file, of which a buffer for each column is in memory at a time, however large its row groups are."""
     import pyarrow.parquet as pq
 
-    with open_input(path) as raw, damage_named(path, "Parquet"), pq.ParquetFile(raw, pre_buffer=True) as file:
+    buffer_bytes = _REMOTE_BUFFER_BYTES if "://" in path else _BUFFER_BYTES
+    with (
+        open_input(path) as raw,
+        damage_named(path, "Parquet"),
+        pq.ParquetFile(raw, pre_buffer=False, buffer_size=buffer_bytes) as file,
+    ):
         yield file

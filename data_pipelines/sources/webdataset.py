@@ -18,6 +18,7 @@ from configs.errors import Damaged
 from data_pipelines.input_files import first_line, open_decompressed, without_query
 from data_pipelines.row_values import number_in
 from data_pipelines.sources import (
+    MAX_VALUE_BYTES,
     Bad,
     Column,
     Partition,
@@ -32,7 +33,6 @@ NEAR_DUPLICATES_SHARE_A_SPLIT = False
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 _NUMBERS = ("cls", "cls2", "class", "index", "inx", "id", "count")
 _TEXTS = ("txt", "text", "transcript", "caption", "json", "jsonl")
-_MAX_FILE_BYTES = 256 << 20
 
 
 class Config(SourceConfig):
@@ -106,7 +106,7 @@ def _value(column: Column, files: Mapping[str, bytes | None], extensions: list[s
         raise ValueError(f"no file .{' or .'.join(extensions)} (it has {', '.join(sorted(files)) or 'none'})")
     raw = files[extension]
     if raw is None:
-        raise ValueError(f".{extension} has more than {_MAX_FILE_BYTES >> 20} MB")
+        raise ValueError(f".{extension} has more than {MAX_VALUE_BYTES >> 20} MB")
     if column.dtype == "binary":
         return raw
     try:
@@ -126,6 +126,7 @@ def _samples(path: str, taken: set[str]) -> Iterator[tuple[str, dict[str, bytes 
     sample, files = "", dict[str, bytes | None]()
     with _opened(path) as tar:
         for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # it keeps each one that it met; of no use in a stream
             folder, _, name = member.name.rpartition("/")
             stem, dot, extension = name.partition(".")
             if not member.isfile() or not stem or not dot:
@@ -141,7 +142,7 @@ def _samples(path: str, taken: set[str]) -> Iterator[tuple[str, dict[str, bytes 
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    if member.size > _MAX_FILE_BYTES:
+    if member.size > MAX_VALUE_BYTES:
         return None
     file = tar.extractfile(member)
     assert file is not None

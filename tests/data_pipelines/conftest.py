@@ -4,12 +4,10 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import fsspec
 import pytest
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from configs.schema import Plugin
 from data_pipelines import writer
@@ -52,12 +50,10 @@ def dataset(tmp_path: Path, source: Plugin, small_blocks: None) -> Dataset:
 
 
 @pytest.fixture
-def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """A store behind pyarrow.fs that behaves like an object store: fsspec's, in memory."""
+def remote() -> Iterator[Store]:
+    """A store behind a URI that behaves like an object store: fsspec's, in memory."""
     memory = fsspec.filesystem("memory")
-    file_system: Any = PyFileSystem(FSSpecHandler(memory))
     root = f"bucket-{uuid4().hex}"
-    monkeypatch.setattr(Store, "_remote", property(lambda self: (file_system, self.uri.removeprefix("memory://"))))
     yield Store(f"memory://{root}/store")
     if memory.exists(root):
         memory.rm(root, recursive=True)

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import numpy as np
-import pytest
 
 from configs.errors import Damaged
-from data_pipelines.damage import BlockDamaged, DamagedBlock, DamageLog, first_rows, read_again
+from data_pipelines.damage import BlockDamaged, DamagedBlock, DamageLog, first_rows
 
 
 def damaged(block: int, **changes: object) -> DamagedBlock:
@@ -54,11 +52,3 @@ def test_the_log_keeps_the_first_cause() -> None:
 def test_first_rows() -> None:
     assert first_rows(np.array([3, 0, 4])).tolist() == [0, 3, 3]
     assert first_rows(np.array([], np.int64)).tolist() == []
-
-
-def test_a_local_range_is_read_again(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(bytes(range(100)))
-    assert read_again(tmp_path / "file", 10, 20) == bytes(range(10, 20))
-    assert read_again(tmp_path / "file", 90, 200) == bytes(range(90, 100))
-    with pytest.raises(OSError):
-        read_again(tmp_path / "none", 0, 1)

@@ -15,9 +15,10 @@ from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines import ranges, writer
 from data_pipelines.damage import BlockDamaged, DamagePolicy
 from data_pipelines.fetch import BlockFetcher
-from data_pipelines.ranges import Counters, RangeReader, Truncated, in_passing, kind_of, pauses, within
+from data_pipelines.ranges import Counters, RangeReader, Truncated, in_passing, kind_of, pauses
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
+from data_pipelines.time_limit import within
 from tests.data_pipelines.small_sets import some_rows, write_set
 
 CONTENT = random.Random(0).randbytes(1000)

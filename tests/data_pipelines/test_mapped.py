@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 import multiprocessing
+import os
 import pickle
 import resource
 import subprocess
@@ -147,3 +150,31 @@ MappedFiles(Path("folder"), {"a.arrow": 1 << 40})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "Cannot reserve" in done.stderr and "ulimit -v unlimited" in done.stderr
+
+
+def resident(files: MappedFiles, start: int, num_bytes: int) -> int:
+    """How many of the pages are in memory."""
+    pages = (ctypes.c_ubyte * (-(-num_bytes // mmap.PAGESIZE)))()
+    libc = ctypes.CDLL(None)
+    assert libc.mincore(ctypes.c_void_p(files.address + start), ctypes.c_size_t(num_bytes), pages) == 0
+    return sum(page & 1 for page in pages)
+
+
+def test_what_is_to_be_read_again_leaves_the_memory(tmp_path: Path) -> None:
+    folio, page = 2 << 20, mmap.PAGESIZE
+    content = np.random.default_rng(0).bytes(4 * folio)
+    with (tmp_path / "a.arrow").open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a page that is not on the disk yet has to stay
+    (tmp_path / "b.arrow").write_bytes(b"x")
+    files = MappedFiles(tmp_path, {"b.arrow": 1, "a.arrow": len(content)})
+    files.map(1)
+    start = files.offset(1)
+    assert files.array[start : start + len(content)].tobytes() == content
+    assert resident(files, start, len(content)) == len(content) // page
+    files.read_again(1, folio + 10 * page + 5, 2 * folio + 5)
+    if resident(files, start, len(content)) == len(content) // page:
+        pytest.skip("this file system keeps all of its pages")  # as one in memory does
+    assert [resident(files, start + part * folio, folio) * page for part in range(4)] == [folio, 0, 0, folio]
+    assert files.array[start : start + len(content)].tobytes() == content

@@ -17,12 +17,17 @@ import numpy as np
 import pytest
 
 from configs.errors import ShardyardError, Unreachable
+from configs.schema import Plugin
 from data_pipelines import block_cache, cache, ranges, writer
+from data_pipelines.build import ensure_dataset
 from data_pipelines.damage import BlockDamaged, DamagePolicy
+from data_pipelines.loader import Loader
+from data_pipelines.order import choose_order
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
+from tests.data_pipelines.conftest import BYTES
 from tests.data_pipelines.fault_proxy import FAULTS, FaultProxy
-from tests.data_pipelines.small_sets import same_rows, some_rows, write_set
+from tests.data_pipelines.small_sets import same_rows, some_rows, write_set, write_texts
 
 moto_server = pytest.importorskip("moto.server", reason="moto[s3,server] is not installed")
 pytestmark = pytest.mark.longer
@@ -69,6 +74,17 @@ def stored(request: pytest.FixtureRequest, server: tuple[str, int], s3: FaultPro
     return write_set(direct, {"train": ROWS}, compression=request.param)
 
 
+@pytest.fixture
+def texts(server: tuple[str, int], s3: FaultProxy, tmp_path: Path) -> Dataset:
+    """A data set of texts in a bucket."""
+    here = write_texts(tmp_path / "here", {"train": ["one", "two"]})
+    there = Store(uri(server[1], tmp_path.name))
+    there._remote[0].create_dir("bucket")
+    for name in here.store.list():
+        there.write_atomic(name, here.store.read_bytes(name))
+    return here
+
+
 def open_through(proxy: FaultProxy, tmp_path: Path, **policy: Any) -> Dataset:
     settings: dict[str, Any] = {"cache_path": str(tmp_path / "blocks"), "cache_bytes": 1 << 20} | policy
     return Dataset.open(Store(uri(proxy.port, tmp_path.name)), damage=DamagePolicy(**settings))
@@ -91,6 +107,32 @@ def test_each_block_is_read_once_in_one_request(stored: Dataset, s3: FaultProxy,
     s3.gets.clear()
     assert same_rows(list(again.rows("train")), ROWS) and not s3.gets
     again.close()
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "corrupt"])
+def test_a_data_set_is_opened_through_faults_in_passing(
+    texts: Dataset, s3: FaultProxy, tmp_path: Path, fault: str
+) -> None:
+    s3.plan.extend([fault, fault, None] * 3)  # of index.json, blocks.arrow and tokenizer.json
+    opened = open_through(s3, tmp_path, stall_s=0.3)
+    assert opened.fingerprint == texts.fingerprint and opened.tokenizer is not None
+    assert s3.met[fault] == 6 and not s3.plan
+
+
+@pytest.mark.parametrize("fault", ["error", "truncate", "stall"])
+@pytest.mark.parametrize("file", ["index.json", "blocks.arrow", "tokenizer.json"])
+def test_a_data_set_whose_store_stays_away_is_not_opened_and_the_budget_holds(
+    texts: Dataset, s3: FaultProxy, tmp_path: Path, file: str, fault: str
+) -> None:
+    s3.plan.extend([None] * ["index.json", "blocks.arrow", "tokenizer.json"].index(file))
+    s3.always = fault
+    with pytest.raises(
+        Unreachable, match=rf"{tmp_path.name}/{file} could not be read: \d+ tries .*data\.retry_s \(now 1"
+    ):
+        _ = open_through(s3, tmp_path, stall_s=0.3, retry_s=1.0).tokenizer
+    assert 2 <= s3.met[fault] <= 10
+    s3.always = None
+    assert open_through(s3, tmp_path).tokenizer is not None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -163,6 +205,43 @@ def test_a_missing_shard_is_named(stored: Dataset, s3: FaultProxy, tmp_path: Pat
 def test_a_wrong_bucket_is_told_at_once(stored: Dataset, s3: FaultProxy) -> None:
     with pytest.raises(ShardyardError, match=r"no data set|Cannot"):
         Dataset.open(Store(uri(s3.port, "nowhere").replace("bucket/", "no-such-bucket/")))
+
+
+# --- builds
+
+
+def first_batches(dataset: Dataset) -> list[tuple[list[int], dict[str, Any]]]:
+    """Sample ids and tensors of a step, as training gets them."""
+    packed = dataset.packed("train", 64)
+    order = choose_order("blocks", 3, packed.block_examples)
+    settings: dict[str, Any] = {"seed": 3, "global_batch_size": 8, "micro_batch_size": 4, "rank": 0, "world_size": 1}
+    loader = Loader(packed, order, **settings)
+    try:
+        return [
+            (batch.sample_ids.tolist(), {name: tensor.tolist() for name, tensor in batch.tensors.items()})
+            for batch in loader.step(0)
+        ]
+    finally:
+        loader.close()
+
+
+def test_a_build_into_s3_is_the_same_data_set_as_one_here(
+    server: tuple[str, int], s3: FaultProxy, source: Plugin, tmp_path: Path
+) -> None:
+    settings = {**source.settings, "cache_dir": str(tmp_path / "blocks"), "cache_bytes": 64 << 20}
+    data = Plugin(name=source.name, **settings)
+    there = Store(uri(server[1], tmp_path.name))
+    there._remote[0].create_dir("bucket")
+    built, local = (ensure_dataset(store, data, BYTES) for store in (there, Store(tmp_path / "store")))
+    assert (built.index.compression, local.index.compression) == ("zstd", None)
+    assert built.fingerprint == local.fingerprint and len(built.index.splits["train"]) > 2
+    assert built.verify() == []
+    assert same_rows(list(built.rows("validation")), list(local.rows("validation")))
+    batches = first_batches(built)
+    assert batches == first_batches(local) and len(batches) == 2
+    assert ensure_dataset(there, data, BYTES).fingerprint == built.fingerprint  # opened, and not built again
+    for dataset in (built, local):
+        dataset.close()
 
 
 # --- processes

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
 import pickle
 import random
 import subprocess
@@ -280,6 +282,28 @@ def test_a_damaged_block_is_named_when_it_is_used_and_no_other_suffers(small: Da
     assert f"examples {first} to {last} of train, {keys}" in str(found[0])
     others = np.setdiff1d(np.arange(150), np.arange(first, last + 1))
     assert len(split.gather(others, ["label"])["label"]) == len(others)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_block_that_is_damaged_in_memory_alone_is_read_from_the_disk(small: Dataset, on_disk: bool) -> None:
+    file, start, stop = file_of(small, "train", 2)
+    assert small.split("train").name == "train"
+    files = small._mapped
+    number = list(small.index.files).index(file.name)
+    address = files.address + files.offset(number)
+    size = files.map(number)
+    with file.open("rb") as opened:  # a copy of this process's own, in which the disk is not seen
+        private = mmap.MAP_PRIVATE | 0x10
+        flags = mmap.PROT_READ | mmap.PROT_WRITE
+        assert files._libc.mmap(address, size, flags, private, opened.fileno(), 0) == address
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    memory[(start + stop) // 2] ^= 1
+    if on_disk:
+        damage(file, start + 100)
+        with pytest.raises(BlockDamaged, match=r"block 2 .* fails its digest"):
+            list(small.rows("train"))
+    else:
+        assert same_rows(list(small.rows("train")), ROWS["train"])
 
 
 def test_several_damaged_blocks_are_reported_at_once(small: Dataset) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.sound import decode_sound, resample
+from data_pipelines.sound import decode_sound, missing_bytes, resample
 
 
 def tone(rate: int, frequency: float, seconds: float = 0.5) -> np.ndarray:
@@ -42,3 +42,44 @@ def test_channels_become_one() -> None:
     assert decode_sound(out.getvalue(), 8000) == pytest.approx(tone(8000, 100) / 2, abs=1e-6)
     with pytest.raises(ValueError, match="no sound"):
         decode_sound(b"no sound at all", 8000)
+
+
+def written(samples: np.ndarray, kind: str, rate: int = 16000) -> bytes:
+    soundfile = pytest.importorskip("soundfile")
+    out = io.BytesIO()
+    soundfile.write(out, samples, rate, format=kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "FLAC", "MP3"])
+def test_a_sound_that_is_cut_off_is_refused(kind: str) -> None:
+    raw = written(tone(16000, 440), kind)
+    assert len(decode_sound(raw, 16000)) == 8000
+    for share in (0.3, 0.9):
+        with pytest.raises(ValueError, match=r"is cut off|no sound that can be read"):
+            decode_sound(raw[: int(share * len(raw))], 16000)
+
+
+def test_a_wav_whose_header_knows_no_length_and_one_with_chunks_around_are_whole() -> None:
+    raw = written(tone(16000, 440), "WAV")
+    place = raw.index(b"data")
+    for unknown in (0, 0x7FFF_FFFF, 0xFFFF_FFFF):
+        streamed = raw[: place + 4] + unknown.to_bytes(4, "little") + raw[place + 8 :]
+        assert missing_bytes(streamed) == 0
+    assert len(decode_sound(streamed, 16000)) == 8000
+    note = b"note" + (3).to_bytes(4, "little") + b"abc\0"
+    noted = raw[:place] + note + raw[place:] + note
+    assert len(decode_sound(noted, 16000)) == 8000
+    assert missing_bytes(noted[: -len(note) - 2]) == 2
+    assert [missing_bytes(other) for other in (b"", b"RIFF", written(tone(16000, 440), "FLAC")[:500])] == [0, 0, 0]
+
+
+def test_a_sound_that_is_no_clip_is_refused_before_it_is_decoded() -> None:
+    silence = written(np.zeros((200_000, 2), np.float32), "FLAC", 8000)  # a few kB
+    assert len(decode_sound(silence, 8000, 1 << 21)) == 200_000
+    for rate, most in ((8000, 1 << 20), (48000, 1 << 22)):
+        with pytest.raises(ValueError, match=rf"more than {most >> 20} MB, which is no clip"):
+            decode_sound(silence, rate, most)
+    piped = silence[:21] + bytes([silence[21] & 0xF0, 0, 0, 0, 0]) + silence[26:]
+    with pytest.raises(ValueError, match=r"does not say how long it is.*convert it to WAV"):
+        decode_sound(piped, 8000, 1 << 21)

@@ -197,6 +197,7 @@ def clips(tmp_path: Path, manifest: str, content: str, **settings: Any) -> audio
         "b c.wav": sound(8000, channels=2),
         "bad.wav": b"RIFF",
         "none.wav": sound(8000, 0),
+        "cut.wav": sound()[:-1000],
     }.items():
         (tmp_path / "clips" / name).write_bytes(raw)
     (tmp_path / manifest).write_text(content, encoding="utf-8")
@@ -231,6 +232,7 @@ def test_clips_that_cannot_be_used_are_bad(tmp_path: Path) -> None:
     rows = [
         ("clips/bad.wav", "x"),
         ("clips/none.wav", "x"),
+        ("clips/cut.wav", "x"),
         ("clips/gone.wav", "x"),
         ("", "x"),
         ("clips/a.wav", "fine"),
@@ -238,15 +240,31 @@ def test_clips_that_cannot_be_used_are_bad(tmp_path: Path) -> None:
     content = io.StringIO()
     csv.writer(content).writerows([("path", "text"), *rows])
     found = read_all(audio, clips(tmp_path, "m.csv", content.getvalue() + "one\n"))
-    assert [type(row) for row in found] == [Bad, Bad, Bad, Bad, Row, Bad]
+    assert [type(row) for row in found] == [Bad, Bad, Bad, Bad, Bad, Row, Bad]
     reasons = [row.reason for row in found if isinstance(row, Bad)]
-    parts = ("bad.wav", "none.wav: has no samples", "gone.wav: there is no such file", "names no file", "has 1 values")
+    parts = ("bad.wav", "none.wav: has no samples", "cut.wav: is cut off: its last 1000 bytes are missing")
+    parts += ("gone.wav: there is no such file", "names no file", "has 1 values")
     assert all(part in reason for part, reason in zip(parts, reasons, strict=True)), reasons
-    assert [row.line for row in found if isinstance(row, Bad)] == [2, 3, 4, 5, 7]
+    assert not any(reason.endswith(".") for reason in reasons)  # they stand inside of sentences
+    assert [row.line for row in found if isinstance(row, Bad)] == [2, 3, 4, 5, 6, 8]
     bad = bads_of(
         audio, clips(tmp_path, "m.jsonl", '{"path": "clips/a.wav"}\n{"text": "x"}\n[]\n{"path": 3, "text": "x"}')
     )
     assert [row.line for row in bad] == [1, 2, 3, 4]
+
+
+def test_a_clip_or_a_file_of_a_sample_that_is_too_large_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in (audio, webdataset, image_folder):
+        monkeypatch.setattr(source, "MAX_VALUE_BYTES", 1 << 20)
+    config = clips(tmp_path, "m.csv", "path,text\nclips/long.wav,x\nclips/a.wav,x\n")
+    (tmp_path / "clips" / "long.wav").write_bytes(sound(seconds=20))  # 640 kB, which 1.3 MB of samples are made of
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.tar").write_bytes(tar_of([("1.jpg", bytes((1 << 20) + 1)), ("2.jpg", b"x")]))
+    pictures = images(tmp_path / "images", {"a/1.png": bytes((1 << 20) + 1), "a/2.png": picture("png")})
+    shards = webdataset.Config(paths=(str(tmp_path / "shards"),), fields={"image": "jpg"})
+    for source, settings in ((audio, config), (webdataset, shards), (image_folder, pictures)):
+        found = read_all(source, settings)
+        assert [type(row) for row in found] == [Bad, Row] and "more than 1 MB" in found[0].reason
 
 
 def test_a_speaker_is_the_group(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs.errors import NotFound, ShardyardError, UsageError
-from data_pipelines.input_files import join_path
+from configs.errors import NotFound, ShardyardError, Unreachable, UsageError
+from data_pipelines.input_files import join_path, open_decompressed
 from data_pipelines.sources import (
     Bad,
     audio,
@@ -147,6 +147,26 @@ def test_a_bad_line_of_a_range_is_told_by_its_byte(place: Place, monkeypatch: py
     (bad,) = [row for row in found if isinstance(row, Bad)]
     assert bad.line is None and f"at byte {250 * 17}: " in bad.reason
     assert "?" not in bad.file  # an address may hold what is nobody's business
+
+
+class Broken:
+    def __enter__(self) -> Broken:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, size: int) -> bytes:
+        raise OSError("AWS Error INTERNAL_FAILURE during GetObject operation")
+
+
+def test_a_compressed_file_whose_store_fails_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "open_input", lambda *_: Broken())
+    with (
+        pytest.raises(Unreachable, match=r"memory://b/a\.gz: AWS Error INTERNAL_FAILURE.*Check the network"),
+        open_decompressed("memory://b/a.gz") as file,
+    ):
+        file.read(1)
 
 
 def test_stores_that_are_not_there_are_told() -> None:

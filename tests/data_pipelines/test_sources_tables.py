@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from configs.errors import Damaged, ShardyardError, Unreachable, UsageError
 from data_pipelines import arrow_files, arrow_rows
@@ -230,6 +234,28 @@ def test_rows_with_nulls_or_wrong_numbers_are_bad(tmp_path: Path, kind: str) -> 
     assert [row.key.rpartition(":")[2] for row in found if isinstance(row, Row)] == ["1"]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_large_rows_are_taken_few_at_a_time_and_those_that_are_too_large_are_bad(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((arrow_rows, "_SLICE_BYTES"), (parquet, "_BATCH_BYTES")):
+        monkeypatch.setattr(module, name, 1 << 20)
+    monkeypatch.setattr(arrow_rows, "MAX_VALUE_BYTES", 1 << 20)
+    lengths = [100_000] * 20 + [(1 << 20) + 1, 1 << 20]
+    rows = pa.table({"raw": [bytes(length) for length in lengths], "v": [np.zeros(length // 8) for length in lengths]})
+    source, config = written(tmp_path, kind, rows, {"raw": "raw", "v": "v"})
+    taken = []
+    objects = arrow_rows._objects
+    monkeypatch.setattr(arrow_rows, "_objects", lambda array: taken.append(array.nbytes) or objects(array))
+    found = read_all(source, config)
+    assert [type(row) for row in found] == [Row] * 20 + [Bad, Row]
+    assert found[20].line == 21 and "column 'raw' takes more than 1 MB" in found[20].reason
+    assert max(taken) < 4 << 20 and sum(taken) > sum(lengths)
+    rows = pa.table({"v": [np.zeros(length // 8 + 1) for length in lengths]})
+    source, config = written(tmp_path, kind, rows, {"v": "v"})
+    assert [row.line for row in bads_of(source, config)] == [21, 22]
+
+
 def test_text_that_is_not_utf8_is_bad(tmp_path: Path) -> None:
     raw = pa.array([b"fine", b"caf\xe9"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
@@ -327,24 +353,119 @@ def test_huggingface_what_is_not_there_is_refused(saved: Path, monkeypatch: pyte
         huggingface.partitions(huggingface.Config(path="some/name"))
 
 
-def test_a_hub_that_is_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(Unreachable, match=r"'some/other' \(split train\) cannot be loaded .*ConnectionError: no route"):
-        huggingface.partitions(huggingface.Config(path="some/other"))
+@pytest.mark.parametrize("of", ["one", "both", "org/rows"])
+def test_a_part_of_a_split_is_refused(of: str, saved: Path) -> None:
+    path = of if "/" in of else str(saved / of)
+    for settings in ({"split": "train[:3]"}, {"split": "train", "validation_split": "train[8:]"}):
+        with pytest.raises(ValidationError, match=r"is a part of a split.*data\.validation_fraction"):
+            huggingface.Config(path=path, **settings)
 
 
-def test_a_hub_data_set_is_read_from_the_packages_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_trained_on_are_not_held_out(saved: Path, hub: Hub) -> None:
+    folder = {"path": str(saved / "both"), "split": "train", "validation_split": "train"}
+    name = {"path": "org/rows", "split": "train+test", "validation_split": "test"}
+    for settings in (folder, name):
+        with pytest.raises(UsageError, match=r"data\.split=train.* and data\.validation_split=t.* share rows"):
+            huggingface.partitions(huggingface.Config.model_validate(settings))
+
+
+class Hub:
+    """What the package `datasets` does for names on the hub: it holds 10 rows in each of the splits train and test."""
+
+    def __init__(self, folder: Path, load: Any) -> None:
+        self.slice = ""  # of the split that is loaded, whatever is asked for
+        self.settings: dict[str, Any] = {}
+        self.features: Any = None  # that the hub tells before anything is downloaded
+        self.fails = False
+        self.downloads = 0
+        self._folder, self._load = folder, load
+
+    def load_dataset(self, name: str, subset: str | None, split: str, revision: str | None) -> Any:
+        self._refuse()
+        self.downloads += 1
+        files = {}
+        for one in ("train", "test"):
+            file = self._folder / f"{revision}-{one}.csv"
+            if not file.exists():  # its time of change is a part of the package's fingerprint
+                file.write_text("text\n" + "".join(f"{one} {number}\n" for number in range(10)))
+            files[one] = str(file)
+        cache = str(self._folder / "cache")
+        return self._load("csv", data_files=files, split=split + self.slice, cache_dir=cache, **self.settings)
+
+    def load_dataset_builder(self, name: str, subset: str | None, revision: str | None) -> Any:
+        self._refuse()
+        return SimpleNamespace(info=SimpleNamespace(features=self.features))
+
+    def _refuse(self) -> None:
+        if self.fails:
+            raise ConnectionError("no route\nto host")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    (tmp_path / "rows.csv").write_text("text\none\ntwo\n")
-    local = datasets.load_dataset(
-        "csv", data_files=str(tmp_path / "rows.csv"), split="train", cache_dir=str(tmp_path / "c")
+    fake = Hub(tmp_path, datasets.load_dataset)
+    for name in ("load_dataset", "load_dataset_builder"):
+        monkeypatch.setattr(datasets, name, getattr(fake, name))
+    yield fake
+    for cached in (huggingface._hub_split, huggingface._hub_schema):
+        cached.cache_clear()
+
+
+def test_a_hub_that_is_out_of_reach_is_told(hub: Hub) -> None:
+    hub.fails = True
+    with pytest.raises(Unreachable, match=r"'some/other' \(split train\) cannot be loaded .*ConnectionError: no route"):
+        huggingface.partitions(huggingface.Config(path="some/other"))
+    with pytest.raises(Unreachable, match=r"'some/other' cannot be loaded .*ConnectionError: no route"):
+        huggingface.schema(huggingface.Config(path="some/other"))
+
+
+def test_a_hub_data_set_is_read_from_the_packages_cache(hub: Hub) -> None:
+    found = rows_of(huggingface, huggingface.Config(path="org/rows", validation_split="test"))
+    assert [(row.values["text"], row.split) for row in found] == [
+        (f"{split} {number}", side)
+        for split, side in (("train", "train"), ("test", "validation"))
+        for number in range(10)
+    ]
+    both = rows_of(huggingface, huggingface.Config(path="org/rows", split="train+test"))
+    assert [row.values["text"] for row in both] == [row.values["text"] for row in found]
+
+
+def test_the_columns_of_a_hub_data_set_are_known_without_a_download(hub: Hub) -> None:
+    import datasets
+
+    config = huggingface.Config(path="org/rows", columns={"text": "text", "grid": "grid"})
+    hub.features = datasets.Features({"text": datasets.Value("string"), "grid": datasets.Array2D((2, 3), "uint8")})
+    assert [(column.dtype, column.shape) for column in huggingface.schema(config)] == [
+        ("utf8", (None,)),
+        ("uint8", (2, 3)),
+    ]
+    with pytest.raises(
+        UsageError, match=r"'org/rows' has no column 'body'.*its columns: text, grid.*Set data\.columns"
+    ):
+        huggingface.schema(huggingface.Config(path="org/rows", columns={"text": "body"}))
+    assert hub.downloads == 0
+    hub.features = None  # then there is no other way
+    assert [column.name for column in huggingface.schema(huggingface.Config(path="org/old"))] == ["text"]
+    assert hub.downloads == 1
+
+
+@pytest.mark.parametrize("by", ["slice", "keep_in_memory"])
+def test_a_hub_data_set_that_is_not_what_its_files_hold_is_refused(hub: Hub, by: str) -> None:
+    hub.slice, hub.settings = ("[:3]", {}) if by == "slice" else ("", {"keep_in_memory": True})
+    rows, held = ("3", "10") if by == "slice" else ("10", "0")
+    with pytest.raises(
+        UsageError, match=rf"has {rows} rows, and its files .* hold {held}\..*data\.validation_fraction"
+    ):
+        huggingface.partitions(huggingface.Config(path="org/rows"))
+
+
+def test_another_revision_of_a_hub_data_set_is_another_one(hub: Hub) -> None:
+    """Whatever its files are called, and however long they are."""
+    first, same, other = (
+        huggingface.identity(huggingface.Config(path=name, revision=revision))
+        for name, revision in (("org/rows", "a"), ("org/same", "a"), ("org/rows", "b"))
     )
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: local)
-    found = rows_of(huggingface, huggingface.Config(path="org/rows"))
-    assert [row.values["text"] for row in found] == ["one", "two"]
+    assert first == same != other and first[:3] == other[:3]
+    json.dumps(first)

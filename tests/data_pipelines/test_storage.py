@@ -6,18 +6,30 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import fsspec
+import pyarrow.fs
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import LocalFileSystem
 
-from configs.errors import NotFound, ShardyardError, UsageError
-from data_pipelines import local_files, segments
+from configs.errors import NotFound, ShardyardError, Unreachable, UsageError
+from data_pipelines import local_files, segments, storage
+from data_pipelines.input_files import read_file
 from data_pipelines.storage import Store, explain
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "remote", "remote folders"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(tmp_path / "store") if request.param == "local" else request.getfixturevalue("remote")
+    """On a disk; behind a URI, where folders need not be made; behind one where they do."""
+    if request.param == "remote":
+        return request.getfixturevalue("remote")
+    return Store(tmp_path / "store" if request.param == "local" else f"local://{tmp_path}/store")
 
 
 def test_files_and_folders(store: Store) -> None:
@@ -74,6 +86,139 @@ def test_a_store_means_the_same_folder_everywhere(tmp_path: Path, monkeypatch: p
 def test_a_uri_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="nonsense://x is not understood"):
         Store("nonsense://x").read_bytes("file")
+
+
+class Failing(MemoryFileSystem):  # type: ignore[misc]
+    """A file system of fsspec that fails as `fault` says: with an error, or with silence until `fault` is set."""
+
+    protocol = "failing"
+    cachable = False
+    fault: Exception | threading.Event | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(MemoryFileSystem._strip_protocol(path.replace("failing://", "memory://")))
+
+    def _open(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._fail()
+        file = super()._open(path, *args, **kwargs)
+        file.read = file.write = self._fail  # what is open already fails too
+        return file
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        self._fail()
+        return super().info(path, **kwargs)
+
+    def _fail(self, *_: Any) -> bytes:
+        if isinstance(Failing.fault, Exception):
+            raise Failing.fault
+        if isinstance(Failing.fault, threading.Event):
+            Failing.fault.wait()
+        return b"x"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    fsspec.register_implementation("failing", Failing)
+    monkeypatch.setattr(storage, "_reached", set())
+    fsspec.filesystem("memory").pipe("/bucket/file", b"content")
+    yield Store("failing://bucket")
+    Failing.fault = None
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_whatever_a_remote_store_raises_is_told_with_its_cause(failing: Store) -> None:
+    opened = failing.open_input("file")
+    for error, told in (
+        (RuntimeError("no route\nto host"), (Unreachable, r"RuntimeError: no route\. Check the network")),
+        (ValueError("Cannot seek streaming HTTP file"), (ShardyardError, r"from its beginning on\. Copy it")),
+        (NotImplementedError(), (ShardyardError, r"read-only\. Choose a store")),
+        (TimeoutError(), (Unreachable, r"TimeoutError\. Check the network")),
+    ):
+        Failing.fault = error
+        kind, words = told
+        for act in (
+            lambda: failing.read_bytes("file"),
+            lambda: failing.write_atomic("new", b"x"),
+            lambda: failing.exists("file"),
+            lambda: read_file("failing://bucket/file"),
+        ):
+            with pytest.raises(kind, match=rf"Cannot \w+( up)? failing://bucket/(file|new): .*{words}"):
+                act()
+        with pytest.raises(OSError):
+            opened.read()
+
+
+class WholeFiles(BaseHTTPRequestHandler):
+    """Gives no part of a file; says 404 for some, and 503 for others."""
+
+    def do_GET(self) -> None:
+        status = 404 if "missing" in self.path else 503 if "busy" in self.path else 200
+        self.send_response(status)
+        if "endless" not in self.path:
+            self.send_header("Content-Length", "10")
+        self.end_headers()
+        self.wfile.write(b"0123456789" if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_http_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(storage, "_reached", set())
+    with ThreadingHTTPServer(("127.0.0.1", 0), WholeFiles) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        store = Store(f"http://127.0.0.1:{server.server_port}/folder")
+        try:
+            assert store.read_bytes("whole") == b"0123456789" and not store.exists("missing")
+            with pytest.raises(NotFound, match=r"folder/missing: there is no such file"):
+                store.read_bytes("missing")
+            with pytest.raises(Unreachable, match=r"folder/busy: the server says 503\. Check the network"):
+                store.exists("busy")
+            with (
+                pytest.raises(ShardyardError, match=r"it can only be read from its beginning on\. Copy it to a local"),
+                store.explained("read", "endless"),
+                store.open_input("endless") as file,
+            ):
+                file.seek(5)
+            with pytest.raises(ShardyardError, match=r"Cannot write .*folder/x: the file system is read-only"):
+                store.write_atomic("x", b"x")
+        finally:
+            server.shutdown()
+            thread.join()
+    with pytest.raises(Unreachable, match=r"Cannot look up .*folder/x: Connect call failed.*Check the network"):
+        store.exists("x")
+
+
+def test_a_store_that_is_silent_at_first_is_told(failing: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_CONTACT_S", 0.05)
+    Failing.fault = threading.Event()
+    try:
+        with pytest.raises(Unreachable, match=r"failing://bucket has not answered for 0\.05 s\. Check the network"):
+            failing.exists("file")
+    finally:
+        Failing.fault.set()
+    assert failing.exists("file")
+    Failing.fault = None
+    assert failing.child("deep").path() == "failing://bucket/deep" and not failing.child("deep").exists("x")
+
+
+def test_google_cloud_storage_does_not_try_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    fake = SimpleNamespace(from_uri=lambda uri: asked.append(uri) or (LocalFileSystem(), "x"))
+    monkeypatch.setattr(pyarrow.fs, "FileSystem", fake)
+    for uri in ("gs://anonymous@b/x", "gcs://b/x?a=b", "gs://b/x?retry_limit_seconds=7", "s3://b/x"):
+        storage._opened(uri)
+    assert asked == [
+        "gs://anonymous@b/x?retry_limit_seconds=30",
+        "gcs://b/x?a=b&retry_limit_seconds=30",
+        "gs://b/x?retry_limit_seconds=7",
+        "s3://b/x",
+    ]
 
 
 def full_disk(descriptor: int, data: bytes | memoryview) -> int:

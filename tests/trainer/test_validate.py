@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -118,6 +120,10 @@ def test_data_that_the_task_cannot_read(tmp_path: Path) -> None:
     assert "has the columns image, label; task 'language_modeling' reads tokens" in found
     (found,) = problems(tmp_path, task=images | {"image_size": 32}, model=cnn, data={"name": "digits"})
     assert "uint8 of shape (8, 8, 1); the task wants uint8 of shape (32, 32, 1)" in found
+    pq.write_table(pa.table({"body/x": ["a"]}), tmp_path / "a.parquet")
+    for columns in ({}, {"columns": {"text": "body"}}, {"columns": {"body/x": "body/x"}}):
+        (found,) = problems(tmp_path, data={"name": "parquet", "paths": [str(tmp_path / "a.parquet")], **columns})
+        assert " data.columns: " in found and "run.yaml:" in found
     plan = validate(load(tiny_config(tmp_path, task=images, model=cnn, data={"name": "digits"})))
     assert plan.tokenizer is None and plan.seq_lens == ()
 
