@@ -17,6 +17,8 @@ from data_pipelines.columns import Column, first_buffers
 from data_pipelines.damage import BlockDamaged, DamagedBlock, DamageLog, DamagePolicy, first_rows
 from data_pipelines.mapped import MappedFiles
 
+PAUSE_S = 0.1  # before a block that fails its digest is read from the disk for the last time
+
 
 class BlockSource(Protocol):
     """The contents of one split's blocks, in one flat range of memory. Safe to use from several threads."""
@@ -115,7 +117,7 @@ class LocalBlocks:
             readable = self._files.map(file)
             return "is missing" if readable is None else f"is cut off: the file ends at byte {readable}, not {stop}"
         expected = int(self._blocks.xxh3[block])
-        for pause_s in (0.0, 0.1, None):
+        for pause_s in (0.0, PAUSE_S, None):
             if xxhash.xxh3_64_intdigest(content.data) == expected:
                 break
             if pause_s is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ShardyardError
+from data_pipelines import block_cache, block_source, ranges
 from data_pipelines import writer as writer_module
 from data_pipelines.columns import BINARY, KEY, NUMBERS, TEXT, Column
+from data_pipelines.damage import BlockDamaged, DamagePolicy
 from data_pipelines.index import BLOCKS_FILE, FORMAT_VERSION, INDEX_FILE
 from data_pipelines.lengths import LENGTHS_FILE
 from data_pipelines.shards import Dataset
@@ -37,13 +40,25 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "SHARD_BYTES", 6000)
 
 
-@pytest.fixture(scope="module")
-def written() -> Iterator[Path]:
+@pytest.fixture(scope="module", params=[None, "zstd"])
+def written(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A data set as on a disk, and one as in an object store, whose blocks are read through a cache."""
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "BLOCK_BYTES", 1500)
         patch.setattr(writer_module, "SHARD_BYTES", 6000)
-        write_set(Path(name) / "set", ROWS)
+        patch.setattr(ranges, "FIRST_PAUSE_S", 0.0005)
+        patch.setattr(block_source, "PAUSE_S", 0.0)
+        write_set(Path(name) / "set", ROWS, compression=request.param)
         yield Path(name) / "set"
+        block_cache.shared_cache.cache_clear()
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Dataset]:
+    """With a cache of its own, which is empty."""
+    policy = DamagePolicy(cache_path=str(folder.parent / "cache"), cache_bytes=1 << 20)
+    with contextlib.closing(Dataset.open(folder, damage=policy)) as dataset:
+        yield dataset
 
 
 def value_of(column: Column, draw: Any) -> Any:
@@ -125,9 +140,10 @@ def test_damage_is_refused_or_does_not_matter(written: Path, pattern: str, mutat
         mutate(file, *mutation)
         unharmed = file.exists() and file.read_bytes() == (written / file.name).read_bytes()
         try:
-            dataset = Dataset.open(folder)
-            read = {split: list(dataset.rows(split)) for split in dataset.splits}
-            lengths = {split: dataset.lengths(split, "tokens")(np.arange(len(ROWS[split]))) for split in ROWS}
+            with opened(folder) as dataset:
+                read = {split: list(dataset.rows(split)) for split in dataset.splits}
+                lengths = {split: dataset.lengths(split, "tokens")(np.arange(len(ROWS[split]))) for split in ROWS}
+                damaged = {found.file for found in dataset.verify()}
         except ShardyardError as error:
             assert not unharmed and file.name in str(error)
             return
@@ -135,7 +151,33 @@ def test_damage_is_refused_or_does_not_matter(written: Path, pattern: str, mutat
         assert all(lengths[split].tolist() == [len(row["tokens"]) for row in ROWS[split]] for split in ROWS)
         # White space in index.json, and what lies around the blocks of an Arrow file, may change; lengths are verified.
         assert unharmed or pattern not in (BLOCKS_FILE, LENGTHS_FILE)
-        assert {found.file for found in dataset.verify()} <= {file.name}
+        assert damaged <= {file.name}
+
+
+@QUICK
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), split=st.sampled_from(sorted(ROWS)))
+def test_one_bit_of_a_block_is_noticed(written: Path, place: float, bit: int, split: str) -> None:
+    """And the other blocks are read on."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "set"
+        shutil.copytree(written, folder)
+        with opened(folder) as dataset:
+            blocks = dataset.index.splits[split]
+            number = int(place * len(blocks))
+            start, stop = int(blocks.start[number]), int(blocks.stop[number])
+            file = folder / dataset.index.file_names[int(blocks.file[number])]
+            raw = bytearray(file.read_bytes())
+            raw[start + int((place * len(blocks) - number) * (stop - start))] ^= 1 << bit
+            file.write_bytes(raw)
+            for block in range(len(blocks)):
+                if block == number:
+                    with pytest.raises(BlockDamaged, match="fails its digest"), dataset.split(split).block(block):
+                        pass
+                    continue
+                first = int(blocks.rows[:block].sum())
+                with dataset.split(split).block(block, ["label"]) as columns:
+                    wanted = [row["label"] for row in ROWS[split][first : first + int(blocks.rows[block])]]
+                    assert columns["label"].tolist() == wanted
 
 
 @QUICK

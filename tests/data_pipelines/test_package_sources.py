@@ -28,7 +28,9 @@ from data_pipelines.sources import (
     digits,
     fashion_mnist,
     freesolv,
+    lfw_faces,
     mnist_5k,
+    moby_dick,
     nuclei,
     orl_faces,
     robot_drive,
@@ -66,6 +68,23 @@ def csv_gz(*lines: str) -> bytes:
 def test_speeches(package: Put) -> None:
     package(speeches, {"package/data/1791_b_n.txt": b" B \n", "package/data/1790_a_n.txt": b"A", "package/x.txt": b"-"})
     assert [(row.key, row.values["text"]) for row in rows(speeches)] == [("1790_a_n", "A"), ("1791_b_n", "B")]
+
+
+def test_moby_dick_is_read_in_its_order(package: Put) -> None:
+    names = ("chapter_10", "chapter_2", "contents", "data", "epilogue", "etymology", "extracts")
+    package(moby_dick, {f"package/data/{name}.txt": f"{name}\n".encode() for name in names})
+    found = [(row.key, row.values["text"]) for row in rows(moby_dick)]
+    assert found == [(name, name) for name in ("etymology", "extracts", "chapter_2", "chapter_10", "epilogue")]
+
+
+def test_faces_are_the_first_half(package: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lfw_faces, "FILE_SHA256", "0" * 64)
+    out = io.BytesIO()
+    np.save(out, np.arange(6)[:, None, None] / 5 * np.ones((6, 25, 25)))
+    package(lfw_faces, {lfw_faces.FILE: out.getvalue()})
+    found = rows(lfw_faces)
+    assert [row.values["label"] for row in found] == [1, 1, 1, 0, 0, 0]
+    assert [row.values["image"].max() for row in found] == [0, 51, 102, 153, 204, 255]
 
 
 def test_digits_are_scaled_to_bytes(package: Put, monkeypatch: pytest.MonkeyPatch) -> None:

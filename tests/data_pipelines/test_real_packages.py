@@ -21,6 +21,8 @@ COUNTS: dict[str, tuple[dict[str, Any], dict[str | None, int]]] = {
     "composed_digits": ({"num_images": 200}, {"train": 180, "validation": 20}),
     "fashion_mnist": ({}, {"train": 60_000, "validation": 10_000}),
     "orl_faces": ({}, {"train": 300, "validation": 100}),
+    "lfw_faces": ({}, {None: 200}),
+    "moby_dick": ({}, {None: 138}),
     "tree_boxes": ({}, {"train": 114, "validation": 30}),
     "nuclei": ({}, {"train": 12, "validation": 4}),
     "debian_handbook": ({}, {None: 2998}),
@@ -45,6 +47,8 @@ def test_the_real_package_holds_what_its_source_says(name: str) -> None:
     assert Counter(row.split for row in found) == counts
     facts: dict[str, tuple[Callable[[], float], float]] = {
         "speeches": (lambda: sum(len(row.values["text"].encode()) for row in found) / 1e6, 10.8),
+        "lfw_faces": (lambda: sum(row.values["label"] for row in found), 100),
+        "moby_dick": (lambda: sum(len(row.values["text"].encode()) for row in found) / 1e6, 1.21),
         "tree_boxes": (lambda: sum(len(row.values["boxes"]) for row in found), 874),
         "sentiment": (lambda: 100 * np.mean([row.values["label"] for row in found]), 55.6),
         "breast_cancer": (lambda: sum(row.values["label"] for row in found), 357),
