@@ -50,7 +50,10 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def make_group(store: Path, body: str, workers: int = 2, threads: int = 1) -> RayWorkerGroup:
@@ -232,6 +235,7 @@ def test_places_that_others_hold(ray_here: EmbeddedRay, tmp_path: Path, monkeypa
         with pytest.raises(Unreachable, match=r"needs 2 CPUs .* did not come free .* 4 CPUs, of which 1 free"):
             waiting.reserve()
         holder.release()
+        monkeypatch.setattr(ray_placement, "PLACE_TIMEOUT_S", 60.0)
         waiting.reserve()
     finally:
         holder.release()
