@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--cases", default="abcd", help="of the part throughput: some of abcd")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=48, help="of raw data a case")
+    parser.add_argument("--megabytes", type=int, default=128, help="of raw data a case")
     parser.add_argument("--quick", action="store_true", help="only to see whether all runs: the figures mean nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()

@@ -27,10 +27,11 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: np.ndarray | None = None) -> dict[str, Any]:
         """The examples (n,) int64 `ids`, in that order: name -> (n, ...) array, or Ragged where shapes differ.
 
-        With `out` the arrays lie in its memory, and the next call with it overwrites them. Raises Damaged.
+        With `out` the arrays lie in its memory, and the next call with it overwrites them. blocks: (n,) int64, the
+        block of each, where the caller knows it. Raises Damaged.
         """
 
     def prefetch(self, blocks: np.ndarray) -> None:
@@ -53,9 +54,9 @@ class Rows:
         """(blocks,) int64: how many rows each block holds."""
         return self.split.block_examples
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: np.ndarray | None = None) -> dict[str, Any]:
         """The rows (n,) int64 `ids`; see Examples."""
-        return self.split.gather(ids, self.columns, out)
+        return self.split.gather(ids, self.columns, out, blocks)
 
     def prefetch(self, blocks: np.ndarray) -> None:
         """Say which blocks are wanted soon."""

@@ -40,8 +40,8 @@ from data_pipelines.order import Order
 
 __all__ = ["Loader", "MicroBatch", "Prepare", "evaluation_batches"]
 
-_HAND_OVERS = 4  # ahead
-_HAND_OVER_BYTES = 4 << 20
+_HAND_OVERS = 3  # ahead
+_HAND_OVER_BYTES = 13 << 19  # 6.5 MiB
 _AHEAD = 2048  # examples ahead whose blocks are asked for
 
 
@@ -93,7 +93,7 @@ class Loader:
         world_size: int,
         start_step: int = 0,
         examples_seen: int = 0,
-        prefetch_bytes: int = 20 << 20,
+        prefetch_bytes: int = 26 << 20,
         threads: int = 1,
         pin: bool = False,
         pad: float = 0,
@@ -272,13 +272,14 @@ class Loader:
             raise
 
     def _fill(self, steps: range, buffers: Buffers) -> _HandOver:
-        positions, ids = self._planned(steps)
+        positions, ids, blocks = self._planned(steps)
         sizes = np.tile(self._sizes, len(steps))
         slots = self._slots * len(steps)
         if self._omissions:
             positions, ids, sizes, slots = self._omissions.leave_out(positions, ids, sizes, slots)
+            blocks = self._omissions.blocks_of(ids)
         try:
-            arrays = self._examples.gather(ids, buffers)
+            arrays = self._examples.gather(ids, buffers, blocks)
         except Damaged:
             if self._damage == "stop":
                 raise
@@ -290,8 +291,8 @@ class Loader:
         a_step = sum(tensor.nbytes for each in micro_batches[0] for tensor in each.tensors.values())
         return _HandOver(steps, micro_batches, a_step * len(steps), buffers)
 
-    def _planned(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and sample ids of these steps' examples on this rank, (examples,) int64 each.
+    def _planned(self, steps: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions, sample ids and blocks of these steps' examples on this rank, (examples,) int64 each.
 
         Those of the coming steps are worked out along with them, and their blocks are asked for.
         """
@@ -300,7 +301,8 @@ class Loader:
         with self._planning:
             plan = self._plan
             if steps.start < plan.steps.start:  # the other reader came first with later steps
-                return self._located(steps)
+                positions, ids = self._located(steps)
+                return positions, ids, self._omissions.blocks_of(ids)
             if steps.start > plan.steps.stop:
                 plan = _NO_PLAN
             more = ahead if plan.steps else 0  # the first step comes as soon as it can
@@ -309,7 +311,7 @@ class Loader:
             self._plan = plan
             start = (steps.start - plan.steps.start) * width
             cut = slice(start, start + len(steps) * width)
-            return plan.positions[cut], plan.ids[cut]
+            return plan.positions[cut], plan.ids[cut], plan.blocks[cut]
 
     def _extended(self, plan: _Plan, steps: range, more: int) -> _Plan:
         """A plan from the first of `steps` until `more` steps after them, or until the order ends.

@@ -234,14 +234,18 @@ class MixtureExamples:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: np.ndarray | None = None) -> dict[str, Any]:
         """See Examples. Raises UsageError where sources have different columns."""
         memory = Buffers() if out is None else out
         sources = self._ends.searchsorted(ids, side="right")
         used = np.unique(sources).tolist()
         rows = [np.flatnonzero(sources == source) for source in used]
         found = [
-            self.parts[source].gather(ids[here] - self.bases[source], memory.part(source))
+            self.parts[source].gather(
+                ids[here] - self.bases[source],
+                memory.part(source),
+                None if blocks is None else blocks[here] - self._block_bases[source],
+            )
             for source, here in zip(used, rows, strict=True)
         ]
         if len({tuple(sorted(arrays)) for arrays in found}) > 1:

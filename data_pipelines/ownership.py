@@ -21,7 +21,7 @@ def owners(ends: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     for _ in range(_PASSES):
         beyond = numbers >= ends[guesses]
         before = (guesses > 0) & (numbers < ends[guesses - 1])
-        if not (beyond.any() or before.any()):
+        if not (np.count_nonzero(beyond) or np.count_nonzero(before)):  # several times as fast as any()
             return guesses
         guesses += beyond
         guesses -= before

@@ -87,7 +87,7 @@ class PackedSplit:
         """The share of all places that is padding."""
         return 1.0 - self.num_tokens / (len(self) * self.seq_len) if len(self) else 0.0
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: np.ndarray | None = None) -> dict[str, Any]:
         """Sequences (n,) int64 `ids`: "tokens" (n, T + 1) uint16 or uint32, "valid" (n,) int32, the labels that count.
 
         tokens[i, 1 : 1 + valid[i]] are those labels; what follows is padding. With boundaries there are "cu_seqlens",
@@ -98,13 +98,12 @@ class PackedSplit:
         tokens = memory.take("tokens", (len(ids), self.seq_len + 1), self._dtype)
         valid = memory.take("valid", (len(ids),), np.int32)
         if len(ids):
-            self._copy(ids, tokens, valid)
+            self._copy(ids, self.block_of(ids) if blocks is None else blocks, tokens, valid)
         if not self._boundaries:
             return {"tokens": tokens, "valid": valid}
         return {"tokens": tokens, "valid": valid, "cu_seqlens": Boundaries.of(tokens, self.eos_id, memory)}
 
-    def _copy(self, ids: np.ndarray, tokens: np.ndarray, valid: np.ndarray) -> None:
-        blocks = self.block_of(ids)
+    def _copy(self, ids: np.ndarray, blocks: np.ndarray, tokens: np.ndarray, valid: np.ndarray) -> None:
         within = ids - self._starts[blocks]
         if self.kind == "concat":
             with self._split.located(blocks) as contents:

@@ -103,14 +103,20 @@ class Split:
     # --- many rows
 
     def gather(
-        self, ids: np.ndarray, columns: Sequence[str], out: Buffers | None = None
+        self,
+        ids: np.ndarray,
+        columns: Sequence[str],
+        out: Buffers | None = None,
+        blocks: np.ndarray | None = None,
     ) -> dict[str, np.ndarray | Ragged]:
         """Columns of the rows (n,) int64 `ids`, copied: (n, *shape) for each, or Ragged for what differs in length.
 
         utf8 and binary are Ragged bytes. With `out` they lie in its memory, and the next call with it overwrites them.
+        blocks: (n,) int64, the block of each, where the caller knows it.
         """
         memory = out if out is not None else Buffers()
-        blocks = self.block_of(ids)
+        if blocks is None:
+            blocks = self.block_of(ids)
         rows = ids - self.first_rows[blocks]
         with self.located(blocks) as contents:
             places = contents[:, None] + self.blocks.content_buffers[blocks]  # (n, buffers): addresses

@@ -41,9 +41,9 @@ class WithoutBlocks:
     def __len__(self) -> int:
         return int(self.block_examples.sum())
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: np.ndarray | None = None) -> dict[str, Any]:
         """See Examples."""
-        return self._examples.gather(self.original_ids(ids), out)
+        return self._examples.gather(self.original_ids(ids), out, None if blocks is None else self.blocks[blocks])
 
     def prefetch(self, blocks: np.ndarray) -> None:
         """See Examples."""

@@ -117,7 +117,7 @@ class Numbers:
     def __len__(self) -> int:
         return int(self.block_examples.sum())
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: Any = None) -> dict[str, Any]:
         blocks = np.cumsum(self.block_examples).searchsorted(ids, side="right")
         if damaged := sorted(self.broken & set(blocks.tolist())):
             raise Damaged(f"block {damaged[0]} is damaged")
@@ -136,6 +136,6 @@ class Lists(Numbers):
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         return ids * 7 % 10
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: Any = None) -> dict[str, Any]:
         lengths = self.lengths(ids)
         return {"list": Ragged.joined(np.repeat(ids, lengths), np.cumsum([0, *lengths.tolist()]))}

@@ -251,9 +251,9 @@ def test_reading_ahead_uses_one_core_and_training_keeps_its_own() -> None:
     seen = {}
 
     class Watched(Numbers):
-        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+        def gather(self, ids: np.ndarray, out: Any = None, blocks: Any = None) -> dict[str, Any]:
             seen[threading.current_thread() is threading.main_thread()] = torch.get_num_threads()
-            return super().gather(ids, out)
+            return super().gather(ids, out, blocks)
 
     num_threads = torch.get_num_threads()
     try:
@@ -275,11 +275,11 @@ def test_a_caller_who_comes_first_makes_the_step_himself() -> None:
     readers = set()
 
     class Slow(Numbers):
-        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+        def gather(self, ids: np.ndarray, out: Any = None, blocks: Any = None) -> dict[str, Any]:
             readers.add(threading.current_thread().name)
             if threading.current_thread() is not threading.main_thread():
                 assert may_go_on.wait(30)
-            return super().gather(ids, out)
+            return super().gather(ids, out, blocks)
 
     loader = numbers_loader(Slow([400]))
     loader._reader.submit(may_go_on.wait)  # the reader is busy
@@ -297,10 +297,10 @@ def test_steps_ahead_are_read_before_they_are_asked_for() -> None:
     read = threading.Event()
 
     class Watched(Numbers):
-        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+        def gather(self, ids: np.ndarray, out: Any = None, blocks: Any = None) -> dict[str, Any]:
             if 30 in ids:
                 read.set()
-            return super().gather(ids, out)
+            return super().gather(ids, out, blocks)
 
     examples = Watched([20, 30])
     loader = numbers_loader(examples)
@@ -328,9 +328,9 @@ def test_hand_overs_grow_but_not_beyond_their_size(monkeypatch: pytest.MonkeyPat
     sizes = []
 
     class Watched(Numbers):
-        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+        def gather(self, ids: np.ndarray, out: Any = None, blocks: Any = None) -> dict[str, Any]:
             sizes.append(len(ids) // 4)
-            return super().gather(ids, out)
+            return super().gather(ids, out, blocks)
 
     monkeypatch.setattr(loader_module, "_HAND_OVER_BYTES", 64 * 10)  # a step is 4 rows of 16 bytes
     loader = numbers_loader(Watched([20, 30]))
@@ -513,11 +513,11 @@ def test_an_evaluation_reads_one_micro_batch_ahead_in_threads_that_change_nothin
     read = threading.Event()
 
     class Watched(Numbers):
-        def gather(self, ids: np.ndarray, out: Any = None) -> dict[str, Any]:
+        def gather(self, ids: np.ndarray, out: Any = None, blocks: Any = None) -> dict[str, Any]:
             asked.append(int(ids[0]))
             if len(asked) == 2:
                 read.set()
-            return super().gather(ids, out)
+            return super().gather(ids, out, blocks)
 
     def evaluated(threads: int) -> Iterator[MicroBatch]:
         options: dict[str, Any] = {"micro_batch_size": 4, "rank": 0, "world_size": 1, "threads": threads}

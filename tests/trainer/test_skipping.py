@@ -30,7 +30,7 @@ class Numbers:
     def __len__(self) -> int:
         return int(self.block_examples.sum())
 
-    def gather(self, ids: np.ndarray, out: Buffers | None = None) -> dict[str, Any]:
+    def gather(self, ids: np.ndarray, out: Buffers | None = None, blocks: Any = None) -> dict[str, Any]:
         blocks = np.cumsum(self.block_examples).searchsorted(ids, side="right")
         if met := self.damaged & set(blocks.tolist()):
             raise BlockDamaged([DamagedBlock(min(met), "f.arrow", 0, 0, 1, "fails its digest")])
