@@ -1,4 +1,4 @@
-# Every target needs only Linux, Python 3.11+, git and make; `setup` alone uses the network.
+# Every target needs only Linux, Python 3.11+, git and make; `setup` and `peers` alone use the network.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -6,13 +6,13 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-workers test-rest check lint types chaos bench lock clean
+.PHONY: help setup demo test test-workers test-rest check lint types chaos bench peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## a .venv with the pinned versions (the only target that uses the network)
+setup: $(STAMP)  ## a .venv with the pinned versions (uses the network)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; Shardyard needs 3.11 to 3.13: make PYTHON=python3.11 $(MAKECMDGOALS)")'
@@ -48,8 +48,13 @@ types: setup  ## mypy
 chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)
 	$(BIN)/python -m pytest tests/chaos --schedules=$(or $(N),20) --first-seed=$(or $(SEED),0)
 
-bench: setup  ## measurements against peers; tables go to benchmarks/results/
+bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/loaders.py
+
+# Without what they ask for: some want torchvision, or older numpy (benchmarks/peers/requirements.txt).
+peers: setup  ## install the loaders that `make bench` compares with (uses the network)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers/requirements.txt
 
 lock: setup  ## write constraints.txt anew from what is installed
 	@{ echo '# Every installed version, exactly: the only place that pins. Regenerate with `make lock`.'; \

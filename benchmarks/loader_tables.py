@@ -58,7 +58,7 @@ def heading(facts: dict[str, Any]) -> str:
         f"# Loaders{warning}\n\n{facts['date']}, commit {facts['commit']}, {facts['cpus']} CPU cores "
         f"({facts['machine']}), load average before: {facts['load_average_before']:.1f}. {versions}.\n\n"
         "Random data, shuffled, page cache warm, no loader worker processes (Ray Data cannot do without); each loader "
-        "in a process of its own, measured in turn, in another order each time; medians of "
+        "in a process of its own, measured in turn, in another order each time (Ray Data after them); medians of "
         f"{facts['repeats']} repeats. `python benchmarks/loaders.py`; every single measurement is in loaders.json."
     )
 

@@ -45,6 +45,7 @@ PEERS = (
     "google_grain",
 )
 PACKAGES = ("torch", "mosaicml-streaming", "litdata", "datasets", "webdataset", "ray", "grain", "pyarrow", "numpy")
+ALONE = ("ray_data",)
 COMPUTE_S = 0.0025
 MOST = {"ray_data": 2}  # repeats, since an epoch of it takes seconds to begin
 
@@ -115,32 +116,30 @@ def measure_throughput(bench: Bench) -> dict[str, Any]:
     seconds, steps = (0.1, 20) if bench.quick else (0.5, 200)
     results: dict[str, Any] = {}
     for key in bench.cases:
-        with bench.case(key, [*bench.loaders]) as (case, sizes), contextlib.ExitStack() as stack:
-            processes = {
-                name: stack.enter_context(bench.process(name))
-                for name in [CEILING, *bench.loaders]
-                if name == CEILING or name in sizes
-            }
-
-            def ask(*call: Any, processes: Any = processes) -> Callable[[str], Any]:
-                def once(loader: str) -> Any:
-                    return processes[loader].call(*call)
-
-                return once
-
-            def start(loader: str, processes: Any = processes, case: Case = case) -> Any:
-                return processes[loader].call("open", case, str(bench.stored(case, loader)))
-
-            names = list(in_turn(list(processes), 1, start))
-            rates = in_turn(names, bench.repeats, ask("throughput", seconds))
-            others = [name for name in rates if name != CEILING]
-            waits = in_turn(others, max(1, bench.repeats // 2), ask("waits", steps, COMPUTE_S))
+        with bench.case(key, [*bench.loaders]) as (case, sizes):
             count = min(case.num_batches, 300)
-            neighbours = in_turn(list(waits), 1, ask("neighbours", count)) if key == "a" else {}
+            rates, waits, neighbours = {}, {}, {}
+            there = [name for name in [CEILING, *bench.loaders] if name == CEILING or name in sizes]
+            # Ray Data's processes would take the cores from the others while these are measured.
+            for together in ([name for name in there if name not in ALONE], [name for name in there if name in ALONE]):
+                with contextlib.ExitStack() as stack:
+                    processes = {name: stack.enter_context(bench.process(name)) for name in together}
+
+                    def ask(*call: Any, processes: Any = processes) -> Callable[[str], Any]:
+                        return lambda loader: processes[loader].call(*call)
+
+                    def start(loader: str, processes: Any = processes, case: Case = case) -> Any:
+                        return processes[loader].call("open", case, str(bench.stored(case, loader)))
+
+                    names = list(in_turn(together, 1, start))
+                    rates |= in_turn(names, bench.repeats, ask("throughput", seconds))
+                    others = [name for name in names if name in rates and name != CEILING]
+                    waits |= in_turn(others, max(1, bench.repeats // 2), ask("waits", steps, COMPUTE_S))
+                    neighbours |= in_turn(others, 1, ask("neighbours", count)) if key == "a" else {}
             results[key] = {
                 "mb_per_s": rates,
                 "waits_s": {name: wait_figures(runs) for name, runs in waits.items()},
-                "neighbours": {name: value[0] for name, value in neighbours.items()},
+                "neighbours": {name: value[0] for name, value in neighbours.items() if value},
                 "disk": {name: size / case.raw_bytes for name, size in sizes.items() if not name.startswith("torch")},
                 "batch_bytes": case.batch_bytes,
                 "raw_bytes": case.raw_bytes,

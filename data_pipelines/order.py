@@ -47,7 +47,7 @@ class Order(Protocol):
         """The example at each of (n,) int64 positions >= 0: (n,) int64."""
 
 
-def choose_order(shuffle: str, seed: int, block_examples: np.ndarray, window_blocks: int = 64) -> Order:
+def choose_order(shuffle: str, seed: int, block_examples: np.ndarray, window_blocks: int = 128) -> Order:
     """The order that `data.shuffle` names. Raises UsageError for another name."""
     num_examples = int(block_examples.sum())
     if shuffle == "blocks":
@@ -137,7 +137,7 @@ class BlockOrder:
 
     end = None
 
-    def __init__(self, seed: int, block_examples: np.ndarray, window_blocks: int = 64) -> None:
+    def __init__(self, seed: int, block_examples: np.ndarray, window_blocks: int = 128) -> None:
         sizes = np.asarray(block_examples, np.int64)
         num_blocks = len(sizes)
         assert num_blocks and window_blocks >= 1, (num_blocks, window_blocks)

@@ -220,7 +220,7 @@ def test_the_data_page_tells_the_order_of_many_blocks(num_blocks: int) -> None:
     total = sum(sizes)
     positions = [total + total // 3, 2 * total - 1]
     expected = BlockOrder(11, np.array(sizes)).sample_ids(np.array(positions)).tolist()
-    assert [block_example_at(position, 11, sizes, 64) for position in positions] == expected
+    assert [block_example_at(position, 11, sizes, 128) for position in positions] == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from data_pipelines.shards import Dataset
 from peers.cases import SEQ_LEN, Case
 
 SETTINGS = (
-    "Arrow blocks of 2 MB, data.shuffle: blocks (windows of 64 blocks), one thread that reads ahead (the caller makes "
+    "Arrow blocks of 2 MB, data.shuffle: blocks (windows of 128 blocks), one thread that reads ahead (the caller makes "
     "batches too, where none is ready); a, b: packed 'concat' (rows of 2,049 tokens); b: and cu_seqlens; c: fixed "
     "column; d: binary column"
 )

@@ -83,7 +83,7 @@ class SourceConfig(Section):
         "examples permutes all of them, for local disks; sequential keeps the order of the source.",
     )
     window_blocks: int = Field(
-        default=64, ge=1, description="Blocks of 1 to 4 MB in a window of shuffle=blocks; more mixes better."
+        default=128, ge=1, description="Blocks of 1 to 4 MB in a window of shuffle=blocks; more mixes better."
     )
     damage: Literal["stop", "skip"] = Field(
         default="stop",
