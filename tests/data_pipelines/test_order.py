@@ -171,7 +171,7 @@ def test_a_window_draws_on_all_of_a_large_region(monkeypatch: pytest.MonkeyPatch
     blocks, _ = order.window_at(123_456_789)
     runs = np.sort(blocks) // order._run_blocks
     same = np.mean(runs[:, None] == runs) - 1 / len(runs)
-    assert len(blocks) == 64 and same < 0.05
+    assert len(blocks) == 128 and same < 0.05
 
 
 def test_sample_ids_are_those_of_an_example_order() -> None:
