@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,7 @@ class Batcher:
                     columns[name], columns[f"{name}_length"] = self._padded_lists(name, values, counts, buffers)
             names = tuple(columns)
             batches = [dict(zip(names, row)) for row in zip(*columns.values(), strict=True)]  # noqa: B905 - hot
-        ends = [0, *np.cumsum(sizes).tolist()]
-        parts = [ids[start:end] for start, end in pairwise(ends)]
+        parts = [ids[start:end] for start, end in pairwise(accumulate(counts, initial=0))]
         return [
             MicroBatch(index, idle, part, tensors)
             for (index, idle), part, tensors in zip(slots, parts, batches, strict=True)
@@ -94,14 +93,14 @@ class Batcher:
 
     def _padded_lists(
         self, name: str, ragged: Any, counts: list[int], buffers: Buffers
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """Stored lists as one padded tensor (B, longest, ...) a micro-batch, and lengths (B,) int32."""
         values, first = ragged.values, 0
-        longest = int(ragged.lengths.max(initial=0))
+        longest = int(np.maximum.reduce(ragged.lengths, initial=0))
         if len(values) == longest * len(ragged):  # all of one length, and nothing between them
             rows = torch.from_numpy(values.reshape(len(ragged), longest, *values.shape[1:]))
             sizes = torch.from_numpy(ragged.lengths.astype(np.int32))
-            return list(rows.split_with_sizes(counts)), list(sizes.split_with_sizes(counts))
+            return rows.split_with_sizes(counts), sizes.split_with_sizes(counts)
         padded, lengths = [], []
         for number, count in enumerate(counts):
             starts, sizes = ragged.starts[first : first + count], ragged.lengths[first : first + count]

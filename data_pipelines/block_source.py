@@ -59,7 +59,7 @@ class LocalBlocks:
     def locate(self, blocks: np.ndarray) -> np.ndarray:
         """See BlockSource."""
         found = self._located[blocks]
-        if found.size and found.min() < 0:
+        if found.size and np.minimum.reduce(found) < 0:
             self._check(np.unique(blocks[found < 0]))
             found = self._located[blocks]
         return found

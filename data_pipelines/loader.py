@@ -42,7 +42,7 @@ __all__ = ["Loader", "MicroBatch", "Prepare", "evaluation_batches"]
 
 _HAND_OVERS = 3  # ahead
 _HAND_OVER_BYTES = 13 << 19  # 6.5 MiB
-_AHEAD = 2048  # examples ahead whose blocks are asked for
+_AHEAD = 4096  # examples ahead that are planned, and whose blocks are asked for
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +63,9 @@ class _Plan(NamedTuple):
     positions: np.ndarray  # (steps * examples a step,) int64
     ids: np.ndarray  # the same of sample ids
     blocks: np.ndarray  # the same of their blocks
+
+    def holds(self, steps: range) -> bool:
+        return self.steps.start <= steps.start and steps.stop <= self.steps.stop
 
 
 _NO_PLAN = _Plan(range(0), *[np.empty(0, np.int64)] * 3)
@@ -119,11 +122,13 @@ class Loader:
         slots = list(_slots(global_batch_size, micro_batch_size, rank, world_size))
         self._slots = [(index, idle) for index, idle, _ in slots]
         self._sizes = np.array([cut.stop - cut.start for _, _, cut in slots])
+        self._repeats: dict[int, tuple[np.ndarray, list[tuple[int, bool]]]] = {}
         self._offsets = np.concatenate([np.arange(cut.start, cut.stop, dtype=np.int64) for _, _, cut in slots])
         self._omissions = Omissions(examples, order, exceptions)
         self._batcher = Batcher(prepare, seed, threads, pad, ragged)
+        self._ahead_steps = _AHEAD // len(self._offsets)
         self._plan = _NO_PLAN
-        self._planning = threading.Lock()
+        self._planning = threading.Lock()  # held to replace the plan
         self._free: list[Buffers] = []
         self._ahead: deque[tuple[range, Future[_HandOver]]] = deque()
         self._given: _HandOver | None = None
@@ -273,8 +278,7 @@ class Loader:
 
     def _fill(self, steps: range, buffers: Buffers) -> _HandOver:
         positions, ids, blocks = self._planned(steps)
-        sizes = np.tile(self._sizes, len(steps))
-        slots = self._slots * len(steps)
+        sizes, slots = self._repeated(len(steps))
         if self._omissions:
             positions, ids, sizes, slots = self._omissions.leave_out(positions, ids, sizes, slots)
             blocks = self._omissions.blocks_of(ids)
@@ -291,46 +295,58 @@ class Loader:
         a_step = sum(tensor.nbytes for each in micro_batches[0] for tensor in each.tensors.values())
         return _HandOver(steps, micro_batches, a_step * len(steps), buffers)
 
+    def _repeated(self, num_steps: int) -> tuple[np.ndarray, list[tuple[int, bool]]]:
+        """The sizes and the slots of so many steps."""
+        found = self._repeats.get(num_steps)
+        if found is None:
+            found = self._repeats[num_steps] = np.tile(self._sizes, num_steps), self._slots * num_steps
+        return found
+
     def _planned(self, steps: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions, sample ids and blocks of these steps' examples on this rank, (examples,) int64 each.
 
-        Those of the coming steps are worked out along with them, and their blocks are asked for.
+        Those of the coming steps are worked out along with them, by one thread while the other goes on with what there
+        is, and their blocks are asked for.
         """
+        plan = self._plan
+        if not plan.holds(steps):
+            with self._planning:
+                plan = self._plan
+                if not plan.holds(steps):
+                    self._plan = plan = self._extended(plan, steps)
+        elif plan.steps.stop < steps.stop + self._ahead_steps and self._planning.acquire(blocking=False):
+            try:
+                if self._plan is plan:
+                    self._plan = self._extended(plan, steps)
+            finally:
+                self._planning.release()
         width = len(self._offsets)
-        ahead = _AHEAD // width
-        with self._planning:
-            plan = self._plan
-            if steps.start < plan.steps.start:  # the other reader came first with later steps
-                positions, ids = self._located(steps)
-                return positions, ids, self._omissions.blocks_of(ids)
-            if steps.start > plan.steps.stop:
-                plan = _NO_PLAN
-            more = ahead if plan.steps else 0  # the first step comes as soon as it can
-            if plan.steps.stop < steps.stop + more:
-                plan = self._extended(plan, steps, 2 * more)
-            self._plan = plan
-            start = (steps.start - plan.steps.start) * width
-            cut = slice(start, start + len(steps) * width)
-            return plan.positions[cut], plan.ids[cut], plan.blocks[cut]
+        start = (steps.start - plan.steps.start) * width
+        cut = slice(start, start + len(steps) * width)
+        return plan.positions[cut], plan.ids[cut], plan.blocks[cut]
 
-    def _extended(self, plan: _Plan, steps: range, more: int) -> _Plan:
-        """A plan from the first of `steps` until `more` steps after them, or until the order ends.
-
-        Its blocks are asked for.
-        """
+    def _extended(self, plan: _Plan, steps: range) -> _Plan:
+        """A plan that holds these steps and some after them. Its blocks are asked for."""
+        more = 2 * self._ahead_steps
+        if not plan.steps.start <= steps.start <= plan.steps.stop or not plan.steps:
+            plan = _Plan(range(steps.start, steps.start), *_NO_PLAN[1:])
+            more = 0  # the first step comes as soon as it can
         if self._order.end is not None:
             left = (self._order.end - self._first_position(steps.stop)) // self._global_batch_size
             more = max(0, min(more, left))
         stop = max(plan.steps.stop, steps.stop + more)
-        positions, ids = self._located(range(max(plan.steps.stop, steps.start), stop))
-        passed = (steps.start - plan.steps.start) * len(self._offsets)
+        if stop == plan.steps.stop:
+            return plan
+        positions, ids = self._located(range(plan.steps.stop, stop))
+        start = max(plan.steps.start, steps.start - self._ahead_steps)  # the other thread may be at earlier steps
+        passed = (start - plan.steps.start) * len(self._offsets)
         extended = _Plan(
-            range(steps.start, stop),
+            range(start, stop),
             np.concatenate([plan.positions[passed:], positions]),
             np.concatenate([plan.ids[passed:], ids]),
             np.concatenate([plan.blocks[passed:], self._omissions.blocks_of(ids)]),
         )
-        self._examples.prefetch(extended.blocks)
+        self._examples.prefetch(extended.blocks[(steps.start - start) * len(self._offsets) :])
         return extended
 
     def _located(self, steps: range) -> tuple[np.ndarray, np.ndarray]:

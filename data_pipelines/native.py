@@ -33,7 +33,7 @@ def copy_rows(addresses: np.ndarray, out: np.ndarray) -> None:
         return
     assert out.flags.c_contiguous and len(out) == num_rows, (out.shape, num_rows)
     row_bytes = out.nbytes // num_rows
-    target = torch.from_numpy(out.reshape(-1).view(np.uint8)).view(num_rows, row_bytes)
+    target = torch.from_numpy(out.reshape(-1).view(np.uint8).reshape(num_rows, row_bytes))
     torch.index_select(_rows_of(row_bytes), 0, torch.from_numpy(addresses - _FIRST), out=target)
 
 

@@ -16,6 +16,8 @@ another order. Nothing is stored but tables of some of the epoch's blocks, so a 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -102,10 +104,8 @@ class ExampleOrder:
         """See Order."""
         epochs, places = np.divmod(_checked(positions), np.int64(self.num_examples))
         ids = np.empty_like(places)
-        for epoch in _different(epochs):
-            here = slice(None) if epoch is None else epochs == epoch
-            number = int(epochs[0]) if epoch is None else epoch
-            ids[here] = permute(places[here], self.num_examples, keys(self._seed, number))
+        for epoch, run in _runs(epochs):
+            ids[run] = permute(places[run], self.num_examples, _keys(self._seed, epoch))
         return ids
 
 
@@ -164,11 +164,8 @@ class BlockOrder:
         """See Order."""
         epochs, places = np.divmod(_checked(positions), np.int64(self.num_examples))
         ids = np.empty_like(places)
-        for epoch in _different(epochs):
-            if epoch is None:
-                return self._in_epoch(int(epochs[0]), places)
-            here = epochs == epoch
-            ids[here] = self._in_epoch(epoch, places[here])
+        for epoch, run in _runs(epochs):
+            ids[run] = self._in_epoch(epoch, places[run])
         return ids
 
     def window_at(self, position: int) -> tuple[np.ndarray, int]:
@@ -201,7 +198,7 @@ class BlockOrder:
         first = int(region.windows[1:].searchsorted(places.min(), side="right"))
         if places.max() < region.windows[first + 1]:  # one window: the common case
             start, stop = int(region.windows[first]), int(region.windows[first + 1])
-            places = permute(places - start, stop - start, keys(self._seed, _WINDOWS, epoch, first_window + first))
+            places = permute(places - start, stop - start, _keys(self._seed, _WINDOWS, epoch, first_window + first))
             first_slot, last_slot = region.window_slots[first], region.window_slots[first + 1]
             slots = owners(region.ends[first_slot:last_slot] - start, places) + first_slot
             places += start
@@ -264,10 +261,14 @@ def _checked(positions: np.ndarray) -> np.ndarray:
     return positions
 
 
-def _different(epochs: np.ndarray) -> list[int] | list[None]:
-    """The epochs that come up; [None] where there is one, the common case."""
+def _runs(epochs: np.ndarray) -> list[tuple[int, slice]]:
+    """The epochs that come up, each with where: an epoch comes again where positions do not ascend."""
     if len(epochs) == 0:
         return []
-    if epochs.min() == epochs.max():
-        return [None]
-    return [int(epoch) for epoch in np.unique(epochs)]
+    cuts = [0, *(np.flatnonzero(epochs[1:] != epochs[:-1]) + 1).tolist(), len(epochs)]
+    return [(int(epochs[start]), slice(start, stop)) for start, stop in pairwise(cuts)]
+
+
+@lru_cache(maxsize=64)  # they are asked for again and again while a window is read
+def _keys(seed: int, *counters: int) -> np.ndarray:
+    return keys(seed, *counters)

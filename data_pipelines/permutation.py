@@ -82,12 +82,14 @@ def _walk(values: np.ndarray, last: Any, base: Any, round_keys: np.ndarray, word
 
 
 def _feistel(values: np.ndarray, base: Any, round_keys: np.ndarray, word: Any) -> np.ndarray:
-    kind, half, shift, first, second = word
-    half, shift, first, second = kind(half), kind(shift), kind(first), kind(second)
+    # Arrays without dimensions: numpy takes them in two thirds of the time that it takes for scalars.
+    kind = word[0]
+    half, shift, first, second = (np.array(value, kind) for value in word[1:])
+    base = np.asarray(base)
     left = values // base
     right = values - left * base
     scattered, moved = np.empty_like(left), np.empty_like(left)
-    for key in round_keys:
+    for key in [key.reshape(()) for key in round_keys] if base.ndim == 0 else round_keys:
         np.add(right, key, out=scattered)
         scattered *= first
         np.right_shift(scattered, shift, out=moved)

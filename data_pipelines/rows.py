@@ -119,29 +119,32 @@ class Split:
             blocks = self.block_of(ids)
         rows = ids - self.first_rows[blocks]
         with self.located(blocks) as contents:
-            places = contents[:, None] + self.blocks.content_buffers[blocks]  # (n, buffers): addresses
-            ends = contents + self.blocks.content_bytes[blocks]
-            return {name: self._gather(self._column(name), rows, places, ends, memory) for name in columns}
+            return {name: self._gather(self._column(name), rows, blocks, contents, memory) for name in columns}
 
     def _gather(
-        self, column: Column, rows: np.ndarray, places: np.ndarray, ends: np.ndarray, memory: Buffers
+        self, column: Column, rows: np.ndarray, blocks: np.ndarray, contents: np.ndarray, memory: Buffers
     ) -> np.ndarray | Ragged:
-        """places (n, buffers): the addresses of the buffers of each row's block; ends (n,): where its content ends."""
-        first = places[:, self._first[column.name]]
+        """rows (n,): places in their blocks (n,); contents (n,): the addresses of those blocks' contents.
+
+        A batch is a few hundred rows, so that what counts here is the number of operations.
+        """
+        places, number = self.blocks.content_buffers, self._first[column.name]
+        first = contents + places[:, number][blocks]
         if not column.is_ragged:
             values = memory.take(column.name, (len(rows), *column.item_shape), column.numpy_dtype)
             copy_rows(first + rows * column.item_bytes, values)
             return values
-        cuts = (first - self._base) // 4 + rows
+        cuts = ((first - self._base) >> 2) + rows
         starts = self._cuts[cuts].astype(np.int64)
         lengths = self._cuts[cuts + 1] - starts
-        begins = places[:, self._first[column.name] + 1] + starts * column.item_bytes
-        longest = int(lengths.max(initial=0))
-        if longest * len(rows) == lengths.sum():  # all of one length
+        begins = contents + places[:, number + 1][blocks] + starts * column.item_bytes
+        longest = int(np.maximum.reduce(lengths, initial=0))
+        if longest * len(rows) == np.add.reduce(lengths):  # all of one length
             values = memory.take(column.name, (len(rows), longest, *column.item_shape), column.numpy_dtype)
             copy_rows(begins, values)
             joined = values.reshape(len(rows) * longest, *column.item_shape)
             return Ragged(joined, np.arange(len(rows)) * longest, lengths)
+        ends = contents + self.blocks.content_bytes[blocks]
         plan = ListCopies(begins, lengths * column.item_bytes, ends, column.item_bytes)
         values = memory.take(column.name, (plan.num_bytes // column.item_bytes, *column.item_shape), column.numpy_dtype)
         plan.copy(values)
