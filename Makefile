@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-workers test-rest check lint types chaos bench peers lock clean
+.PHONY: help setup demo test test-workers test-rest check lint types chaos bench results peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,9 @@ chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=
 bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loaders.py
+
+results: setup  ## train every recipe of real data, 3 seeds each, beside its baseline: docs/results.md (one task: TASK=...)
+	$(BIN)/python benchmarks/results.py $(TASK)
 
 # Without what they ask for: some want torchvision, or older numpy (benchmarks/peers/requirements.txt).
 peers: setup  ## install the loaders that `make bench` compares with (uses the network)

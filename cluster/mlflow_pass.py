@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -229,6 +230,16 @@ class CopyPass:
         for event in events:
             if event["kind"] == "sample":
                 self._client.log_text(run_id, event["text"], f"samples/step-{event['step']:08d}.txt")
+            if event["kind"] == "picture" and store.exists(event["path"]):
+                self._copy_picture(event)
+
+    def _copy_picture(self, event: dict[str, Any]) -> None:
+        """Under a name that stays the same, so that it may be sent twice; MLflow's run page shows PNG files."""
+        path = Path(event["path"])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / path.name
+            file.write_bytes(self._record.store.read_bytes(event["path"]))
+            self._client.log_artifact(self._position["run_id"], str(file), path.parent.as_posix())
 
 
 def sqlite_file(uri: str) -> Path | None:

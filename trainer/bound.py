@@ -30,6 +30,13 @@ class BoundTask:
         """The columns of a stored row that it reads."""
         return self.module.columns(self.config)
 
+    def example(self, rng: np.random.Generator) -> dict[str, Any]:
+        """A stored row made up at random, as arrays, str or bytes; lists differ in length from call to call.
+
+        With it a task, and every recipe of it, is tried without its data.
+        """
+        return self.module.example(self.config, rng)
+
     def packing(self) -> int | None:
         """Length to which documents are packed; None where examples are rows as they are stored."""
         return self.module.packing(self.config)
@@ -107,6 +114,19 @@ class BoundTask:
         return self.module.metrics(sums, self.config, split)
 
     @property
+    def has_predictions(self) -> bool:
+        """Whether it has metrics that are no sums over examples: a BLEU, an area under a curve."""
+        return hasattr(self.module, "predict")
+
+    def predict(self, model: nn.Module, batch: Mapping[str, Tensor], tokenizer: Any) -> list[dict[str, Any]]:
+        """What the model says of each example that counts, and what is so: plain JSON values, for `scores`."""
+        return self.module.predict(model, batch, self.config, tokenizer)
+
+    def scores(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Metrics of all predictions of an evaluation, whichever rank made them; nothing where there are none."""
+        return self.module.scores(predictions, self.config)
+
+    @property
     def has_samples(self) -> bool:
         """Whether its models make something that people can look at."""
         return hasattr(self.module, "sample")
@@ -114,6 +134,17 @@ class BoundTask:
     def sample(self, model: nn.Module, tokenizer: Any, length: int, seed: int) -> str:
         """Something that the model makes by itself, as text, for people to look at."""
         return self.module.sample(model, tokenizer, length, seed)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether it can show what its models do."""
+        return hasattr(self.module, "pictures")
+
+    def pictures(
+        self, model: nn.Module, batch: Mapping[str, Tensor], tokenizer: Any, seed: int
+    ) -> dict[str, np.ndarray]:
+        """What the model makes of a batch, to look at: by name, uint8 (H, W) or (H, W, 3)."""
+        return self.module.pictures(model, batch, self.config, tokenizer, seed)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import sys
 import time
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from trainer.batch_norm import RunningStatistics
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
-from trainer.distributed import World, all_sum
+from trainer.distributed import World, all_gather_json, all_sum
 from trainer.initialization import materialize
 from trainer.progress import Progress
 from trainer.rng import seed_forward
@@ -160,19 +161,30 @@ class Engine:
             optimizer_s=time.perf_counter() - started,
         )
 
-    def evaluate(self, task: BoundTask, batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Sums of `task.evaluate` over all batches of all ranks, without dropout and gradients.
+    def evaluate(
+        self, task: BoundTask, batches: Iterable[MicroBatch], tokenizer: Any = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Sums of `task.evaluate` over all batches of all ranks, and its predictions in the order of the batches.
 
-        Every rank calls it with as many batches. Idle ones are not counted, but run where weights are gathered.
+        Without dropout and gradients. Every rank calls it with as many batches. Idle ones are not counted, but run
+        where weights are gathered.
         """
         sums: dict[str, float] = {}
+        predictions: list[tuple[int, list[dict[str, Any]]]] = []
         with self.inference():
             for batch, tensors in self._uploads.each(self._evaluated(task, batches)):
                 self._progress.touch()
                 for name, value in task.evaluate(self.module, tensors).items():
                     sums[name] = sums.get(name, 0.0) + (0.0 if batch.idle else value)
+                if task.has_predictions:
+                    said = task.predict(self.module, tensors, tokenizer)
+                    if not batch.idle:
+                        predictions.append((batch.index, said))
         names = sorted(sums)
-        return dict(zip(names, all_sum([sums[name] for name in names]), strict=True))
+        totals = dict(zip(names, all_sum([sums[name] for name in names]), strict=True))
+        if task.has_predictions:
+            predictions = sorted(itertools.chain.from_iterable(all_gather_json(predictions)), key=lambda each: each[0])
+        return totals, [row for _, rows in predictions for row in rows]
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:

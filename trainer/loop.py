@@ -56,6 +56,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))
         if last:
             session.log_sample(done)
+            session.log_pictures(done)
         if save_due or stopping or last:
             progress.phase = "checkpoint"
             session.save(done)
@@ -87,8 +88,10 @@ def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
         pad=session.data.pad,
         ragged=session.data.ragged,
     )
-    sums = session.engine.evaluate(session.task, batches)
+    sums, predictions = session.engine.evaluate(session.task, batches, session.data.datasets[0].tokenizer)
     metrics = session.task.metrics(sums, session.data.validation_totals)
+    if session.task.has_predictions:
+        metrics |= session.task.scores(predictions)
     return {f"validation/{name}": value for name, value in metrics.items()} | {
         "validation/seconds": time.perf_counter() - started
     }

@@ -4,7 +4,7 @@
     events/         what happened                                     metrics/      numbers by step
     attempts/0001/  logs and a note for each lifetime of the workers  lease/        who runs it now
     stop.json       somebody asked the run to stop                    checkpoints/  see trainer/checkpoint.py
-    datasets.json   names of its data sets in <store>/datasets/
+    datasets.json   names of its data sets in <store>/datasets/  pictures/  what the model makes, to look at
 
 Events and metrics only grow: each writer (the launcher, or one rank) appends to files of its own, for each attempt.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -36,7 +37,7 @@ _CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "
 _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
-_OWN_NAMES |= {"events", "metrics", "attempts", "lease", "checkpoints"}
+_OWN_NAMES |= {"events", "metrics", "attempts", "lease", "checkpoints", "pictures"}
 _RESERVED_NAMES = {  # beside runs, in a store
     "datasets": "data sets",
     "tokenizers": "tokenizers",
@@ -176,6 +177,20 @@ class RunRecord:
     def sample(self, step: int, text: str) -> None:
         """What the model generated after `step` completed steps."""
         self.event("sample", step=step, text=text)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """What the model makes after `step` completed steps, to look at; `name` of letters, digits, - and _.
+
+        A picture that the store refuses is named on stderr: training goes on without it.
+        """
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", name), name
+        path = f"pictures/step-{step:08d}/{name}.png"
+        try:
+            self.store.write_atomic(path, png)
+        except ShardyardError as error:
+            self._complain(error)
+            return
+        self.event("picture", step=step, name=name, path=path)
 
     def update_lineage(self, **fields: Any) -> None:
         """Add what becomes known later, such as data_fingerprint, to lineage.json."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from configs.errors import PeerFailed, RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.examples import Examples
-from data_pipelines.loader import Loader, MicroBatch
+from data_pipelines.loader import Loader, MicroBatch, evaluation_batches
 from data_pipelines.shards import Dataset
 from data_pipelines.tokenizer_file import same_ids
 from trainer import checkpoint, device
@@ -19,6 +19,7 @@ from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
 from trainer.engine import Engine
 from trainer.parent import check_parent, tokenizer_of
+from trainer.pictures import encode_png
 from trainer.progress import Progress
 from trainer.record import RunRecord
 from trainer.run_data import Position, RunData
@@ -67,6 +68,29 @@ class Session:
                 text = self.task.sample(module, self.data.datasets[0].tokenizer, length, self.config.seed)
             if self.writes_record:
                 self.record.sample(step, text)
+
+    def log_pictures(self, step: int) -> None:
+        """What the model makes of the first examples of the validation split. Every rank takes part (ZeRO-3 shards)."""
+        size = self.config.batch.micro_batch_size
+        examples = self.validation(size)
+        if not (self.task.has_pictures and len(examples)):
+            return
+        (batch,) = evaluation_batches(
+            examples,
+            self.data.prepare_evaluation,
+            micro_batch_size=size,
+            rank=0,
+            world_size=1,
+            num_examples=size,
+            pad=self.data.pad,
+            ragged=self.data.ragged,
+        )
+        tensors = {name: tensor.to(self.world.device) for name, tensor in batch.tensors.items()}
+        with self.engine.inference() as module:
+            made = self.task.pictures(module, tensors, self.data.datasets[0].tokenizer, self.config.seed)
+        if self.writes_record:
+            for name, picture in made.items():
+                self.record.picture(step, name, encode_png(picture))
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of `step`; every rank calls it.

@@ -28,7 +28,7 @@ _PACKAGES = {"task": "trainer.tasks", "model": "trainer.models", "data": "data_p
 # What each kind of file has to define.
 _NEEDED = {
     "task": ("Config", "columns", "io", "packing", "num_items", "idle", "loss", "evaluate", "metrics"),
-    "model": ("Config", "ACCEPTS", "build", "init_parameter", "num_parameters", "flops_per_example"),
+    "model": ("Config", "ACCEPTS", "GIVES", "build", "init_parameter", "num_parameters", "flops_per_example"),
     "data": ("Config", "schema", "partitions", "read", "identity"),
 }
 
@@ -142,9 +142,9 @@ def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
         raise ConfigError(problems)
 
     given, wanted = task_module.io(task_config)
-    if not isinstance(given, model_module.ACCEPTS):
+    if not _fits(model_module, given, wanted):
         place = where("model.name", resolved.origins, "default")
-        raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given)),))
+        raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given, wanted)),))
     task = BoundTask(task_module, task_config)
     if sees_inputs and (misfit := _data_misfit(config, task, source, source_config)) is not None:
         key = _setting_to_change(misfit, source_config)
@@ -249,14 +249,18 @@ def _setting_to_change(message: str, settings: SourceConfig) -> str:
     return f"data.{told or ('columns' if 'columns' in known else 'name')}"
 
 
-def _misfit(config: RunConfig, model_module: ModuleType, given: object) -> str:
-    accepts = ", ".join(kind.__name__ for kind in model_module.ACCEPTS)
+def _fits(model_module: ModuleType, given: object, wanted: object) -> bool:
+    return isinstance(given, model_module.ACCEPTS) and isinstance(wanted, model_module.GIVES)
+
+
+def _misfit(config: RunConfig, model_module: ModuleType, given: object, wanted: object) -> str:
+    accepts, gives = (
+        ", ".join(kind.__name__ for kind in kinds) for kinds in (model_module.ACCEPTS, model_module.GIVES)
+    )
     fitting = [
-        name
-        for name in plugin_names("trainer.models")
-        if isinstance(given, find_plugin("trainer.models", name).ACCEPTS)
+        name for name in plugin_names("trainer.models") if _fits(find_plugin("trainer.models", name), given, wanted)
     ]
     return (
-        f"model '{config.model.name}' accepts {accepts}; task '{config.task.name}' gives {given}. "
-        f"Models that accept {type(given).__name__}: {', '.join(fitting) or 'none'}"
+        f"model '{config.model.name}' accepts {accepts} and gives {gives}; task '{config.task.name}' gives {given} and "
+        f"wants {wanted}. Models that fit: {', '.join(fitting) or 'none'}"
     )

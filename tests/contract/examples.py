@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -12,15 +14,36 @@ from torch import Tensor
 
 from configs.plugins import find_plugin, plugin_names
 from configs.schema import Section
+from data_pipelines.batches import Batcher
+from data_pipelines.buffers import Buffers
 from data_pipelines.columns import Column
+from data_pipelines.rows import Ragged
 from data_pipelines.tokenizer import EOS_ID
+from trainer import shapes
 from trainer.bound import BoundModel, BoundTask
 from trainer.initialization import materialize
-from trainer.shapes import ClassLogits, Image, Logits, Tokens
 
 MODELS = plugin_names("trainer.models")
 TASKS = plugin_names("trainer.tasks")
 SEQ_LEN, VOCAB_SIZE, IMAGE_PX, NUM_CLASSES = 12, 300, 16, 5
+
+INPUTS = (
+    shapes.Tokens(VOCAB_SIZE, SEQ_LEN),
+    shapes.TokenPair(VOCAB_SIZE, SEQ_LEN),
+    shapes.Frames(4, SEQ_LEN),
+    shapes.Vector(6),
+    shapes.Image(3, IMAGE_PX, IMAGE_PX),
+    shapes.NoisyImage(3, IMAGE_PX, IMAGE_PX, 10, NUM_CLASSES),
+)
+OUTPUTS = (
+    shapes.Logits(VOCAB_SIZE),
+    shapes.ClassLogits(NUM_CLASSES),
+    shapes.Values(2),
+    shapes.Embedding(8, NUM_CLASSES),
+    shapes.PixelLogits(4),
+    shapes.Pixels(3),
+    shapes.Boxes(2),
+)
 
 
 def example_config(module: ModuleType, **settings: Any) -> Section:
@@ -30,32 +53,80 @@ def example_config(module: ModuleType, **settings: Any) -> Section:
     return module.Config(**(required | settings))
 
 
-def example_shapes(kind: type) -> tuple[Any, Any]:
-    """An input of this kind, and an output that suits it."""
-    shapes = {
-        Tokens: (Tokens(VOCAB_SIZE, SEQ_LEN), Logits(VOCAB_SIZE)),
-        Image: (Image(3, IMAGE_PX, IMAGE_PX), ClassLogits(NUM_CLASSES)),
-    }
-    return shapes[kind]
+# --- models
 
 
-def example_input(shape: Any, examples: int) -> Tensor:
+@dataclass(frozen=True)
+class Case:
+    """A model file with an input that it accepts and an output that it gives."""
+
+    name: str
+    input: Any
+    output: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}-{type(self.input).__name__}-{type(self.output).__name__}"
+
+
+def example_models() -> list[Case]:
+    """Every pair of input and output of every model."""
+    cases = []
+    for name in MODELS:
+        module = find_plugin("trainer.models", name)
+        given = [shape for shape in INPUTS if isinstance(shape, module.ACCEPTS)]
+        wanted = [shape for shape in OUTPUTS if isinstance(shape, module.GIVES)]
+        cases += [Case(name, input, output) for input in given for output in wanted]
+    return cases
+
+
+def example_inputs(shape: Any, examples: int) -> tuple[Tensor, ...]:
+    """A batch as the shape says that a model is called with; the first example is the longest."""
     generator = torch.Generator().manual_seed(0)
-    if isinstance(shape, Tokens):
-        return torch.randint(0, shape.vocab_size, (examples, shape.seq_len), generator=generator)
-    if isinstance(shape, Image):
-        return torch.randn(examples, shape.channels, shape.height, shape.width, generator=generator)
+
+    def ids(below: int, *size: int) -> Tensor:
+        return torch.randint(0, below, size, generator=generator)
+
+    lengths = SEQ_LEN - torch.arange(examples) % 3
+    match shape:
+        case shapes.Tokens():
+            return (ids(shape.vocab_size, examples, shape.seq_len),)
+        case shapes.TokenPair():
+            source, target = (ids(shape.vocab_size, examples, shape.seq_len) for _ in range(2))
+            return source, lengths, target
+        case shapes.Frames():
+            return torch.randn(examples, shape.length, shape.channels, generator=generator), lengths
+        case shapes.Vector():
+            return (torch.randn(examples, shape.size, generator=generator),)
+        case shapes.Image():
+            return (torch.randn(examples, shape.channels, shape.height, shape.width, generator=generator),)
+        case shapes.NoisyImage():
+            image = torch.randn(examples, shape.channels, shape.height, shape.width, generator=generator)
+            return image, ids(shape.steps, examples), ids(shape.classes + 1, examples)
     raise AssertionError(f"say here what a batch of {shape} looks like")
 
 
-def example_models() -> list[tuple[str, type]]:
-    """(model, kind of input) for every kind that each model accepts."""
-    return [(name, kind) for name in MODELS for kind in find_plugin("trainer.models", name).ACCEPTS]
+def has_shape(output: Tensor, shape: Any, input: Any) -> bool:
+    """Whether a model's output is what trainer/shapes.py says of it."""
+    size = tuple(output.shape[1:])
+    match shape:
+        case shapes.Logits():
+            return len(size) == 2 and size[1] == shape.size
+        case shapes.ClassLogits() | shapes.Values():
+            return size == (shape.size,)
+        case shapes.Embedding():
+            return size == (shape.size + shape.classes,)
+        case shapes.PixelLogits():
+            return size == (shape.size, input.height, input.width)
+        case shapes.Pixels():
+            return size == (shape.channels, input.height, input.width)
+        case shapes.Boxes():
+            return len(size) == 3 and size[2] == shape.classes + 5
+    raise AssertionError(f"say here what {shape} looks like")
 
 
-def bound_model(name: str, kind: type) -> BoundModel:
-    module = find_plugin("trainer.models", name)
-    return BoundModel(module, example_config(module), *example_shapes(kind))
+def bound_model(case: Case) -> BoundModel:
+    module = find_plugin("trainer.models", case.name)
+    return BoundModel(module, example_config(module), case.input, case.output)
 
 
 def built(model: BoundModel, seed: int = 0) -> torch.nn.Module:
@@ -63,6 +134,9 @@ def built(model: BoundModel, seed: int = 0) -> torch.nn.Module:
         module = model.build()
     materialize(module, model.init_parameter, seed=seed)
     return module
+
+
+# --- tasks
 
 
 def bound_task(name: str, **settings: Any) -> BoundTask:
@@ -73,36 +147,42 @@ def bound_task(name: str, **settings: Any) -> BoundTask:
 
 
 def fitting_model(task: BoundTask) -> BoundModel:
-    """The first model that accepts what the task gives."""
+    """The first model that fits the task."""
     given, wanted = task.io()
     for name in MODELS:
         module = find_plugin("trainer.models", name)
-        if isinstance(given, module.ACCEPTS):
+        if isinstance(given, module.ACCEPTS) and isinstance(wanted, module.GIVES):
             return BoundModel(module, example_config(module), given, wanted)
-    raise AssertionError(f"no model accepts {given}")
+    raise AssertionError(f"no model accepts {given} and gives {wanted}")
 
 
 def stored_columns(task: BoundTask) -> list[Column]:
     """What a data set for this task holds, as far as it reads it."""
-    given, _ = task.io()
-    kinds = {"tokens": ("uint16", (None,)), "label": ("int64", ())}
-    if isinstance(given, Image):
-        kinds["image"] = ("uint8", (given.height, given.width, given.channels))
-    return [Column(name, *kinds[name]) for name in task.columns()]
+    rng = np.random.default_rng(0)
+    rows = [task.example(rng) for _ in range(20)]
+    return [column_of(name, [row[name] for row in rows]) for name in task.columns()]
 
 
-def example_rows(task: BoundTask, count: int) -> list[dict[str, np.ndarray]]:
+def column_of(name: str, values: Sequence[Any]) -> Column:
+    """The column that holds these values; arrays that differ in their first size are lists."""
+    if isinstance(values[0], str | bytes):
+        return Column(name, "utf8" if isinstance(values[0], str) else "binary")
+    arrays = [np.asarray(value) for value in values]
+    shape = arrays[0].shape
+    if len({array.shape for array in arrays}) > 1:
+        shape = (None, *shape[1:])
+    return Column(name, arrays[0].dtype.name, shape)
+
+
+def example_rows(task: BoundTask, count: int) -> list[dict[str, Any]]:
     """Examples as a loader reads them: packed sequences, the last one padded; or stored rows."""
     rng = np.random.default_rng(0)
-    given, wanted = task.io()
     if (seq_len := task.packing()) is None:
-        shapes = {column.name: column.shape for column in stored_columns(task)}
-        values = {"image": lambda: rng.integers(0, 256, shapes["image"]).astype(np.uint8)}
-        values["label"] = lambda: np.int64(rng.integers(0, wanted.size))
-        return [{name: values[name]() for name in task.columns()} for _ in range(count)]
+        rows = [task.example(rng) for _ in range(count)]
+        return [{name: _stored(row[name]) for name in task.columns()} for row in rows]
     rows = []
     for number in range(count):
-        tokens = rng.integers(1, given.vocab_size, seq_len + 1).astype(np.uint16)
+        tokens = rng.integers(1, task.io()[0].vocab_size, seq_len + 1).astype(np.uint16)
         tokens[[0, seq_len // 2]] = EOS_ID  # two documents
         valid = seq_len if number + 1 < count else seq_len // 3
         tokens[valid + 1 :] = EOS_ID
@@ -110,9 +190,26 @@ def example_rows(task: BoundTask, count: int) -> list[dict[str, np.ndarray]]:
     return rows
 
 
-def batch_of(task: BoundTask, rows: list[dict[str, np.ndarray]], *, training: bool = True) -> dict[str, Tensor]:
+def _stored(value: Any) -> np.ndarray:
+    """As it is read: text and bytes are arrays of bytes."""
+    raw = value.encode() if isinstance(value, str) else value
+    return np.frombuffer(raw, np.uint8) if isinstance(raw, bytes) else np.asarray(value)
+
+
+def batch_of(task: BoundTask, rows: list[dict[str, Any]], *, training: bool = True) -> dict[str, Tensor]:
     """The batch that a loader makes of these rows."""
-    prepare = task.preparation(stored_columns(task), training=training)
-    if prepare is not None:
-        rows = [dict(prepare(row, np.random.default_rng((0, number)))) for number, row in enumerate(rows)]
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    packed = task.packing() is not None
+    columns = {} if packed else {column.name: column for column in stored_columns(task)}
+    arrays: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if not packed and columns[name].is_ragged:
+            offsets = np.cumsum([0, *map(len, values)])
+            arrays[name] = Ragged.joined(np.concatenate(values), offsets)
+        else:
+            arrays[name] = np.stack(values)
+    prepare = None if packed else task.preparation(list(columns.values()), training=training)
+    batcher = Batcher(prepare, 0, 1, task.pad, task.ragged)
+    places = np.arange(len(rows))
+    (made,) = batcher.cut(arrays, [(0, False)], places, places, np.array([len(rows)]), Buffers())
+    return {name: tensor.clone() for name, tensor in made.tensors.items()}

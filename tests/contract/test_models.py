@@ -14,11 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.plugins import find_plugin
 from configs.schema import Section
-from tests.contract.examples import MODELS, bound_model, built, example_config, example_input, example_models
+from tests.contract.examples import (
+    MODELS,
+    Case,
+    bound_model,
+    built,
+    example_config,
+    example_inputs,
+    example_models,
+    has_shape,
+)
 from trainer import shapes
 
 each_model = pytest.mark.parametrize("name", MODELS)
-each_input = pytest.mark.parametrize(("name", "kind"), example_models())
+each_case = pytest.mark.parametrize("case", example_models(), ids=str)
 
 
 @each_model
@@ -42,32 +51,33 @@ def test_the_config_is_strict_and_described(name: str) -> None:
 @each_model
 def test_it_accepts_known_shapes(name: str) -> None:
     known = {kind for _, kind in inspect.getmembers(shapes, inspect.isclass)}
-    accepted = find_plugin("trainer.models", name).ACCEPTS
-    assert accepted and known.issuperset(accepted)
+    module = find_plugin("trainer.models", name)
+    assert module.ACCEPTS and known.issuperset(module.ACCEPTS)
+    assert module.GIVES and known.issuperset(module.GIVES)
 
 
-@each_input
-def test_building_on_meta_takes_no_memory_and_counts_agree(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_building_on_meta_takes_no_memory_and_counts_agree(case: Case) -> None:
+    model = bound_model(case)
     with torch.device("meta"):
         module = model.build()
     assert all(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
     assert model.num_parameters() == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-@each_input
-def test_flops_agree_with_the_counter(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_flops_agree_with_the_counter(case: Case) -> None:
+    model = bound_model(case)
     module = built(model)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # fused kernels are not counted on every device
-        module(example_input(model.input, 1)).float().sum().backward()
+        module(*example_inputs(model.input, 1)).float().sum().backward()
     assert model.flops_per_example() == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-@each_input
-def test_every_parameter_gets_its_value_from_name_and_generator_alone(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_every_parameter_gets_its_value_from_name_and_generator_alone(case: Case) -> None:
+    model = bound_model(case)
     with torch.device("meta"):
         blank = model.build()
     for parameter_name, parameter in blank.named_parameters():
@@ -78,39 +88,39 @@ def test_every_parameter_gets_its_value_from_name_and_generator_alone(name: str,
         assert tensors[0].isfinite().all(), parameter_name
 
 
-@each_input
-def test_built_twice_it_is_the_same_model(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_built_twice_it_is_the_same_model(case: Case) -> None:
+    model = bound_model(case)
     first, second = built(model).eval(), built(model).eval()
-    inputs = example_input(model.input, 2)
+    inputs = example_inputs(model.input, 2)
     with torch.no_grad():
-        output = first(inputs)
-        assert torch.equal(output, second(inputs))
+        output = first(*inputs)
+        assert torch.equal(output, second(*inputs))
     assert output.isfinite().all()
-    assert output.shape[-1] == model.output.size
+    assert has_shape(output, model.output, model.input), output.shape
     state = built(model, seed=1).eval()
     state.load_state_dict(first.state_dict())
     with torch.no_grad():
-        assert torch.equal(output, state(inputs)), "the state_dict does not hold the whole model"
+        assert torch.equal(output, state(*inputs)), "the state_dict does not hold the whole model"
 
 
-@each_input
-def test_every_parameter_learns(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_every_parameter_learns(case: Case) -> None:
+    model = bound_model(case)
     module = built(model)
-    output = module(example_input(model.input, 2))
+    output = module(*example_inputs(model.input, 2))
     (output.float() * torch.randn(output.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     for parameter_name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-@each_input
-def test_examples_of_a_batch_do_not_see_each_other_in_evaluation(name: str, kind: type) -> None:
-    model = bound_model(name, kind)
+@each_case
+def test_examples_of_a_batch_do_not_see_each_other_in_evaluation(case: Case) -> None:
+    model = bound_model(case)
     module: nn.Module = built(model).eval()
-    inputs = example_input(model.input, 3)
+    inputs = example_inputs(model.input, 3)
     with torch.no_grad():
-        together = module(inputs)
-        alone = torch.cat([module(inputs[number : number + 1]) for number in range(3)])
+        together = module(*inputs)
+        alone = torch.cat([module(*(each[number : number + 1] for each in inputs)) for number in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)

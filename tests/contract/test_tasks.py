@@ -77,10 +77,9 @@ def test_preparing_depends_on_the_row_and_its_own_generator_alone(name: str) -> 
             first = prepare(row, np.random.default_rng(3))
             np.random.seed(1)
             again = prepare(row, np.random.default_rng(3))
-            assert first.keys() == again.keys() == row.keys()
+            assert first.keys() == again.keys()
             for key in first:
                 assert isinstance(first[key], np.ndarray), key
-                assert first[key].shape == np.shape(row[key]), key
                 np.testing.assert_array_equal(first[key], again[key])
 
 

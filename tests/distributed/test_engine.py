@@ -109,7 +109,7 @@ def evaluate(world: World, case: Case) -> tuple[dict[str, float], bool, bool]:
     engine = make_engine(world, case)
     micro_batches = rank_micro_batches(case.config(), 0, world.rank, world.size)
     before = full_weights(engine)
-    sums = engine.evaluate(task(), iter(micro_batches))
+    sums, _ = engine.evaluate(task(), iter(micro_batches))
     unchanged = all(torch.equal(before[name], weight) for name, weight in full_weights(engine).items())
     step(engine, case, 1)  # training goes on after an evaluation
     return sums, unchanged, engine.module.training

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import Section
+from trainer.shapes import ClassLogits
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Config(Section):
 
 
 ACCEPTS = (Signal,)
+GIVES = (ClassLogits,)
 
 
 class Mean(nn.Module):

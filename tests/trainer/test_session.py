@@ -196,7 +196,7 @@ def evaluated(world: World, config: dict[str, Any]) -> tuple[list[dict[str, floa
         split = opened.data.validation
         options = {"micro_batch_size": 2, "rank": world.rank, "world_size": world.size}
         sums = [
-            opened.engine.evaluate(opened.task, evaluation_batches(split, None, num_examples=number, **options))
+            opened.engine.evaluate(opened.task, evaluation_batches(split, None, num_examples=number, **options))[0]
             for number in (None, 3)
         ]
         metrics = loop.evaluate(opened, None)

@@ -65,7 +65,7 @@ def test_a_users_file_that_lacks_something(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "half_a_model" / "of_mine.py").write_text("class Config: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     (found,) = problems(tmp_path, model={"name": "half_a_model.of_mine"})
-    assert "of_mine.py lacks ACCEPTS, build, init_parameter" in found
+    assert "of_mine.py lacks ACCEPTS, GIVES, build, init_parameter" in found
 
 
 def test_a_model_and_a_task_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +76,8 @@ def test_a_model_and_a_task_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(gpt, "ACCEPTS", (Image,))
     (found,) = problems(tmp_path)
-    assert "model 'gpt' accepts Image; task 'language_modeling' gives Tokens(vocab_size=257, seq_len=32)" in found
-    assert found.endswith("Models that accept Tokens: none")
+    assert "model 'gpt' accepts Image and gives Logits; task 'language_modeling' gives Tokens(vocab_size=257" in found
+    assert "wants Logits(size=257). Models that fit: " in found
 
 
 def plan(folder: Path, global_batch: int, micro_batch: int, workers: int) -> Plan:

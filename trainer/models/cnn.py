@@ -6,7 +6,7 @@ bottleneck, four times the width at its end. `block: bottleneck` with `blocks: [
 paper's networks for CIFAR-10 do; a stage halves the map only while 4 x 4 are left, so that small images fit too.
 Normalisation is by batch (trainer/batch_norm.py) or by groups (Wu and He 2018), which needs no running statistics.
 
-B = examples, K = channels of the image, C = channels of a map, H, W = its height and width, N = classes.
+B = examples, K = channels of the image, C = channels of a map, H, W = its height and width, N = outputs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from configs.schema import Section
 from trainer.batch_norm import BatchNorm2d
-from trainer.shapes import ClassLogits, Image
+from trainer.shapes import ClassLogits, Image, Values
 
 ACCEPTS = (Image,)
+GIVES = (ClassLogits, Values)
 LARGE_PX = 128  # from here on the stem quarters the image
 SMALLEST_MAP = 4
 EXPANSION = 4  # of a bottleneck's width at its end
@@ -93,14 +94,14 @@ class Residual(nn.Module):
 class CNN(nn.Module):
     """The whole network."""
 
-    def __init__(self, config: Config, image: Image, classes: int) -> None:
+    def __init__(self, config: Config, image: Image, outputs: int) -> None:
         super().__init__()
         stem, blocks = _plan(config, image)
         self._pools = _is_large(image)
         self.stem = Normed(stem, config)
         self.blocks = nn.ModuleList(Residual(branch, shortcut, config) for branch, shortcut in blocks)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(blocks[-1][0][-1].outputs, classes)
+        self.head = nn.Linear(blocks[-1][0][-1].outputs, outputs)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, K, H, W), in the dtype of the weights: (B, N)."""
@@ -112,7 +113,7 @@ class CNN(nn.Module):
         return self.head(self.dropout(x.mean(dim=(2, 3))))
 
 
-def build(config: Config, input: Image, output: ClassLogits) -> CNN:
+def build(config: Config, input: Image, output: ClassLogits | Values) -> CNN:
     """A network for images of this size."""
     return CNN(config, input, output.size)
 
@@ -130,14 +131,14 @@ def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.G
         tensor.normal_(0.0, (2 / (outputs * height * width)) ** 0.5, generator=generator)
 
 
-def num_parameters(config: Config, input: Image, output: ClassLogits) -> int:
+def num_parameters(config: Config, input: Image, output: ClassLogits | Values) -> int:
     """Trainable values: convolutions, two a channel for its norm, and the head."""
     convolutions = list(_convolutions(config, input))
     values = sum(each.outputs * (each.inputs * each.kernel**2 + 2) for each in convolutions)
     return values + (_features(config, input) + 1) * output.size
 
 
-def flops_per_example(config: Config, input: Image, output: ClassLogits) -> float:
+def flops_per_example(config: Config, input: Image, output: ClassLogits | Values) -> float:
     """Of convolutions and the head, forward and backward (twice the forward).
 
     The first convolution has no gradient for its input, the image.

@@ -24,6 +24,7 @@ from configs.schema import Section
 from trainer.shapes import Logits, Tokens
 
 ACCEPTS = (Tokens,)
+GIVES = (Logits,)
 TABLE_STD = 0.02  # of the output matrix, and of the embedding where both are one
 EMBEDDING_STD = 0.5
 

@@ -48,6 +48,13 @@ def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature 
     return ("image", "label")
 
 
+def example(config: Config, rng: np.random.Generator) -> dict[str, Any]:
+    """Noise, and any class."""
+    shape = (config.image_size, config.image_size, config.channels)
+    image = rng.integers(0, 256, shape).astype(np.uint8)
+    return {"image": image, "label": np.int64(rng.integers(config.num_classes))}
+
+
 def packing(config: Config) -> None:  # noqa: ARG001
     """Examples are rows."""
     return

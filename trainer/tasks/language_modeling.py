@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -42,6 +43,13 @@ class Config(Section):
 def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
     """What it reads of a stored row."""
     return ("tokens",)
+
+
+def example(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A document of random ids, led by its end mark."""
+    tokens = rng.integers(1, config.tokenizer.vocab_size, int(rng.integers(2, 2 * config.seq_len))).astype(np.uint16)
+    tokens[0] = EOS_ID
+    return {"tokens": tokens}
 
 
 def packing(config: Config) -> int:

@@ -1,0 +1,190 @@
+"""What every recipe of the zoo reaches on real data: three seeds each, beside a classical baseline on the same split.
+
+    python benchmarks/results.py [RECIPE or TASK ...] [--seeds 3] [--again] [--out benchmarks/results] [--work runs]
+
+Each seed is one `shardyard train`, in a process of its own. What was measured is kept in <out>/tasks.json, recipe by
+recipe, and not measured again unless --again asks for it or the recipe's file has changed; docs/results.md is
+written anew from it after each recipe. The baseline of a task is benchmarks/baselines/TASK.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from configs.load import RECIPES, load  # noqa: E402
+
+FIRST_SEED = 1337
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe, the metrics of its table (the first is what the bar is for), and the bar in words."""
+
+    recipe: str
+    metrics: tuple[str, ...]
+    bar: str
+
+
+# In the order of docs/results.md.
+ROWS: tuple[Row, ...] = (
+    Row(
+        "language_modeling-gpt-tiny",
+        ("bits_per_byte",),
+        "below `xz -9` over all held-out files as one",
+    ),
+)
+
+
+def main() -> int:
+    """Measure what was asked for and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="recipes or tasks; none is all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="measure what is there already too")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "results", help="where data sets and runs lie")
+    arguments = parser.parse_args()
+    wanted = [row for row in ROWS if not arguments.names or {row.recipe, task_of(row)} & set(arguments.names)]
+    if not wanted:
+        known = ", ".join(sorted({name for row in ROWS for name in (task_of(row), row.recipe)}))
+        parser.error(f"no recipe or task of the names {', '.join(arguments.names)}; there are: {known}")
+    file = arguments.out / "tasks.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    failed = []
+    for row in wanted:
+        try:
+            measure(row, results, arguments.seeds, arguments.work, again=arguments.again)
+        except RunFailed as error:
+            failed.append(row.recipe)
+            print(f"{row.recipe}: {error}", file=sys.stderr, flush=True)
+            continue
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        (ROOT / "docs" / "results.md").write_text(page(results))
+    return 1 if failed else 0
+
+
+class RunFailed(Exception):
+    """How the training of a recipe ended instead."""
+
+
+def task_of(row: Row) -> str:
+    return row.recipe.partition("-")[0]
+
+
+def measure(row: Row, results: dict[str, Any], seeds: int, work: Path, *, again: bool) -> None:
+    """Train what is missing of a recipe, and fit its baseline."""
+    recipe = xxhash.xxh3_128_hexdigest((RECIPES / f"{row.recipe}.yaml").read_bytes())
+    entry = results.get(row.recipe, {})
+    if again or entry.get("recipe") != recipe:
+        entry = {"recipe": recipe, "seeds": {}}
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        if str(seed) not in entry["seeds"]:
+            entry["seeds"][str(seed)] = trained(row.recipe, seed, work)
+    if "baseline" not in entry:
+        print(f"{row.recipe}: the baseline", flush=True)
+        entry["baseline"] = fitted(row, work)
+    entry |= {"date": f"{datetime.date.today()}", "commit": commit(), "cpus": len(os.sched_getaffinity(0))}
+    results[row.recipe] = entry
+
+
+def trained(recipe: str, seed: int, work: Path) -> dict[str, float]:
+    """The metrics on the whole validation split at the end of a run, and how long it took."""
+    from trainer.record import RunRecord
+
+    name = f"{recipe.replace('_', '-')}-{seed}"
+    shutil.rmtree(work / name, ignore_errors=True)
+    command = [sys.executable, "-m", "cluster.cli", "train", recipe, f"name={name}", f"seed={seed}", f"store={work}"]
+    print(f"{recipe}: seed {seed}", flush=True)
+    started = time.monotonic()
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    if ended.returncode:
+        raise RunFailed(f"`{' '.join(command[1:])}` ended with {ended.returncode}")
+    last = RunRecord.open(str(work), name).stitched()[-1]
+    found = {key.removeprefix("validation/"): value for key, value in last.items() if key.startswith("validation/")}
+    return found | {"wall_s": round(time.monotonic() - started, 1)}
+
+
+def fitted(row: Row, work: Path) -> dict[str, float]:
+    """What the task's baseline reaches on the data set that the runs have read."""
+    from trainer.record import RunRecord
+    from trainer.run_data import open_datasets
+    from trainer.validate import validate
+
+    record = RunRecord.open(str(work), f"{row.recipe.replace('_', '-')}-{FIRST_SEED}")
+    (dataset,) = open_datasets(validate(record.resolved))
+    try:
+        return importlib.import_module(f"baselines.{task_of(row)}").baseline(dataset, load(row.recipe).config)
+    finally:
+        dataset.close()
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+# --- the page
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/results.md: a table of all recipes."""
+    lines = [
+        "# Results",
+        "",
+        "Every recipe that names real data, trained on 2 CPU cores by `make results` (one task: `make results TASK=NAME`).",
+        "The held-out split is decided by a hash of each row (or by the source) before training. Median of three seeds",
+        "(least to greatest); the baseline is `benchmarks/baselines/TASK.py`, fitted by the same script on the same split.",
+        "Every figure of every seed is in [tasks.json](../benchmarks/results/tasks.json). What each data set is, and what it",
+        "does not show, stands in the docstring of its source.",
+        "",
+        "| recipe | metric | median (min to max) | baseline | to reach | seconds a seed | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        entry = results.get(row.recipe)
+        if entry is None:
+            continue
+        seconds = statistics.median(seed["wall_s"] for seed in entry["seeds"].values())
+        for number, metric in enumerate(row.metrics):
+            values = [seed[metric] for seed in entry["seeds"].values() if metric in seed]
+            shown = (
+                f"{number_of(statistics.median(values))} ({number_of(min(values))} to {number_of(max(values))})"
+                if values
+                else "-"
+            )
+            baseline = entry["baseline"].get(metric)
+            rest = (row.bar, f"{seconds:.0f}", entry["commit"]) if number == 0 else ("", "", "")
+            first = f"`{row.recipe}`" if number == 0 else ""
+            lines.append(
+                f"| {first} | {metric} | {shown} | {'-' if baseline is None else number_of(baseline)} | "
+                + " | ".join(rest)
+                + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def number_of(value: float) -> str:
+    return f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
