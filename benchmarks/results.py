@@ -150,10 +150,10 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Results",
         "",
-        "Every recipe that names real data, trained on 2 CPU cores by `make results` (one task: `make results TASK=NAME`).",
+        "Every recipe that names real data, trained on 2 CPU cores by `make results` (one task: `make results TASK=...`).",
         "The held-out split is decided by a hash of each row (or by the source) before training. Median of three seeds",
-        "(least to greatest); the baseline is `benchmarks/baselines/TASK.py`, fitted by the same script on the same split.",
-        "Every figure of every seed is in [tasks.json](../benchmarks/results/tasks.json). What each data set is, and what it",
+        "(least to greatest); the baseline is `benchmarks/baselines/TASK.py`, fitted by the same script, on the same split.",
+        "Every figure of every seed: [tasks.json](../benchmarks/results/tasks.json). What each data set is, and what it",
         "does not show, stands in the docstring of its source.",
         "",
         "| recipe | metric | median (min to max) | baseline | to reach | seconds a seed | commit |",
