@@ -49,10 +49,10 @@ def coloured(picture: np.ndarray) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> None:
-    """Draw the edge of a box (left, top, right, bottom in pixels) into an (H, W, 3) picture."""
+    """Draw the edge of a box (left, top, right, bottom in pixels), of one pixel at least, into an (H, W, 3) picture."""
     height, width = picture.shape[:2]
     left, top, right, bottom = (round(float(side)) for side in box)
-    left, right = max(0, min(left, width - 1)), max(0, min(right - 1, width - 1))
-    top, bottom = max(0, min(top, height - 1)), max(0, min(bottom - 1, height - 1))
+    left, top = max(0, min(left, width - 1)), max(0, min(top, height - 1))
+    right, bottom = max(left, min(right - 1, width - 1)), max(top, min(bottom - 1, height - 1))
     picture[[top, bottom], left : right + 1] = colour
     picture[top : bottom + 1, [left, right]] = colour
