@@ -90,6 +90,13 @@ class Logits:
 
 
 @dataclass(frozen=True)
+class MaskedLogits:
+    """As Logits, and each position may see all of its document: not for a task that predicts the next token."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class ClassLogits:
     """(B, size): for the whole input, unnormalised log-probabilities."""
 
