@@ -28,7 +28,7 @@ from data_pipelines.quarantine import BadRows, Quarantine
 from data_pipelines.sources import Bad, Row
 from data_pipelines.split import TRAIN, Split
 from data_pipelines.storage import Store
-from data_pipelines.tokenizer import EOS_ID, Tokenizer
+from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.writer import ShardWriter
 
 _BATCH_ROWS = 256
@@ -206,7 +206,7 @@ def _encoded(
             text = row.values.get(TEXT)
             yield name, row.key, dict(row.values), len(text.encode("utf-8")) if isinstance(text, str) else 0
         return
-    mark = np.array([EOS_ID], tokenizer.dtype)
+    mark = np.array([tokenizer.eos_id], tokenizer.dtype)
     encoded = tokenizer.encode([row.values[TEXT] for row, _, _ in batch])
     for name, (row, _, _), tokens in zip(names, batch, encoded, strict=True):
         text_bytes = len(row.values[TEXT].encode("utf-8"))

@@ -198,14 +198,28 @@ def build(config: Config, input: Tokens, output: MaskedLogits | ClassLogits | Va
     return BERT(config, input, output)
 
 
-def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
-    """Norms 1, biases 0, the rest normal with a standard deviation of 0.02, as the paper's code."""
+def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """Norms 1, biases 0, the rest normal with the paper's standard deviation, 0.02 at its width of 768.
+
+    Positions begin as waves (Vaswani et al. 2017) of that size, and are learned as all else: a step to a neighbour is
+    then the same linear map everywhere, which a small model finds much sooner than one for each place.
+    """
+    std = 0.02 * (768 / config.hidden_size) ** 0.5
     if name.endswith("norm.weight"):
         tensor.fill_(1.0)
     elif name.endswith("bias"):
         tensor.zero_()
+    elif name == "embeddings.position.weight":
+        tensor.copy_(_waves(*tensor.shape)).mul_(std * 2**0.5)
     else:
-        tensor.normal_(0.0, 0.02, generator=generator)
+        tensor.normal_(0.0, std, generator=generator)
+
+
+def _waves(positions: int, width: int) -> Tensor:
+    """(positions, width): sines, then cosines, of wavelengths from 2 pi to 10,000 x 2 pi."""
+    pairs = -(-width // 2)
+    angles = torch.outer(torch.arange(positions).float(), 10000.0 ** (-torch.arange(pairs).float() / pairs))
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :width]
 
 
 def num_parameters(config: Config, input: Tokens, output: MaskedLogits | ClassLogits | Values) -> int:
@@ -239,6 +253,7 @@ def _pooler_size(config: Config) -> int:
     return (config.hidden_size + 1) * config.hidden_size if config.pooling == "cls" else 0
 
 
+PRETRAINED_PREFIX = "bert."
 _PRETRAINED = {
     "embeddings.token": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
@@ -261,7 +276,7 @@ _PRETRAINED = {
 
 
 def pretrained_name(name: str) -> str:
-    """What transformers (BertForMaskedLM, BertForSequenceClassification) calls a parameter, less a leading "bert."."""
+    """What transformers (BertForMaskedLM, BertForSequenceClassification) calls a parameter, less the prefix."""
     module, _, kind = name.rpartition(".")
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if block is None:
