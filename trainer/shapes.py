@@ -31,6 +31,10 @@ class TokenPair:
 
     model(source, source_length, target): (B, S) int64, (B,) int64, (B, T) int64. Position t of the output sees the
     source and target[:, : t + 1].
+
+    To write step by step: with cache=model.new_cache(), target is what follows that of the calls before with the same
+    cache, whose `select(rows)` takes other rows of the batch. With seen=[] it appends the weights of each of its
+    attentions to the source, (B, heads, T, S).
     """
 
     vocab_size: int
