@@ -19,6 +19,9 @@ class Tokens:
     model(tokens, document=None, position=None), each (B, T) with T <= seq_len: int64 ids; which document of its
     sequence a token belongs to, ascending from 0; its place in that document. Without them a sequence is one document.
     Padding is documents of its own: what is asked of the whole input is asked of document 0.
+
+    A model that keeps what it has computed has new_cache(), whose `length` is the positions in it: with cache=...,
+    tokens are what follows those of the calls before with the same cache.
     """
 
     vocab_size: int
