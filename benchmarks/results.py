@@ -52,6 +52,8 @@ ROWS: tuple[Row, ...] = (
     Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
+    Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
+    Row("disease_prediction-mlp-diabetes", ("r2", "rmse"), "above ridge"),
 )
 
 
