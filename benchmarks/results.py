@@ -49,11 +49,14 @@ ROWS: tuple[Row, ...] = (
         ("bits_per_byte",),
         "below `xz -9` over all held-out files as one",
     ),
+    Row("sentiment_analysis-lstm-small", ("accuracy",), "at least 78 %"),
     Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
+    Row("autonomous_driving-lstm-robot", ("turn_auc", "path_error_m"), "above the random forest's"),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
     Row("disease_prediction-mlp-diabetes", ("r2", "rmse"), "above ridge"),
+    Row("drug_discovery-lstm-solubility", ("r2", "rmse"), "R^2 of at least 0.84"),
 )
 
 
