@@ -53,6 +53,8 @@ ROWS: tuple[Row, ...] = (
     Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
+    Row("object_detection-detector-digits", ("map_50", "map_50_95"), "0.85"),
+    Row("object_detection-detector-trees", ("map_50", "map_50_95"), "-"),
     Row("autonomous_driving-lstm-robot", ("turn_auc", "path_error_m"), "above the random forest's"),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
     Row("disease_prediction-mlp-diabetes", ("r2", "rmse"), "above ridge"),
