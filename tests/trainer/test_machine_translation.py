@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from configs.errors import UsageError
+from configs.load import load
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig, train_tokenizer
 from tests.contract.examples import batch_of, built
 from tests.trainer.attempts import train
 from tests.trainer.test_recipes_run import shrunk
 from trainer.bound import BoundModel, BoundTask
 from trainer.cross_entropy import summed_cross_entropy
+from trainer.inference import load_model
 from trainer.models import seq2seq
 from trainer.pictures import heat_map
 from trainer.tasks import machine_translation as task
@@ -120,6 +123,13 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(UsageError, match=r'pip install "shardyard\[metrics\]"'):
         bound().scores([{"translation": "a", "reference": "b"}])
+
+
+def test_its_checkpoints_continue_no_text() -> None:
+    config = load("machine_translation-seq2seq-small").config.model_dump(mode="json")
+    reader: Any = SimpleNamespace(manifest={"config": config}, name="step-00000001")
+    with pytest.raises(UsageError, match="step-00000001 is of the task 'machine_translation'; only language models"):
+        load_model(reader)
 
 
 def test_ids_of_another_tokenizer_are_refused() -> None:
