@@ -14,6 +14,7 @@ from data_pipelines.tokenizer import Tokenizer
 from trainer.bound import BoundModel
 from trainer.checkpoint_files import CheckpointReader
 from trainer.initialization import materialize
+from trainer.shapes import Tokens
 from trainer.validate import validate
 
 
@@ -25,6 +26,9 @@ def load_model(reader: CheckpointReader) -> tuple[nn.Module, Tokenizer]:
         Damaged: a block fails its digest, or the checkpoint lacks a parameter of the model.
     """
     model = _bound_model(reader)
+    if not isinstance(model.input, Tokens):
+        task = reader.manifest["config"]["task"]["name"]
+        raise UsageError(f"Checkpoint {reader.name} is of the task '{task}'; only language models continue a text.")
     tokenizer = _tokenizer(reader)
     with torch.device("meta"):
         module = model.build()

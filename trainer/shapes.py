@@ -36,8 +36,8 @@ class TokenPair:
     source and target[:, : t + 1].
 
     To write step by step: with cache=model.new_cache(), target is what follows that of the calls before with the same
-    cache, whose `select(rows)` takes other rows of the batch. With seen=[] it appends the weights of each of its
-    attentions to the source, (B, heads, T, S).
+    cache, whose `select(rows)` takes other rows of the batch. After a call with model.new_cache(keeps_weights=True),
+    each of its `layers` has the `weights` of an attention to the source, (B, heads, T, S).
     """
 
     vocab_size: int
