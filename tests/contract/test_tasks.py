@@ -98,8 +98,8 @@ def test_the_loss_is_a_sum_over_examples_in_fp32(name: str) -> None:
     model = built(fitting_model(task)).eval()
     rows = example_rows(task, 3)
     with torch.no_grad():
-        together = task.loss(model, batch_of(task, rows))
-        apart = [task.loss(model, batch_of(task, [row])) for row in rows]
+        together = task.loss(model, batch_of(task, rows, training=False))
+        apart = [task.loss(model, batch_of(task, [row], training=False)) for row in rows]
     assert together.dtype == torch.float32 and together.shape == () and together > 0
     assert together.item() == pytest.approx(sum(loss.item() for loss in apart), rel=1e-4)
     batches = [batch_of(task, [row]) for row in rows]
@@ -131,8 +131,8 @@ def test_evaluation_adds_up_and_gives_numbers(name: str) -> None:
     model = built(fitting_model(task)).eval()
     rows = example_rows(task, 3)
     with torch.no_grad():
-        together = task.evaluate(model, batch_of(task, rows))
-        apart = [task.evaluate(model, batch_of(task, [row])) for row in rows]
+        together = task.evaluate(model, batch_of(task, rows, training=False))
+        apart = [task.evaluate(model, batch_of(task, [row], training=False)) for row in rows]
     for key, value in together.items():
         assert isinstance(value, float)
         assert value == pytest.approx(sum(sums[key] for sums in apart), rel=1e-4)
