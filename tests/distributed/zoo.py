@@ -32,6 +32,7 @@ TASKS = {
     "bert": "masked_language_modeling",
     "seq2seq": "machine_translation",
     "detector": "object_detection",
+    "unet": "medical_imaging",
 }
 STEPS = 20
 LR = 1e-3
