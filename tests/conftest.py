@@ -46,6 +46,7 @@ LONGER = (
     "trainer/test_batch_norm.py",
     "trainer/test_checkpoint_files.py",
     "trainer/test_cnn.py",
+    "trainer/test_face_recognition.py",
     "trainer/test_huggingface.py",
     "trainer/test_image_classification.py",
     "trainer/test_image_runs.py",
