@@ -86,7 +86,7 @@ def _bound_model(reader: CheckpointReader) -> BoundModel:
 
 def _full(reader: CheckpointReader, name: str) -> Tensor:
     shape = reader.shape(name)
-    return reader.read(name, reader.kinds(name)[0], 0, math.prod(shape)).view(shape)
+    return reader.read(name, reader.weights_kind(name), 0, math.prod(shape)).view(shape)
 
 
 def _tokenizer(reader: CheckpointReader) -> Tokenizer:
