@@ -20,17 +20,18 @@ def baseline(dataset: Dataset, config: RunConfig) -> dict[str, float]:
     """The task's scores, and the mean absolute errors of a step."""
     (inputs, steps, _), (held_out, wanted, poses) = (_table(dataset, part) for part in ("train", "validation"))
     settings: dict[str, Any] = {"n_estimators": 300, "min_samples_leaf": 3, "random_state": 0}
-    way = RandomForestClassifier(**settings).fit(inputs, steps[:, 0] > 0)
+    task = autonomous_driving.Config(**config.task.settings)
+    turns, wanted_turns = (np.abs(table[:, 0]) >= task.min_turn_rad for table in (steps, wanted))
+    way = RandomForestClassifier(**settings).fit(inputs[turns], steps[turns, 0] > 0)
     step = RandomForestRegressor(**settings, max_features="sqrt").fit(inputs, steps)
     left, predicted = way.predict_proba(held_out)[:, 1], step.predict(held_out)
     rows = [
         dict(zip(("pose", "step", "predicted", "left"), row, strict=True))
         for row in zip(poses, wanted, predicted, left, strict=True)
     ]
-    task = autonomous_driving.Config(**config.task.settings)
     turn_error, forward_error = np.abs(predicted - wanted).mean(0).tolist()
     return autonomous_driving.scores(rows, task) | {
-        "accuracy": float(((left > 0.5) == (wanted[:, 0] > 0)).mean()),
+        "accuracy": float(((left > 0.5) == (wanted[:, 0] > 0))[wanted_turns].mean()),
         "turn_error_rad": turn_error,
         "forward_error_m": forward_error,
     }

@@ -92,6 +92,10 @@ def test_loss_and_figures_are_by_definition() -> None:
         found = task().metrics(task().evaluate(says, made), None)
     errors = [0.5 * 0.2**2, 0.5 * 1.0**2, 2.0 - 0.5, 2.0 - 0.5]  # turn and forward, standardised; beyond 1 linear
     ways = [math.log1p(math.exp(-2.0)), math.log1p(math.exp(1.0))]
+    with torch.no_grad():
+        straight = task(min_turn_rad=0.5).evaluate(says, made)  # the first is no turn
+    assert straight["loss"] == pytest.approx(sum(errors) + ways[1], rel=1e-5)
+    assert (straight["turns"], straight["right_way"]) == (1, 0)
     assert task().loss(says, made).item() == pytest.approx(sum(errors) + sum(ways), rel=1e-5)
     assert found["loss"] == pytest.approx((sum(errors) + sum(ways)) / 2, rel=1e-5)
     assert found["accuracy"] == 0.5
@@ -106,12 +110,12 @@ def test_scores_are_by_definition() -> None:
     turns, forwards = rng.normal(0, 0.3, 30), rng.uniform(0.3, 0.6, 30)
     made = batch(turns.tolist(), forwards.tolist())
     outputs = torch.from_numpy(rng.normal(0, 1, (30, 3))).float()
-    settings = task(path_steps=4)
+    settings = task(path_steps=4, min_turn_rad=0.1)
     predictions = settings.predict(Says(outputs), made, None)
     assert [row["step"] for row in predictions] == [pytest.approx(pair) for pair in zip(turns, forwards, strict=True)]
     found = settings.scores(predictions)
 
-    left, right = outputs[turns > 0, 2], outputs[turns <= 0, 2]
+    left, right = outputs[turns >= 0.1, 2], outputs[turns <= -0.1, 2]
     assert found["turn_auc"] == pytest.approx((left.unsqueeze(1) > right).float().mean().item())
 
     said = np.column_stack([outputs[:, 0] * 0.5, outputs[:, 1] * 0.1 + 1.0])

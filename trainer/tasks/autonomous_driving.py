@@ -48,6 +48,9 @@ class Config(Section):
     turn_std: float = Field(default=0.15, gt=0, description="Radians: standard deviation of the training turns.")
     forward_mean: float = Field(default=0.5, description="Metres: mean of the training steps.")
     forward_std: float = Field(default=0.15, gt=0, description="Metres: their standard deviation.")
+    min_turn_rad: float = Field(
+        default=0.02, ge=0, description="A smaller turn is straight on, neither left nor right: odometry does not tell."
+    )
     mirror: bool = Field(default=False, description="Show a training moment in a mirror with probability 1/2.")
     path_steps: int = Field(default=10, ge=1, description="Steps of a stretch at whose end path_error_m is measured.")
 
@@ -125,7 +128,7 @@ def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tenso
     """Sum over the moments of three errors: an fp32 scalar.
 
     Those of turn and forward, standardised, square up to 1 and linear beyond (Huber 1964), since a few turns on the
-    spot are twenty times as wide as most; and -log p(left or right).
+    spot are twenty times as wide as most; and -log p(left or right) where it is not straight on.
     """
     counts = ~batch["turn"].isnan().unsqueeze(1)
     wanted = torch.stack(
@@ -135,33 +138,37 @@ def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tenso
     error = torch.where(counts, given[:, :2] - wanted, 0.0)
     left = (batch["turn"] > 0).float().unsqueeze(1)
     way = F.binary_cross_entropy_with_logits(given[:, 2:], left, reduction="none")
-    return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="sum") + torch.where(counts, way, 0.0).sum()
+    return (
+        F.smooth_l1_loss(error, torch.zeros_like(error), reduction="sum")
+        + torch.where(_is_turn(batch, config).unsqueeze(1), way, 0.0).sum()
+    )
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:
-    """Sums over the moments that count: the loss, right ways, and the absolute errors in radians and metres."""
-    counts = ~batch["turn"].isnan()
+    """Sums over the moments that count: the loss, turns and those told right, absolute errors in radians and metres."""
+    counts, turns = ~batch["turn"].isnan(), _is_turn(batch, config)
     turn, forward, left = _steps(model, batch, config)
     return {
         "moments": float(counts.sum()),
         "loss": float(loss(model, batch, config)),
-        "right_way": float(((left > 0) == (batch["turn"] > 0))[counts].sum()),
+        "turns": float(turns.sum()),
+        "right_way": float(((left > 0) == (batch["turn"] > 0))[turns].sum()),
         "turn_error": float((turn - batch["turn"])[counts].abs().double().sum()),
         "forward_error": float((forward - batch["forward"])[counts].abs().double().sum()),
     }
 
 
 def metrics(sums: Mapping[str, float], config: Config, split: Any) -> dict[str, float]:  # noqa: ARG001
-    """loss, accuracy (left or right), and the mean absolute errors of a step; nothing where no moment counted."""
+    """loss, the mean absolute errors of a step, and accuracy (left or right); nothing where no moment counted."""
     count = sums.get("moments")
     if not count:
         return {}
-    return {
+    found = {
         "loss": sums["loss"] / count,
-        "accuracy": sums["right_way"] / count,
         "turn_error_rad": sums["turn_error"] / count,
         "forward_error_m": sums["forward_error"] / count,
     }
+    return found | ({"accuracy": sums["right_way"] / sums["turns"]} if sums["turns"] else {})
 
 
 def predict(
@@ -181,7 +188,8 @@ def predict(
 def scores(predictions: Sequence[Mapping[str, Any]], config: Config) -> dict[str, float]:
     """turn_auc and path_error_m.
 
-    turn_auc: the probability that of a turn to the left and one to the right the model finds the first more left.
+    turn_auc: the probability that of a turn to the left and one to the right the model finds the first more left;
+    of turns from min_turn_rad on.
     path_error_m: how far apart two robots are after path_steps steps, one that goes as recorded and one as predicted
     from the recorded scans, that begin together; mean over all stretches that follow one another in the predictions.
     """
@@ -191,9 +199,10 @@ def scores(predictions: Sequence[Mapping[str, Any]], config: Config) -> dict[str
         np.array([row[name] for row in predictions], np.float64) for name in ("pose", "step", "predicted")
     )
     found = {}
-    left = steps[:, 0] > 0
+    turns = np.abs(steps[:, 0]) >= config.min_turn_rad
+    left = steps[turns, 0] > 0
     if left.any() and not left.all():
-        found["turn_auc"] = _area_under_curve(left, np.array([row["left"] for row in predictions]))
+        found["turn_auc"] = _area_under_curve(left, np.array([row["left"] for row in predictions])[turns])
     errors = [
         math.dist(_end(steps[first:last]), _end(predicted[first:last]))
         for first, last in _stretches(poses, steps, config.path_steps)
@@ -227,6 +236,11 @@ def _end(steps: np.ndarray) -> tuple[float, float]:
     """Where a robot is after these steps (n, 2) from (0, 0), facing along x."""
     heading = np.concatenate([[0.0], np.cumsum(steps[:-1, 0])])
     return float(steps[:, 1] @ np.cos(heading)), float(steps[:, 1] @ np.sin(heading))
+
+
+def _is_turn(batch: Mapping[str, Tensor], config: Config) -> Tensor:
+    """(B,): moments that count and do not go straight on."""
+    return batch["turn"].abs() >= config.min_turn_rad
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:
