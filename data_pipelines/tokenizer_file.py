@@ -12,8 +12,9 @@ from typing import Any
 import xxhash
 
 from configs.errors import Damaged, UsageError
+from data_pipelines import pretrained
 from data_pipelines.storage import Store
-from data_pipelines.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from data_pipelines.tokenizer import WORDPIECE_MARKS, Tokenizer, TokenizerConfig, train_tokenizer
 
 FOLDER = "tokenizers"  # in the store
 
@@ -25,31 +26,40 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         NotFound: there is no such file. Damaged, UsageError: see parse_tokenizer.
     """
     assert config.file is not None
-    return parse_tokenizer(_read(config.file), config.file, config.vocab_size)
+    return parse_tokenizer(_read(config.file), config.file, config.vocab_size, wordpiece=config.name == "wordpiece")
 
 
-def parse_tokenizer(text: str | bytes, source: str, vocab_size: int) -> Tokenizer:
+def parse_tokenizer(text: str | bytes, source: str, vocab_size: int, *, wordpiece: bool = False) -> Tokenizer:
     """The tokenizer of a tokenizer.json; `source` says in messages where it is from.
 
     Raises:
         Damaged: it is no tokenizer.json.
-        UsageError: it cuts text in another way than ours do, or has more than `vocab_size` ids.
+        UsageError: it is no WordPiece where that is wanted; else, it cuts text in another way than ours do. Or it has
+            more than `vocab_size` ids.
     """
     try:
         definition = json.loads(text)
-        definition["post_processor"] = None  # an exported one adds marks, which packing does here
+        definition |= {"post_processor": None, "truncation": None, "padding": None}  # marks and lengths are set here
         tokenizer = Tokenizer.from_json(json.dumps(definition))
-        # Read by the library, so that what a file leaves out has its default.
-        same_kind = _kind(tokenizer) == _kind(train_tokenizer(TokenizerConfig(name="bytes"), []))
+        if wordpiece:
+            model = definition["model"]
+            same_kind = model["type"] == "WordPiece" and all(mark in model["vocab"] for mark in WORDPIECE_MARKS)
+        else:  # read by the library, so that what a file leaves out has its default
+            same_kind = _kind(tokenizer) == _kind(train_tokenizer(TokenizerConfig(name="bytes"), []))
     except (ValueError, TypeError, KeyError, Damaged) as error:
         raise Damaged(
             f"The tokenizer {source} cannot be read: {error.__cause__ or error}. Copy it again, or leave "
             "task.tokenizer.file out to train one on the data."
         ) from error
+    if not same_kind and wordpiece:
+        raise UsageError(
+            f"The tokenizer {source} is no WordPiece with {' and '.join(WORDPIECE_MARKS)}, as a BERT's is. Use the "
+            "tokenizer.json of the model that the weights are of."
+        )
     if not same_kind:
         raise UsageError(
             f"The tokenizer {source} is of another kind. Use one that Shardyard trained: tokenizer.json in a data "
-            "set's folder, or in one of `shardyard export`."
+            "set's folder, or in one of `shardyard export`. For a BERT's, set task.tokenizer.name=wordpiece."
         )
     if tokenizer.vocab_size > vocab_size:
         raise UsageError(
@@ -82,6 +92,8 @@ def same_ids(one: str, other: str) -> bool:
 
 
 def _read(path: str) -> bytes:
+    if path.startswith(pretrained.SCHEME):
+        return pretrained.tokenizer_of(path)
     base, question_mark, query = path.partition("?") if "://" in path else (path, "", "")  # a query is the store's
     folder, slash, name = base.rpartition("/")
     return Store(f"{folder or slash or '.'}{question_mark}{query}").read_bytes(name)
@@ -91,7 +103,7 @@ def _kind(tokenizer: Tokenizer) -> Any:
     """What all tokenizers of ours have in common: all but the merged pairs; the bytes, and ids without gaps."""
     definition = json.loads(tokenizer.to_json())
     vocabulary = definition["model"].pop("vocab")
-    definition["model"].pop("merges")
+    definition["model"].pop("merges", None)
     marks = sorted(token for token in vocabulary if len(token) == 1)
     complete = sorted(vocabulary.values()) == list(range(len(vocabulary)))
     return definition, marks, complete

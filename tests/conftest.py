@@ -54,6 +54,7 @@ LONGER = (
     "trainer/test_mixture_runs.py",
     "trainer/test_session.py",
     "trainer/test_skipping.py",
+    "trainer/test_warm_start.py",
 )
 
 

@@ -29,7 +29,8 @@ def train(session: Session, stop: threading.Event) -> Outcome:
 
     A step is numbered by the steps completed with it: the first is 1, and its checkpoint is step-00000001.
     Ranks agree on stopping and saving in the collective that sums the valid items, so that a signal on
-    one rank hangs nobody. The end is always evaluated on the whole validation split and saved.
+    one rank hangs nobody. The end is always evaluated on the whole validation split and saved, then shown: a sample of
+    text, pictures.
 
     Raises:
         RunFailed: the loss is not a finite number, or the last checkpoint could not be saved.
@@ -54,9 +55,6 @@ def train(session: Session, stop: threading.Event) -> Outcome:
         if due(done, config.evaluation.every) or last:
             progress.phase = "evaluation"
             session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))
-        if last:
-            session.log_sample(done)
-            session.log_pictures(done)
         if save_due or stopping or last:
             progress.phase = "checkpoint"
             session.save(done)
@@ -66,6 +64,8 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             return Outcome("stopped", done)
         meter.pause()
     session.wait_until_saved(config.steps)
+    session.log_sample(config.steps)  # after the save: what goes wrong here costs no training
+    session.log_pictures(config.steps)
     return Outcome("finished", config.steps)
 
 

@@ -49,10 +49,36 @@ def coloured(picture: np.ndarray) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, box: Sequence[float], colour: tuple[int, int, int]) -> None:
-    """Draw the edge of a box (left, top, right, bottom in pixels) into an (H, W, 3) picture."""
+    """Draw the edge of a box (left, top, right, bottom in pixels), of one pixel at least, into an (H, W, 3) picture."""
     height, width = picture.shape[:2]
     left, top, right, bottom = (round(float(side)) for side in box)
-    left, right = max(0, min(left, width - 1)), max(0, min(right - 1, width - 1))
-    top, bottom = max(0, min(top, height - 1)), max(0, min(bottom - 1, height - 1))
+    left, top = max(0, min(left, width - 1)), max(0, min(top, height - 1))
+    right, bottom = max(left, min(right - 1, width - 1)), max(top, min(bottom - 1, height - 1))
     picture[[top, bottom], left : right + 1] = colour
     picture[top : bottom + 1, [left, right]] = colour
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], cell: int = 14) -> np.ndarray:
+    """(R, C) values from 0, white, to 1, dark blue, as squares with the names of their rows and columns: (H, W, 3)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    assert values.shape == (len(rows), len(columns)), values.shape
+    font = ImageFont.load_default()
+
+    def written(texts: Sequence[str]) -> Image.Image:
+        """One below the other, flush right."""
+        widths = [round(font.getlength(text.strip())) for text in texts]
+        label = Image.new("RGB", (max(widths, default=0) + 4, cell * len(texts)), "white")
+        for number, (text, width) in enumerate(zip(texts, widths, strict=True)):
+            ImageDraw.Draw(label).text((label.width - width - 2, cell * number + 1), text.strip(), "black", font)
+        return label
+
+    left = written(rows)
+    top = written(columns[::-1]).transpose(Image.Transpose.ROTATE_270)  # read downwards, the first one leftmost
+    shade = np.clip(values, 0, 1)[..., None]
+    squares = np.round(255 * (1 - shade) + shade * np.array([10, 30, 120])).astype(np.uint8)
+    picture = Image.new("RGB", (left.width + cell * len(columns), top.height + cell * len(rows)), "white")
+    picture.paste(top, (left.width, 0))
+    picture.paste(left, (0, top.height))
+    picture.paste(Image.fromarray(enlarged(squares, cell)), (left.width, top.height))
+    return np.asarray(picture)

@@ -18,6 +18,7 @@ from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
 from trainer.engine import Engine
+from trainer.generate import distinct
 from trainer.parent import check_parent, tokenizer_of
 from trainer.pictures import encode_png
 from trainer.progress import Progress
@@ -25,7 +26,8 @@ from trainer.record import RunRecord
 from trainer.run_data import Position, RunData
 from trainer.run_datasets import open_recorded
 from trainer.skipping import NumberedBlock, agreed, unreadable, without_skipped
-from trainer.validate import validate
+from trainer.validate import Plan, validate
+from trainer.warm_start import WarmModel, warm
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class Session:
             self.record.metrics(step, values | seen)
 
     def log_sample(self, step: int) -> None:
-        """What the model now makes of nothing: text, for a language model. Every rank takes part (ZeRO-3 shards)."""
+        """What the model now makes of nothing: text, and how little it repeats itself.
+
+        Every rank takes part (ZeRO-3 shards).
+        """
         length = self.config.evaluation.sample_tokens
         if length and self.task.has_samples:
             with self.engine.inference() as module:
                 text = self.task.sample(module, self.data.datasets[0].tokenizer, length, self.config.seed)
+            self.log_metrics(step, {f"sample/distinct_{size}": distinct(text, size) for size in (1, 2, 3)})
             if self.writes_record:
                 self.record.sample(step, text)
 
@@ -184,13 +190,16 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         data = RunData.of(open_recorded(record, plan), plan)
         stack.callback(data.close)
 
+        progress.phase = "restore"
+        reader = _newest_agreed(record, world)
         progress.phase = "model"
-        engine = Engine(plan.model, config, world, progress)
+        model = plan.model if reader is not None or config.warm_start is None else _warmed(record, plan, world)
+        engine = Engine(model, config, world, progress)
         checkpoints = record.store.child("checkpoints")
         checkpointer = Checkpointer(checkpoints, world, config.checkpoint.keep, progress, record)
         stack.callback(checkpointer.close)
         progress.phase = "restore"
-        start = _restore(record, engine, world, data)
+        start = _restore(record, reader, engine, data)
 
         loader = data.loader(config, world, start)
         stack.callback(loader.close)
@@ -219,9 +228,20 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         )
 
 
-def _restore(record: RunRecord, engine: Engine, world: World, data: RunData) -> Position:
+def _warmed(record: RunRecord, plan: Plan, world: World) -> WarmModel:
+    """The model with the first values that the config names; the record tells what they were used for."""
+    assert plan.config.warm_start is not None
+    model = warm(plan.model, plan.config.warm_start)
+    if world.rank == 0:
+        weights, fresh = plan.config.warm_start.weights, plan.config.warm_start.fresh
+        record.event("warm_start", weights=weights, taken=len(model.stored), fresh=fresh, unused=model.unused)
+        left = f"; not used: {', '.join(model.unused)}" if model.unused else ""
+        print(f"{len(model.stored)} tensors are taken from {weights}{left}.", file=sys.stderr, flush=True)
+    return model
+
+
+def _restore(record: RunRecord, reader: CheckpointReader | None, engine: Engine, data: RunData) -> Position:
     """Load the run's newest good checkpoint, else its parent's."""
-    reader = _newest_agreed(record, world)
     if reader is not None:
         return _load_all(reader, engine, data)
     parent = record.config.parent

@@ -16,12 +16,14 @@ from configs.errors import ShardyardError, UsageError
 from configs.load import Resolved, load, validate_plugin
 from configs.plugins import find_plugin, plugin_names
 from configs.problems import ConfigError, Problem, where
-from configs.schema import Plugin, RunConfig
-from data_pipelines.columns import Column
+from configs.schema import Plugin, RunConfig, WarmStartConfig
+from data_pipelines import pretrained
+from data_pipelines.columns import Column, tokenized
 from data_pipelines.sources import SourceConfig
 from data_pipelines.tokenizer import TokenizerConfig
 from data_pipelines.tokenizer_file import read_tokenizer
 from trainer.bound import BoundModel, BoundTask
+from trainer.warm_start import warm
 
 _PACKAGES = {"task": "trainer.tasks", "model": "trainer.models", "data": "data_pipelines.sources"}
 
@@ -137,7 +139,7 @@ def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
     model_module, model_config = _plugin(_PACKAGES["model"], config.model, "model", resolved.origins, problems)
     source, source_config = _plugin(_PACKAGES["data"], config.data, "data", resolved.origins, problems)
     if sees_inputs:
-        problems += _tokenizer_problems(task_config, resolved)
+        problems += _tokenizer_problems(task_module, task_config, resolved)
     if problems:
         raise ConfigError(problems)
 
@@ -150,6 +152,8 @@ def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
         key = _setting_to_change(misfit, source_config)
         raise ConfigError((Problem(where(key, resolved.origins, "default"), key, misfit),))
     model = BoundModel(model_module, model_config, given, wanted)
+    if sees_inputs and config.warm_start is not None:
+        _check_warm_start(model, config.warm_start, resolved)
     workers = config.resources.workers
     slots = workers * config.accumulation(workers)
     return Plan(
@@ -185,16 +189,38 @@ def _plugin(
     return module, config
 
 
-def _tokenizer_problems(task_config: Any, resolved: Resolved) -> list[Problem]:
+def _tokenizer_problems(task_module: Any, task_config: Any, resolved: Resolved) -> list[Problem]:
     """What is wrong with a tokenizer's file, told before anything is launched."""
     key, tokenizer = "task.tokenizer.file", getattr(task_config, "tokenizer", None)
     if tokenizer is None or tokenizer.file is None:
         return []
+    if tokenizer.name == "wordpiece" and task_module.packing(task_config) is not None:
+        message = (
+            f"task '{resolved.config.task.name}' packs documents, and those of wordpiece have no end mark to tell them "
+            "apart by. Use bpe or bytes, or a task that reads each text by itself."
+        )
+        key = "task.tokenizer.name"
+        return [Problem(where(key, resolved.origins, "default"), key, message)]
     try:
-        read_tokenizer(tokenizer)
+        if tokenizer.file.startswith(pretrained.SCHEME):
+            pretrained.find(tokenizer.file)  # the launch fetches it
+        else:
+            read_tokenizer(tokenizer)
     except ShardyardError as error:
         return [Problem(where(key, resolved.origins, "default"), key, str(error))]
     return []
+
+
+def _check_warm_start(model: BoundModel, wanted: WarmStartConfig, resolved: Resolved) -> None:
+    """Raises ConfigError where a folder's weights do not fit the model; a package's are fetched by the workers."""
+    try:
+        if wanted.weights.startswith(pretrained.SCHEME):
+            pretrained.find(wanted.weights)
+        else:
+            warm(model, wanted)
+    except ShardyardError as error:
+        key = "warm_start.weights"
+        raise ConfigError((Problem(where(key, resolved.origins, "default"), key, str(error)),)) from error
 
 
 def columns_misfit(config: RunConfig, task: BoundTask, columns: Sequence[Column]) -> str | None:
@@ -231,8 +257,7 @@ def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, setting
     except ShardyardError:
         return None  # it cannot be looked at from here, or not yet: the build will tell
     if getattr(task.config, "tokenizer", None) is not None:  # text becomes tokens in the build
-        tokens = Column("tokens", "uint16", (None,))
-        columns = tuple(tokens if column.name == "text" else column for column in columns)
+        columns = tokenized(columns, "uint16")
     misfit = columns_misfit(config, task, columns)
     if misfit is None:
         try:

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cluster import mlflow_pass
 from cluster.mlflow_copy import MlflowCopy, sync, tracking_uri, ui_command
@@ -20,6 +22,7 @@ from cluster.mlflow_values import metric_name
 from configs.errors import Unreachable, UsageError
 from configs.load import load
 from data_pipelines.storage import Store
+from trainer.pictures import encode_png
 from trainer.record import RunRecord
 
 RECIPE: dict[str, Any] = {
@@ -77,6 +80,7 @@ def test_config_lineage_metrics_samples_and_status_arrive(record: RunRecord, tmp
     for step in range(1, 1501):
         record.metrics(step, {"loss": 1.0 / step, "lr": 0.5})
     record.sample(1500, "Once upon a time")
+    record.picture(1500, "slices", encode_png(np.zeros((2, 3), np.uint8)))
     record.event("finished")
     record.close()
     copy = MlflowCopy(record)
@@ -94,6 +98,9 @@ def test_config_lineage_metrics_samples_and_status_arrive(record: RunRecord, tmp
     artifacts = tmp_path / "runs" / mlflow_pass.ARTIFACT_FOLDER
     assert [path.read_text() for path in artifacts.rglob("step-*.txt")] == ["Once upon a time"]
     assert "demo.1" in next(artifacts.rglob("run.yaml")).read_text()
+    (picture,) = [each for each in mlflow_client(record).list_artifacts(run_id, "pictures/step-00001500")]
+    assert picture.path == "pictures/step-00001500/slices.png"
+    assert Image.open(next(artifacts.rglob("slices.png"))).size == (3, 2)
 
 
 def test_a_repeated_step_keeps_its_first_value_and_a_resumed_run_goes_on(record: RunRecord, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ INPUTS = (
 )
 OUTPUTS = (
     shapes.Logits(VOCAB_SIZE),
+    shapes.MaskedLogits(VOCAB_SIZE),
     shapes.ClassLogits(NUM_CLASSES),
     shapes.Values(2),
     shapes.Embedding(8, NUM_CLASSES),
@@ -109,7 +110,7 @@ def has_shape(output: Tensor, shape: Any, input: Any) -> bool:
     """Whether a model's output is what trainer/shapes.py says of it."""
     size = tuple(output.shape[1:])
     match shape:
-        case shapes.Logits():
+        case shapes.Logits() | shapes.MaskedLogits():
             return len(size) == 2 and size[1] == shape.size
         case shapes.ClassLogits() | shapes.Values():
             return size == (shape.size,)
@@ -208,7 +209,7 @@ def batch_of(task: BoundTask, rows: list[dict[str, Any]], *, training: bool = Tr
             arrays[name] = Ragged.joined(np.concatenate(values), offsets)
         else:
             arrays[name] = np.stack(values)
-    prepare = None if packed else task.preparation(list(columns.values()), training=training)
+    prepare = task.preparation(stored_columns(task), training=training)
     batcher = Batcher(prepare, 0, 1, task.pad, task.ragged)
     places = np.arange(len(rows))
     (made,) = batcher.cut(arrays, [(0, False)], places, places, np.array([len(rows)]), Buffers())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import Damaged, ShardyardError, Unreachable
-from data_pipelines.packages import Package, cache_folder, fetch, member, members
+from data_pipelines.packages import Package, cache_folder, fetch, member, members, unpacked
 from tests.data_pipelines.small_packages import archive
 
 CONTENT = archive("tiny-1.0.tgz", {"package/a.txt": b"one", "package/b/c.txt": b"two", "package/d.bin": b"three"})
@@ -178,3 +178,20 @@ def test_a_debian_package_is_read_without_dpkg(cache: Path) -> None:
     assert list(members(package, "usr/*.txt")) == [("usr/share/a.txt", b"one")]
     with pytest.raises(Damaged, match="holds no usr/share/c"):
         member(package, "usr/share/c")
+
+
+def test_a_file_that_is_unpacked_is_checked_whenever_it_is_used(
+    cache: Path,
+) -> None:
+    content = archive("one-1.0-py3-none-any.whl", {"one/weights": b"w" * 1000, "one/other": b"o"})
+    package = Package("pip", "one", "1.0", "one-1.0-py3-none-any.whl", hashlib.sha256(content).hexdigest())
+    cache.mkdir(parents=True)
+    (cache / package.file).write_bytes(content)
+    digest = hashlib.sha256(b"w" * 1000).hexdigest()
+    path = unpacked(package, "one/weights", digest)
+    assert path.read_bytes() == b"w" * 1000
+    path.write_bytes(b"w" * 999)
+    assert unpacked(package, "one/weights", digest).read_bytes() == b"w" * 1000
+    with pytest.raises(Damaged, match="not the file that was pinned"):
+        unpacked(package, "one/other", digest)
+    assert {file.name for file in cache.iterdir() if file.name[0] != "."} == {package.file, path.name}

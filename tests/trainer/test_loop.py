@@ -53,6 +53,9 @@ class FakeSession:
     def log_sample(self, step: int) -> None:
         self.done.append(("sample", step))
 
+    def log_pictures(self, step: int) -> None:
+        self.done.append(("pictures", step))
+
     def save(self, step: int) -> None:
         self.done.append(("save", step))
 
@@ -93,7 +96,7 @@ def test_everything_is_done_when_it_is_due_and_all_of_it_at_the_end(evaluations:
     assert steps_of("validation", found) == [4, 8, 10]
     assert evaluations == [3, 3, None]
     assert steps_of("save", found) == [3, 6, 9, 10]
-    assert found.done[-3:] == [("sample", 10), ("save", 10), ("saved", 10)]
+    assert found.done[-4:] == [("save", 10), ("saved", 10), ("sample", 10), ("pictures", 10)]
 
 
 def test_it_begins_where_the_session_stands() -> None:
@@ -103,6 +106,7 @@ def test_it_begins_where_the_session_stands() -> None:
     finished = session(steps=10, start_step=10)
     assert loop.train(finished, threading.Event()) == loop.Outcome("finished", 10)
     assert steps_of("step", finished) == []
+    assert steps_of("sample", finished) == [10]  # a run that ended between its last save and its sample still shows it
 
 
 @pytest.mark.parametrize("asked_here", [True, False])

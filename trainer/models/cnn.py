@@ -11,6 +11,8 @@ B = examples, K = channels of the image, C = channels of a map, H, W = its heigh
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -30,8 +32,8 @@ SMALLEST_MAP = 4
 EXPANSION = 4  # of a bottleneck's width at its end
 
 
-class Config(Section):
-    """Sizes and variants of a residual network."""
+class TrunkConfig(Section):
+    """Sizes and variants of what other networks share with this one: all but its end."""
 
     blocks: tuple[int, ...] = Field(
         min_length=1, description="Residual blocks of each stage; a stage doubles the width.", examples=[(1, 1)]
@@ -45,6 +47,11 @@ class Config(Section):
         default="batch", description="batch: by the micro-batch's statistics; group: each example by itself."
     )
     groups: int = Field(default=8, ge=1, description="Most groups of channels that norm=group normalises together.")
+
+
+class Config(TrunkConfig):
+    """Sizes and variants of a residual network."""
+
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of the last features dropped.")
 
 
@@ -62,7 +69,7 @@ class Convolution(NamedTuple):
 class Normed(nn.Module):
     """A convolution without bias, and the norm behind it."""
 
-    def __init__(self, shape: Convolution, config: Config) -> None:
+    def __init__(self, shape: Convolution, config: TrunkConfig) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(
             shape.inputs, shape.outputs, shape.kernel, shape.stride, padding=shape.kernel // 2, bias=False
@@ -77,7 +84,7 @@ class Normed(nn.Module):
 class Residual(nn.Module):
     """A block of two or three convolutions, added to its input (or to a projection of it, where the shape changes)."""
 
-    def __init__(self, branch: list[Convolution], shortcut: Convolution | None, config: Config) -> None:
+    def __init__(self, branch: list[Convolution], shortcut: Convolution | None, config: TrunkConfig) -> None:
         super().__init__()
         self.branch = nn.ModuleList(Normed(shape, config) for shape in branch)
         self.shortcut = None if shortcut is None else Normed(shortcut, config)
@@ -91,26 +98,42 @@ class Residual(nn.Module):
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class CNN(nn.Module):
-    """The whole network."""
+class Trunk(nn.Module):
+    """The convolutions, from the image to its features."""
 
-    def __init__(self, config: Config, image: Image, outputs: int) -> None:
+    def __init__(self, config: TrunkConfig, image: Image) -> None:
         super().__init__()
         stem, blocks = _plan(config, image)
         self._pools = _is_large(image)
+        self._stage_ends = _stage_ends(config)
         self.stem = Normed(stem, config)
         self.blocks = nn.ModuleList(Residual(branch, shortcut, config) for branch, shortcut in blocks)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(blocks[-1][0][-1].outputs, outputs)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """(B, K, H, W), in the dtype of the weights: (B, N)."""
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """(B, K, H, W), in the dtype of the weights: (B, C, H', W') at the end of each stage."""
         x = F.relu(self.stem(image))
         if self._pools:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for block in self.blocks:
+        maps = []
+        for number, block in enumerate(self.blocks):
             x = block(x)
-        return self.head(self.dropout(x.mean(dim=(2, 3))))
+            if number in self._stage_ends:
+                maps.append(x)
+        return maps
+
+
+class CNN(Trunk):
+    """The whole network."""
+
+    def __init__(self, config: Config, image: Image, outputs: int) -> None:
+        super().__init__(config, image)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(stage_maps(config, image)[-1].channels, outputs)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, K, H, W), in the dtype of the weights: (B, N)."""
+        features = self.maps(image)[-1]
+        return self.head(self.dropout(features.mean(dim=(2, 3))))
 
 
 def build(config: Config, input: Image, output: ClassLogits | Values) -> CNN:
@@ -118,7 +141,7 @@ def build(config: Config, input: Image, output: ClassLogits | Values) -> CNN:
     return CNN(config, input, output.size)
 
 
-def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
+def init_parameter(config: TrunkConfig, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
     """Norms 1 and 0; convolutions normal with variance 2 / fan-out (He et al. 2015); the head small, its bias 0."""
     if name.endswith("bias"):
         tensor.zero_()
@@ -133,9 +156,8 @@ def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.G
 
 def num_parameters(config: Config, input: Image, output: ClassLogits | Values) -> int:
     """Trainable values: convolutions, two a channel for its norm, and the head."""
-    convolutions = list(_convolutions(config, input))
-    values = sum(each.outputs * (each.inputs * each.kernel**2 + 2) for each in convolutions)
-    return values + (_features(config, input) + 1) * output.size
+    values = sum(each.outputs * (each.inputs * each.kernel**2 + 2) for each in convolutions(config, input))
+    return values + (stage_maps(config, input)[-1].channels + 1) * output.size
 
 
 def flops_per_example(config: Config, input: Image, output: ClassLogits | Values) -> float:
@@ -144,9 +166,9 @@ def flops_per_example(config: Config, input: Image, output: ClassLogits | Values
     The first convolution has no gradient for its input, the image.
     """
     products = [
-        each.outputs * each.inputs * each.kernel**2 * each.height * each.width for each in _convolutions(config, input)
+        each.outputs * each.inputs * each.kernel**2 * each.height * each.width for each in convolutions(config, input)
     ]
-    return 3.0 * 2.0 * (sum(products) + _features(config, input) * output.size) - 2.0 * products[0]
+    return 3.0 * 2.0 * (sum(products) + stage_maps(config, input)[-1].channels * output.size) - 2.0 * products[0]
 
 
 # --- shapes
@@ -156,7 +178,7 @@ def _is_large(image: Image) -> bool:
     return min(image.height, image.width) >= LARGE_PX
 
 
-def _plan(config: Config, image: Image) -> tuple[Convolution, list[tuple[list[Convolution], Convolution | None]]]:
+def _plan(config: TrunkConfig, image: Image) -> tuple[Convolution, list[tuple[list[Convolution], Convolution | None]]]:
     """The stem, and of each block the branch's convolutions and its shortcut's (None: the input itself)."""
     height, width, channels = image.height, image.width, config.width
     if _is_large(image):
@@ -190,7 +212,8 @@ def _plan(config: Config, image: Image) -> tuple[Convolution, list[tuple[list[Co
     return stem, blocks
 
 
-def _convolutions(config: Config, image: Image) -> Iterator[Convolution]:
+def convolutions(config: TrunkConfig, image: Image) -> Iterator[Convolution]:
+    """All of the trunk, the first of them on the image."""
     stem, blocks = _plan(config, image)
     yield stem
     for branch, shortcut in blocks:
@@ -199,12 +222,33 @@ def _convolutions(config: Config, image: Image) -> Iterator[Convolution]:
             yield shortcut
 
 
-def _features(config: Config, image: Image) -> int:
+class StageMap(NamedTuple):
+    """What a stage ends in; stride: pixels of the image from value to value."""
+
+    channels: int
+    stride: int
+    height: int
+    width: int
+
+
+def stage_maps(config: TrunkConfig, image: Image) -> list[StageMap]:
+    """The maps that the trunk gives, from fine to coarse."""
     _, blocks = _plan(config, image)
-    return blocks[-1][0][-1].outputs
+    stride, maps = 4 if _is_large(image) else 1, []
+    for number, (branch, _) in enumerate(blocks):
+        stride *= math.prod(each.stride for each in branch)
+        if number in _stage_ends(config):
+            last = branch[-1]
+            maps.append(StageMap(last.outputs, stride, last.height, last.width))
+    return maps
 
 
-def _norm(channels: int, config: Config) -> nn.Module:
+def _stage_ends(config: TrunkConfig) -> set[int]:
+    """The number of the last block of each stage, counted through."""
+    return {end - 1 for end in itertools.accumulate(config.blocks)}
+
+
+def _norm(channels: int, config: TrunkConfig) -> nn.Module:
     if config.norm == "batch":
         return BatchNorm2d(channels)
     groups = max(count for count in range(1, config.groups + 1) if channels % count == 0)
