@@ -71,6 +71,12 @@ ROWS: tuple[Row, ...] = (
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
     Row("object_detection-detector-digits", ("map_50", "map_50_95"), "0.85"),
     Row("object_detection-detector-trees", ("map_50", "map_50_95"), "-"),
+    Row(
+        "image_generation-unet-digits",
+        ("read_as_asked", "frechet_distance", "loss"),
+        "0.9",
+        further="generation",
+    ),
     Row("face_recognition-cnn-orl", ("rank_1", "rank_1_single", "eer"), "0.9"),
     Row("autonomous_driving-lstm-robot", ("turn_auc", "path_error_m"), "above the random forest's"),
     Row("medical_imaging-unet-brain", ("dice", "dice_grey", "dice_white", "accuracy"), "0.9"),
