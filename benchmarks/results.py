@@ -53,6 +53,7 @@ ROWS: tuple[Row, ...] = (
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
     Row("face_recognition-cnn-orl", ("rank_1", "rank_1_single", "eer"), "0.9"),
+    Row("speech_recognition-lstm-es", ("cer", "wer"), "cer below 0.5"),
 )
 
 
