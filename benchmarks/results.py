@@ -78,6 +78,7 @@ ROWS: tuple[Row, ...] = (
         further="generation",
     ),
     Row("face_recognition-cnn-orl", ("rank_1", "rank_1_single", "eer"), "0.9"),
+    Row("speech_recognition-lstm-es", ("cer", "wer"), "cer below 0.5"),
     Row("autonomous_driving-lstm-robot", ("turn_auc", "path_error_m"), "above the random forest's"),
     Row("medical_imaging-unet-brain", ("dice", "dice_grey", "dice_white", "accuracy"), "0.9"),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
