@@ -121,7 +121,7 @@ def _muon_sees_whole_matrices(name: str, stage: int) -> str | None:
 def _one_beginning(weights: str, checkpoint: str) -> str:
     return (
         f"warm_start.weights={weights} and parent.checkpoint={checkpoint} both say where the first weights come from. "
-        "Remove warm_start, or start without --from."
+        "Set warm_start=null, or start without --from."
     )
 
 

@@ -5,6 +5,9 @@ valid comes first, so padding cannot change it; the reverse direction reads each
 length, and so begins at its last valid item. torch's packed sequences give the same values, but their backward pass on
 a CPU takes time in the square of the length: 5 to 10 times as long at 200 steps, measured with torch 2.13.
 
+Frames may pass through a convolution first (as in Deep Speech 2, Amodei et al. 2016), to which everything outside of a
+sequence is 0.
+
 B = examples, T = positions, N = sequences, L = length of the longest, K = values a position, H = hidden size,
 G = gates (4 of an LSTM, 3 of a GRU, 1), D = directions.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -26,7 +30,7 @@ Input = Tokens | Frames
 Output = Logits | ClassLogits | Values
 
 GATES = {"lstm": 4, "gru": 3, "tanh": 1}
-EMBEDDING_STD = 0.5
+EMBEDDING_STD = 0.1  # small, so that rare words say little: on film reviews and tweets 80.0 % right, with 0.5 78.2 %
 
 
 class Sizes(Section):
@@ -36,6 +40,12 @@ class Sizes(Section):
     hidden_size: int = Field(ge=1, description="Values of a layer's state, in each direction.", examples=[24])
     embedding_size: int | None = Field(
         default=None, ge=1, description="Values of a token's embedding; null is hidden_size. Frames have none."
+    )
+    kernel_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Moments that a convolution in front of the layers sees at once, around each; null has none. "
+        "Tokens have none.",
     )
     bidirectional: bool = Field(
         default=False,
@@ -56,7 +66,10 @@ class Sizes(Section):
 
     def layer_inputs(self, input: Input) -> list[int]:
         """Values a position that each layer reads."""
-        first = input.channels if isinstance(input, Frames) else self.embedding_size or self.hidden_size
+        if isinstance(input, Frames):
+            first = input.channels if self.kernel_size is None else self.hidden_size
+        else:
+            first = self.embedding_size or self.hidden_size
         return [first] + [self.directions * self.hidden_size] * (self.num_layers - 1)
 
     def features(self, output: Output) -> int:
@@ -165,9 +178,22 @@ class Recurrent(nn.Module):
 class FrameReader(Recurrent):
     """A recurrent network on Frames."""
 
+    def __init__(self, cell: Cell, sizes: Sizes, input: Frames, output: Output) -> None:
+        super().__init__(cell, sizes, input, output)
+        self.convolution = (
+            None
+            if sizes.kernel_size is None
+            else nn.Conv1d(input.channels, sizes.hidden_size, sizes.kernel_size, padding="same")
+        )
+
     def forward(self, frames: Tensor, length: Tensor) -> Tensor:
         """frames (B, T, K) in the dtype of the weights, length (B,): (B, T, size), or (B, size)."""
-        return self.read(frames, length.to(torch.int64))
+        length = length.to(torch.int64)
+        if self.convolution is not None:
+            padding = torch.arange(frames.shape[1], device=length.device) >= length.unsqueeze(1)
+            frames = frames.masked_fill(padding.unsqueeze(-1), 0.0).transpose(1, 2)
+            frames = F.relu(self.convolution(frames)).transpose(1, 2)  # (B, T, H)
+        return self.read(frames, length)
 
 
 class TokenReader(Recurrent):
@@ -239,7 +265,8 @@ def refuse_looking_ahead(sizes: Sizes, input: Input, output: Output) -> None:
 def init_parameter(cell: Cell, name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Recurrent matrices orthogonal gate by gate (Saxe et al. 2014), others by Glorot and Bengio (2010); biases 0.
 
-    An LSTM's forget gate begins at 1, so that it remembers at first (Jozefowicz et al. 2015). The head begins small.
+    An LSTM's forget gate begins at 1, so that it remembers at first (Jozefowicz et al. 2015). The head begins small, a
+    convolution with variance 2 / fan-in (He et al. 2015).
     """
     if name.endswith("bias") or "bias_" in name:
         tensor.zero_()
@@ -249,6 +276,8 @@ def init_parameter(cell: Cell, name: str, tensor: Tensor, generator: torch.Gener
         tensor.normal_(0.0, EMBEDDING_STD, generator=generator)
     elif name.startswith("head"):
         tensor.normal_(0.0, 0.02, generator=generator)
+    elif name.startswith("convolution"):
+        tensor.normal_(0.0, (2 / (tensor.shape[1] * tensor.shape[2])) ** 0.5, generator=generator)
     else:
         for gate in tensor.view(GATES[cell], -1, tensor.shape[1]):
             if name.endswith("weight_hh"):
@@ -264,7 +293,9 @@ def num_parameters(cell: Cell, sizes: Sizes, input: Input, output: Output) -> in
     rows = GATES[cell] * sizes.hidden_size
     layers = sizes.directions * sum(rows * (width + sizes.hidden_size + 2) for width in widths)
     embedding = input.vocab_size * widths[0] if isinstance(input, Tokens) else 0
-    return embedding + layers + (sizes.features(output) + 1) * output.size
+    filters = _filter_values(sizes, input)
+    convolution = filters + sizes.hidden_size if filters else 0
+    return embedding + convolution + layers + (sizes.features(output) + 1) * output.size
 
 
 def flops_per_example(cell: Cell, sizes: Sizes, input: Input, output: Output) -> float:
@@ -278,6 +309,12 @@ def flops_per_example(cell: Cell, sizes: Sizes, input: Input, output: Output) ->
     layers = sizes.directions * sum(length * rows * (width + sizes.hidden_size) for width in widths)
     head = sizes.features(output) * output.size * (length if isinstance(output, Logits) else 1)
     constant = sizes.directions * sizes.num_layers * rows * sizes.hidden_size
+    convolution = length * _filter_values(sizes, input)
     if isinstance(input, Frames):
-        constant += sizes.directions * length * rows * widths[0]
-    return 3.0 * 2.0 * (layers + head) - 2.0 * constant
+        constant += convolution or sizes.directions * length * rows * widths[0]
+    return 3.0 * 2.0 * (convolution + layers + head) - 2.0 * constant
+
+
+def _filter_values(sizes: Sizes, input: Input) -> int:
+    """Of the convolution in front."""
+    return input.channels * sizes.hidden_size * (sizes.kernel_size or 0) if isinstance(input, Frames) else 0

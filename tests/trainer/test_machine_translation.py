@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,11 +10,16 @@ import pytest
 import torch
 
 from configs.errors import UsageError
+from configs.load import load
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig, train_tokenizer
 from tests.contract.examples import batch_of, built
+from tests.trainer.attempts import train
+from tests.trainer.test_recipes_run import shrunk
 from trainer.bound import BoundModel, BoundTask
 from trainer.cross_entropy import summed_cross_entropy
+from trainer.inference import load_model
 from trainer.models import seq2seq
+from trainer.pictures import heat_map
 from trainer.tasks import machine_translation as task
 
 SEQ_LEN = 8
@@ -118,6 +125,40 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
         bound().scores([{"translation": "a", "reference": "b"}])
 
 
+def test_its_checkpoints_continue_no_text() -> None:
+    config = load("machine_translation-seq2seq-small").config.model_dump(mode="json")
+    reader: Any = SimpleNamespace(manifest={"config": config}, name="step-00000001")
+    with pytest.raises(UsageError, match="step-00000001 is of the task 'machine_translation'; only language models"):
+        load_model(reader)
+
+
 def test_ids_of_another_tokenizer_are_refused() -> None:
     with pytest.raises(UsageError, match="token id 300"):
         bound().check(batch_of(bound(), [row([300], [1])]))
+
+
+@pytest.mark.distributed
+def test_weights_cut_over_ranks_translate_as_whole_ones(tmp_path: Path) -> None:
+    """At ZeRO-3 a rank that ended its translations sooner would leave the others waiting."""
+    found = []
+    for stage in (1, 3):
+        config = shrunk("machine_translation-seq2seq-small", tmp_path / str(stage)) | {"zero": {"stage": stage}}
+        config["task"]["seq_len"] = config["data"]["task"]["seq_len"] = 12
+        record = train(config, world_size=2)
+        found.append({key: value for key, value in record.stitched()[-1].items() if key.startswith("validation/")})
+        assert [path.name for path in (tmp_path / str(stage)).rglob("*.png")]
+        del found[-1]["validation/seconds"]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert {"validation/bleu", "validation/chrf", "validation/perplexity"} <= found[0].keys()
+
+
+def test_a_heat_map_has_a_square_for_each_value_below_and_beside_the_names() -> None:
+    values = np.array([[0.0, 1.0, 0.5], [0.25, 0.0, 0.0]])
+    picture = heat_map(values, ["ñandú", "b"], ["one", "two", "日"], cell=10)
+    squares = picture[-20:, -30:].reshape(2, 10, 3, 10, 3)
+    assert (squares == squares[:, :1, :, :1]).all()
+    brightness = squares[:, 0, :, 0].astype(int).sum(-1)
+    assert brightness[0, 1] < brightness[0, 2] < brightness[1, 0] < brightness[0, 0] == brightness[1, 2] == 3 * 255
+    beside, above = picture[-20:, :-30], picture[:-20, -30:]
+    assert (beside < 128).any() and (above < 128).any()
+    assert np.array_equal(beside, heat_map(values, ["nandu", "b"], ["x", "y", "z"], cell=10)[-20:, :-30])

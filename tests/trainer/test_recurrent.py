@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import UsageError
 from configs.plugins import find_plugin
@@ -154,3 +155,33 @@ def test_cut_among_workers_it_learns_the_same(tmp_path: Path) -> None:
     assert whole[-1] < whole[0]
     assert losses(3, "fp32") == pytest.approx(whole, rel=1e-5)
     assert losses(3, "bf16") == pytest.approx(whole, rel=2e-2)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 4, 5])
+def test_a_convolution_in_front_sees_around_each_moment_and_no_padding(kernel_size: int) -> None:
+    network = model("lstm", Frames(5, 9), Logits(3), bidirectional=True, kernel_size=kernel_size).eval()
+    padded = torch.cat([frames(), torch.full((4, 2, 5), 1e3)], dim=1)
+    padded[torch.arange(9) >= LENGTHS.unsqueeze(1)] = float("nan")
+    with torch.no_grad():
+        together = network(padded, LENGTHS)
+        for number, length in enumerate(LENGTHS.tolist()):
+            alone = network(frames()[number : number + 1, :length], LENGTHS[number : number + 1])
+            torch.testing.assert_close(together[number : number + 1, :length], alone)
+        weight, bias = network.convolution.weight, network.convolution.bias
+        before = (kernel_size - 1) // 2
+        around = torch.nn.functional.pad(frames()[:1, :3], (0, 0, before, kernel_size - 1 - before))[0]
+        sums = [torch.einsum("kc,hck->h", around[at : at + kernel_size], weight) + bias for at in range(3)]
+        states = network.head(network.stack(torch.stack(sums).relu().unsqueeze(0), LENGTHS[:1]))
+    torch.testing.assert_close(together[:1, :3], states)
+
+
+def test_a_convolution_is_counted() -> None:
+    module = find_plugin("trainer.models", "lstm")
+    config = module.Config(num_layers=2, hidden_size=6, bidirectional=True, kernel_size=3)
+    bound = BoundModel(module, config, Frames(5, 9), Logits(3))
+    network = built(bound)
+    assert bound.num_parameters() == sum(parameter.numel() for parameter in network.parameters())
+    counter = FlopCounterMode(display=False)
+    with torch.backends.mkldnn.flags(enabled=False), counter:
+        network(torch.randn(1, 9, 5), torch.tensor([9])).sum().backward()
+    assert bound.flops_per_example() == counter.get_total_flops()

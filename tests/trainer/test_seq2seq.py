@@ -141,10 +141,11 @@ def test_written_step_by_step_it_gives_the_same_logits() -> None:
 def test_the_weights_of_its_attention_are_those_it_uses() -> None:
     model = small()
     source, length, target = inputs()
-    seen: list[Tensor] = []
     with torch.no_grad():
-        output = model(source, length, target, seen=seen)
+        cache = model.new_cache(keeps_weights=True)
+        output = model(source, length, target, cache=cache)
         assert torch.equal(output, model(source, length, target))
+        seen = [layer.weights for layer in cache.layers]
         assert [each.shape for each in seen] == [(3, 4, 9, 9)] * 2
         for weights in seen:
             torch.testing.assert_close(weights.sum(3), torch.ones(3, 4, 9))
@@ -152,8 +153,7 @@ def test_the_weights_of_its_attention_are_those_it_uses() -> None:
         layer = model.decoder[0]
         taken: list[Tensor] = []
         handle = layer.reading.output.register_forward_pre_hook(lambda _, given: taken.append(given[0]))
-        cache = model.new_cache()
-        model(source, length, target, cache=cache)
+        model(source, length, target)
         handle.remove()
     mixed = (seen[0] @ cache.layers[0].read[1]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(taken[0], mixed, atol=1e-5, rtol=1e-4)

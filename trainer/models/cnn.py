@@ -5,6 +5,8 @@ bottleneck, four times the width at its end. `block: bottleneck` with `blocks: [
 `block: basic` with `blocks: [2, 2, 2, 2]` ResNet-18. Images below 128 pixels begin with one 3 x 3 convolution, as the
 paper's networks for CIFAR-10 do; a stage halves the map only while 4 x 4 are left, so that small images fit too.
 Normalisation is by batch (trainer/batch_norm.py) or by groups (Wu and He 2018), which needs no running statistics.
+As an Embedding its end is a direction, and the cosines of it with directions that stand for the classes (Wang et al.
+2017, NormFace).
 
 B = examples, K = channels of the image, C = channels of a map, H, W = its height and width, N = outputs.
 """
@@ -23,11 +25,13 @@ from torch import Tensor, nn
 
 from configs.schema import Section
 from trainer.batch_norm import BatchNorm2d
-from trainer.shapes import ClassLogits, Image, Values
+from trainer.shapes import ClassLogits, Embedding, Image, Values
 from trainer.stochastic_depth import DropBranch, rates
 
 ACCEPTS = (Image,)
-GIVES = (ClassLogits, Values)
+GIVES = (ClassLogits, Values, Embedding)
+Output = ClassLogits | Values | Embedding
+
 LARGE_PX = 128  # from here on the stem quarters the image
 SMALLEST_MAP = 4
 EXPANSION = 4  # of a bottleneck's width at its end
@@ -132,29 +136,50 @@ class Trunk(nn.Module):
         return maps
 
 
+class Directions(nn.Module):
+    """A learned direction for each class."""
+
+    def __init__(self, size: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, size), any length: x with length 1, and its cosine with each direction, (B, size + classes)."""
+        unit = F.normalize(x.float(), dim=1)
+        cosine = F.linear(unit, F.normalize(self.weight.float(), dim=1))
+        return torch.cat([unit, cosine], dim=1)
+
+
 class CNN(Trunk):
     """The whole network."""
 
-    def __init__(self, config: Config, image: Image, outputs: int) -> None:
+    def __init__(self, config: Config, image: Image, output: Output) -> None:
         super().__init__(config, image)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(stage_maps(config, image)[-1].channels, outputs)
+        self.head = nn.Linear(stage_maps(config, image)[-1].channels, output.size)
+        self.directions = Directions(output.size, output.classes) if isinstance(output, Embedding) else None
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, K, H, W), in the dtype of the weights: (B, N)."""
+        """(B, K, H, W), in the dtype of the weights: (B, N); an Embedding is fp32."""
         features = self.maps(image)[-1]
-        return self.head(self.dropout(features.mean(dim=(2, 3))))
+        outputs = self.head(self.dropout(features.mean(dim=(2, 3))))
+        return outputs if self.directions is None else self.directions(outputs)
 
 
-def build(config: Config, input: Image, output: ClassLogits | Values) -> CNN:
+def build(config: Config, input: Image, output: Output) -> CNN:
     """A network for images of this size."""
-    return CNN(config, input, output.size)
+    return CNN(config, input, output)
 
 
 def init_parameter(config: TrunkConfig, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
-    """Norms 1 and 0; convolutions normal with variance 2 / fan-out (He et al. 2015); the head small, its bias 0."""
+    """Norms 1 and 0; convolutions normal with variance 2 / fan-out (He et al. 2015); the head small, its bias 0.
+
+    The classes' directions are spread evenly: only that of their values matters, not the length.
+    """
     if name.endswith("bias"):
         tensor.zero_()
+    elif name.startswith("directions"):
+        tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
     elif "norm" in name:
         tensor.fill_(1.0)
     elif name.startswith("head"):
@@ -164,21 +189,26 @@ def init_parameter(config: TrunkConfig, name: str, tensor: Tensor, generator: to
         tensor.normal_(0.0, (2 / (outputs * height * width)) ** 0.5, generator=generator)
 
 
-def num_parameters(config: Config, input: Image, output: ClassLogits | Values) -> int:
-    """Trainable values: convolutions, two a channel for its norm, and the head."""
+def num_parameters(config: Config, input: Image, output: Output) -> int:
+    """Trainable values: convolutions, two a channel for its norm, the head, and the directions of classes."""
     values = sum(each.outputs * (each.inputs * each.kernel**2 + 2) for each in convolutions(config, input))
-    return values + (stage_maps(config, input)[-1].channels + 1) * output.size
+    return values + (stage_maps(config, input)[-1].channels + 1) * output.size + _direction_values(output)
 
 
-def flops_per_example(config: Config, input: Image, output: ClassLogits | Values) -> float:
-    """Of convolutions and the head, forward and backward (twice the forward).
+def flops_per_example(config: Config, input: Image, output: Output) -> float:
+    """Of convolutions, the head and the cosines, forward and backward (twice the forward).
 
     The first convolution has no gradient for its input, the image.
     """
     products = [
         each.outputs * each.inputs * each.kernel**2 * each.height * each.width for each in convolutions(config, input)
     ]
-    return 3.0 * 2.0 * (sum(products) + stage_maps(config, input)[-1].channels * output.size) - 2.0 * products[0]
+    head = stage_maps(config, input)[-1].channels * output.size + _direction_values(output)
+    return 3.0 * 2.0 * (sum(products) + head) - 2.0 * products[0]
+
+
+def _direction_values(output: Output) -> int:
+    return output.size * output.classes if isinstance(output, Embedding) else 0
 
 
 # --- shapes

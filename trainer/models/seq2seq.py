@@ -10,7 +10,7 @@ F = intermediate size, E and L = layers of the encoder and the decoder.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -60,16 +60,18 @@ class Config(Section):
 class LayerCache:
     """Keys and values of one decoder layer: of what was read, and of what was written so far; each (B, H, ., D)."""
 
+    keeps_weights: bool = False
     read: tuple[Tensor, Tensor] | None = None
     written: tuple[Tensor, Tensor] | None = None
+    weights: Tensor | None = None  # of the attention to what was read, (B, H, T, S), where they are kept
 
 
 @dataclass
 class Cache:
     """What a decoder need not compute again for the next positions: empty at first, the model fills it."""
 
-    layers: list[LayerCache] = field(default_factory=list)
-    mask: Tensor | None = None  # (B, 1, 1, S)
+    layers: list[LayerCache]
+    mask: Tensor | None = None  # (B, 1, 1, S); None before the source is read
     length: int = 0  # positions written
 
     def select(self, rows: Tensor) -> None:
@@ -127,13 +129,13 @@ class Attention(nn.Module):
         keys_and_values: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         causal: bool = False,
-        seen: list[Tensor] | None = None,
+        kept: LayerCache | None = None,
     ) -> Tensor:
-        """x (B, T, C): (B, T, C). mask (B, 1, 1, S): added to the scores. seen: takes the weights, (B, H, T, S)."""
+        """x (B, T, C): (B, T, C). mask (B, 1, 1, S): added to the scores. kept: takes the weights, if it wants them."""
         q, (k, v) = self._split(self.query(x)), keys_and_values
-        if seen is not None:
+        if kept is not None and kept.keeps_weights:
             scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
-            seen.append((scores if mask is None else scores + mask).softmax(3))
+            kept.weights = (scores if mask is None else scores + mask).softmax(3)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
         return self.output(y.transpose(1, 2).flatten(2))
 
@@ -185,9 +187,7 @@ class DecoderLayer(nn.Module):
         self.mlp_norm, self.mlp = norm(config), MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, memory: Tensor | None, mask: Tensor | None, cache: LayerCache, seen: list[Tensor] | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None, cache: LayerCache) -> Tensor:
         """x (B, T, C) after what the cache holds, memory (B, S, C), None where the cache holds it: (B, T, C)."""
         normed = self.attention_norm(x)
         keys, values = self.attention.keys_and_values(normed)
@@ -199,7 +199,7 @@ class DecoderLayer(nn.Module):
         if cache.read is None:
             assert memory is not None
             cache.read = self.reading.keys_and_values(memory)
-        x = x + self.dropout(self.reading(self.reading_norm(x), cache.read, mask, seen=seen))
+        x = x + self.dropout(self.reading(self.reading_norm(x), cache.read, mask, kept=cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -220,33 +220,24 @@ class Seq2Seq(nn.Module):
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 
-    def new_cache(self) -> Cache:
-        """An empty one."""
-        return Cache()
+    def new_cache(self, *, keeps_weights: bool = False) -> Cache:
+        """An empty one; with keeps_weights each layer's `weights` are those of its attention to the source."""
+        return Cache([LayerCache(keeps_weights) for _ in self.decoder])
 
-    def forward(
-        self,
-        source: Tensor,
-        source_length: Tensor,
-        target: Tensor,
-        cache: Cache | None = None,
-        seen: list[Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, source: Tensor, source_length: Tensor, target: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) of what follows each position of target.
 
         source: (B, S) int64; source_length: (B,); target: (B, T) int64; S and T at most seq_len.
         cache: with it target is only what follows what was written before, and the source is read at the first call.
-        seen: takes the weights of each decoder layer's attention to the source, (B, H, T, S).
         """
-        cache = Cache() if cache is None else cache
+        cache = self.new_cache() if cache is None else cache
         memory = None
-        if not cache.layers:
-            cache.layers = [LayerCache() for _ in self.decoder]
+        if cache.mask is None:
             memory, cache.mask = self._read(source, source_length)
         x = self._embedded(target, cache.length)
         cache.length += target.shape[1]
         for block, kept in zip(self.decoder, cache.layers, strict=True):
-            x = block(x, memory, cache.mask, kept, seen)
+            x = block(x, memory, cache.mask, kept)
         return self.head(self.decoder_norm(x))
 
     def _read(self, source: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,7 +200,7 @@ def translation_scores(translations: Sequence[str], references: Sequence[str]) -
 
 
 def pictures(
-    model: nn.Module,
+    model: Any,
     batch: Mapping[str, Tensor],
     config: Config,
     tokenizer: Tokenizer,
@@ -217,9 +217,9 @@ def pictures(
     source = batch["source"][chosen : chosen + 1, : int(length)].to(torch.int64)
     (written,) = beam_search(model, source, length, beam_size=config.beam_size, eos_id=EOS_ID)
     target = torch.tensor([[EOS_ID, *written]], device=source.device)[:, : config.seq_len]
-    seen: list[Tensor] = []
-    model(source, length, target, seen=seen)
-    weights = torch.stack(seen).float().mean((0, 2))[0]  # (T, S)
+    cache: Any = model.new_cache(keeps_weights=True)
+    model(source, length, target, cache=cache)
+    weights = torch.stack([layer.weights for layer in cache.layers]).float().mean((0, 2))[0]  # (T, S)
     read = ["|", *(tokenizer.decode([number]) for number in source[0, 1:].tolist())]
     said = [*(tokenizer.decode([number]) for number in written), "|"][: len(weights)]
     return {"attention": heat_map(weights.cpu().numpy(), said, read)}

@@ -40,7 +40,7 @@ NOT_COUNTED = -1
 MIDDLE = 1.5  # cells from a box's middle, in both directions, within which cells are to find it
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss: weight of what is there, and how little the easy cells count
 MIN_SCORE, CANDIDATES = 0.05, 300  # what suppression looks at, a picture
-SHOWN_SCORE, SHOWN_PICTURES, SMALL_PX = 0.3, 16, 128
+SHOWN_SCORE, SHOWN_PICTURES, SMALL_PX = 0.5, 16, 128
 TRUE_COLOUR, FOUND_COLOUR = (0, 220, 0), (255, 40, 40)
 
 
