@@ -147,3 +147,37 @@ def test_a_label_beyond_the_classes_is_named() -> None:
     for label in (4, -1):
         with pytest.raises(UsageError, match=rf"label {label}, but task\.num_classes=4 allows 0 to 3"):
             task().check({"label": torch.tensor([1, -100, label])})
+
+
+def test_noise_has_its_size_and_is_for_training_alone() -> None:
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    noisy = np.stack([prepared(grey, seed, noise=0.1) for seed in range(100)]).astype(float)
+    assert noisy.mean() == pytest.approx(128, abs=0.5)
+    assert noisy.std() == pytest.approx(25.5, rel=0.03)
+    assert np.array_equal(prepared(grey, 3, noise=0.1), prepared(grey, 3, noise=0.1))
+    white = prepared(np.full((8, 8, 3), 255, np.uint8), noise=0.1)
+    assert white.min() > 100, "what is brighter than white is white, not black"
+    assert task(noise=0.1).preparation([PIXELS, LABEL], training=False) is None
+
+
+def test_smoothed_labels_are_torchs_and_are_for_training_alone() -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.logits
+
+    model, label = Scores(), torch.tensor([2, -100, 0])
+    batch = {"image": torch.zeros(3, 8, 8, 3, dtype=torch.uint8), "label": label}
+    smoothed = task(label_smoothing=0.2)
+    expected = nn.functional.cross_entropy(model.logits, label, label_smoothing=0.2, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, model.logits)
+    loss = smoothed.loss(model, batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.logits)[0], gradient)
+    plain = task()
+    with torch.no_grad():
+        assert smoothed.evaluate(model, batch) == plain.evaluate(model, batch)
+    assert float(loss) != pytest.approx(float(plain.loss(model, batch)))

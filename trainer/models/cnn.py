@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from configs.schema import Section
 from trainer.batch_norm import BatchNorm2d
 from trainer.shapes import ClassLogits, Embedding, Image, Values
+from trainer.stochastic_depth import DropBranch, rates
 
 ACCEPTS = (Image,)
 GIVES = (ClassLogits, Values, Embedding)
@@ -51,6 +52,9 @@ class TrunkConfig(Section):
         default="batch", description="batch: by the micro-batch's statistics; group: each example by itself."
     )
     groups: int = Field(default=8, ge=1, description="Most groups of channels that norm=group normalises together.")
+    stochastic_depth: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of examples that skip the last block in training; rises from 0."
+    )
 
 
 class Config(TrunkConfig):
@@ -88,17 +92,20 @@ class Normed(nn.Module):
 class Residual(nn.Module):
     """A block of two or three convolutions, added to its input (or to a projection of it, where the shape changes)."""
 
-    def __init__(self, branch: list[Convolution], shortcut: Convolution | None, config: TrunkConfig) -> None:
+    def __init__(
+        self, branch: list[Convolution], shortcut: Convolution | None, config: TrunkConfig, drop: float
+    ) -> None:
         super().__init__()
         self.branch = nn.ModuleList(Normed(shape, config) for shape in branch)
         self.shortcut = None if shortcut is None else Normed(shortcut, config)
+        self.drop = DropBranch(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W): (B, C', H', W')."""
         y = x
         for layer in self.branch[:-1]:
             y = F.relu(layer(y))
-        y = self.branch[-1](y)
+        y = self.drop(self.branch[-1](y))
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
@@ -111,7 +118,10 @@ class Trunk(nn.Module):
         self._pools = _is_large(image)
         self._stage_ends = _stage_ends(config)
         self.stem = Normed(stem, config)
-        self.blocks = nn.ModuleList(Residual(branch, shortcut, config) for branch, shortcut in blocks)
+        self.blocks = nn.ModuleList(
+            Residual(branch, shortcut, config, drop)
+            for (branch, shortcut), drop in zip(blocks, rates(config.stochastic_depth, len(blocks)), strict=True)
+        )
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """(B, K, H, W), in the dtype of the weights: (B, C, H', W') at the end of each stage."""

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import Section
 from trainer.kv_cache import Cache, LayerCache
 from trainer.shapes import Logits, Tokens
+from trainer.stochastic_depth import DropBranch, rates
 
 ACCEPTS = (Tokens,)
 GIVES = (Logits,)
@@ -45,6 +46,9 @@ class Config(Section):
     tie_embeddings: bool = Field(default=True, description="One matrix for the token embedding and the output.")
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Share of values dropped from the embedding and from each branch."
+    )
+    stochastic_depth: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of examples that skip the last block in training; rises from 0."
     )
     rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary wavelengths.")
     norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square in RMSNorm.")
@@ -163,13 +167,13 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, drop: float) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Sequential(nn.Dropout(config.dropout), DropBranch(drop))
 
     def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         """x (B, T, C), the rest as Attention takes it: (B, T, C)."""
@@ -187,7 +191,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.rotary = Rotary(seq_len, config.head_size, config.rope_theta)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, drop) for drop in rates(config.stochastic_depth, config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:

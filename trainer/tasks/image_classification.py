@@ -2,7 +2,8 @@
 
 A stored row has `image`, either a file as it was found (binary) or its pixels, uint8 (H, W, C), and `label`, the number
 of its class. Files are decoded, scaled and cut to `image_size`; pixels are taken as they are and must have that size.
-In training an image may be shifted and mirrored at random, seeded by its place in the order of the data.
+In training an image may be shifted, mirrored and overlaid with noise at random, seeded by its place in the order of the
+data.
 
 A batch, B = examples, S = image_size, C = channels: image (B, S, S, C) uint8; label (B,) int64, -100 where it does not
 count.
@@ -40,6 +41,15 @@ class Config(Section):
     flip: bool = Field(default=False, description="Mirror a training image left to right with probability 1/2.")
     shift_px: int = Field(
         default=0, ge=0, description="Shift a training image by up to so many pixels each way; what is bared is black."
+    )
+    noise: float = Field(
+        default=0.0, ge=0, description="Standard deviation of what is added to the values of a training image, 0 to 1."
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of a label's probability spread over all classes, in training alone (Szegedy et al. 2016).",
     )
 
 
@@ -84,7 +94,7 @@ def preparation(
                 f"The data set's images are {image.dtype} of shape {tuple(image.shape)}; the task wants uint8 of shape "
                 f"{wanted}. Set task.image_size and task.channels to what is stored, or build the data at that size."
             )
-    if encoded or (training and (config.flip or config.shift_px)):
+    if encoded or (training and (config.flip or config.shift_px or config.noise)):
         return partial(_prepare, config=config, encoded=encoded, training=training)
     return None
 
@@ -98,6 +108,9 @@ def _prepare(
         image = _shift(image, down, right)
     if training and config.flip and rng.random() < 0.5:
         image = image[:, ::-1]
+    if training and config.noise:
+        noisy = image + rng.normal(0.0, 255 * config.noise, image.shape)
+        image = noisy.round().clip(0, 255).astype(np.uint8)
     return {"image": np.ascontiguousarray(image), "label": np.asarray(row["label"])}
 
 
@@ -146,8 +159,9 @@ def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:
-    """Sum of -log p(label) in nats: an fp32 scalar."""
-    return summed_cross_entropy(_logits(model, batch["image"], config), batch["label"].to(torch.int64))
+    """Sum of -log p(label) in nats, the label smoothed: an fp32 scalar."""
+    logits, labels = _logits(model, batch["image"], config), batch["label"].to(torch.int64)
+    return summed_cross_entropy(logits, labels, config.label_smoothing)
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:
