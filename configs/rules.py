@@ -83,19 +83,45 @@ def _wsd_phases_fit(decay: int | None, warmup: int, steps: int, name: str) -> st
     )
 
 
-def _momentum_is_used(momentum: float, name: str) -> str | None:
-    if momentum == 0 or name in ("sgd", "rmsprop"):
+def _momentum_is_used(momentum: float | None, name: str) -> str | None:
+    if not momentum or name in ("sgd", "rmsprop", "muon"):
         return None
+    if name == "adagrad":
+        return (
+            f"optimizer.momentum={momentum} with optimizer.name=adagrad has no effect: it has no momentum. Remove it, "
+            "or use optimizer.name=sgd or rmsprop."
+        )
     return (
         f"optimizer.momentum={momentum} with optimizer.name={name} has no effect: its momentum is the first of "
         "optimizer.betas. Set that, or use optimizer.name=sgd."
     )
 
 
+def _nesterov_has_momentum(nesterov: bool, name: str, momentum: float | None) -> str | None:
+    if not nesterov or (name == "sgd" and momentum):
+        return None
+    if name == "muon":
+        return "optimizer.nesterov=true with optimizer.name=muon says nothing: muon always does. Remove it."
+    return (
+        f"optimizer.nesterov=true with optimizer.name={name} and optimizer.momentum={momentum} has no effect: it looks "
+        "ahead along the momentum of sgd. Use optimizer.name=sgd with a momentum, or remove it."
+    )
+
+
+def _muon_sees_whole_matrices(name: str, stage: int) -> str | None:
+    if name != "muon" or stage == 0:
+        return None
+    return (
+        f"optimizer.name=muon with zero.stage={stage}: muon makes each matrix orthogonal, and stages 1 to 3 hand the "
+        "optimizer flat pieces of them, so its steps would be wrong. Use zero.stage=0 (with precision=fp32), or "
+        "optimizer.name=adamw, which is right at every stage."
+    )
+
+
 def _one_beginning(weights: str, checkpoint: str) -> str:
     return (
         f"warm_start.weights={weights} and parent.checkpoint={checkpoint} both say where the first weights come from. "
-        "Remove warm_start, or start without --from."
+        "Set warm_start=null, or start without --from."
     )
 
 
@@ -107,5 +133,7 @@ RULES = (
     Rule(("schedule.decay_steps", "schedule.name"), _decay_is_for_wsd),
     Rule(("schedule.decay_steps", "schedule.warmup_steps", "steps", "schedule.name"), _wsd_phases_fit),
     Rule(("optimizer.momentum", "optimizer.name"), _momentum_is_used),
+    Rule(("optimizer.nesterov", "optimizer.name", "optimizer.momentum"), _nesterov_has_momentum),
+    Rule(("optimizer.name", "zero.stage"), _muon_sees_whole_matrices),
     Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
 )

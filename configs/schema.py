@@ -62,16 +62,27 @@ class BatchConfig(Section):
 class OptimizerConfig(Section):
     """How weights follow gradients."""
 
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = Field(default="adamw", description="The update rule.")
+    name: Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "muon"] = Field(
+        default="adamw", description="The update rule; muon is for hidden matrices, and AdamW for the rest."
+    )
     lr: float = Field(ge=0, description="Peak learning rate.", examples=[3e-4])
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.95), description="Decay of the running mean and of the running square (adam, adamw)."
+        default=(0.9, 0.95), description="Decay of the running mean and of the running square (adam, adamw, muon)."
     )
-    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator (adam, adamw, rmsprop).")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator (all but sgd).")
     weight_decay: float = Field(default=0.0, ge=0, description="Decay of weights; norms and biases are left out.")
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="Momentum (sgd, rmsprop).")
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="Momentum (sgd, rmsprop, muon); null is 0.95 for muon, else 0."
+    )
+    nesterov: bool = Field(default=False, description="Look ahead along the momentum (sgd); muon always does.")
     clip_grad_norm: float | None = Field(
         default=1.0, gt=0, description="Largest global gradient norm; null leaves gradients as they are."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a running average of the weights that is evaluated and exported; null keeps none.",
     )
 
 

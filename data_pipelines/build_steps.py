@@ -21,13 +21,13 @@ from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from configs.schema import Plugin
 from data_pipelines.blocks import Blocks, join_parts
 from data_pipelines.build_folder import SCRATCH
-from data_pipelines.columns import Column, num_buffers
+from data_pipelines.columns import DOCUMENT, PAIR, Column, num_buffers, texts_in
 from data_pipelines.duplicates import find_groups
 from data_pipelines.index import TOKENIZER_FILE, Index, PackingFacts, TokenizerFacts
 from data_pipelines.lengths import join as join_lengths
 from data_pipelines.lengths import length_columns
 from data_pipelines.partition import Part, Sample, Signed, finished, lengths_part, sample, sign, write
-from data_pipelines.partition_rows import PARTS, TEXT, Job, Look
+from data_pipelines.partition_rows import PARTS, Job, Look
 from data_pipelines.quarantine import SHOWN_ROWS, check_share, join
 from data_pipelines.split import SPLITS, Split
 from data_pipelines.storage import Store
@@ -95,9 +95,9 @@ class BadShare:
 
 def check_near(name: str, near: bool, values: Sequence[Column]) -> None:
     """Raise UsageError where near-duplicates are looked for and there is no text."""
-    if near and TEXT not in {column.name for column in values}:
+    if near and DOCUMENT not in {column.name for column in values}:
         raise UsageError(
-            f"data.duplicates=near compares texts, and the source {name} has no column '{TEXT}'. Use "
+            f"data.duplicates=near compares texts, and the source {name} has no column '{DOCUMENT}'. Use "
             "data.duplicates=exact, which compares whole rows."
         )
 
@@ -159,10 +159,10 @@ def split_of(jobs: Sequence[Job], name: str, fraction: float, max_bad_share: flo
 
 def check_text(name: str, values: Sequence[Column]) -> None:
     """Raise UsageError where there is no text to make tokens of."""
-    if TEXT not in {column.name for column in values}:
+    if not texts_in(values):
         raise UsageError(
-            f"The task takes tokens, and the source {name} has no column '{TEXT}' to make them of. Choose a source of "
-            "texts, or another task."
+            f"The task takes tokens, and the source {name} has no column '{DOCUMENT}', nor {' and '.join(PAIR)}, to "
+            "make them of. Choose a source of texts, or another task."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ NUMBERS = (
 )
 TEXT = "utf8"
 BINARY = "binary"
+DOCUMENT = "text"  # the column that becomes "tokens"
+PAIR = ("source", "target")  # of a translation: where there is no document, they become tokens under their own names
 _SMALL = ("int8", "int16", "int32", "uint8", "uint16")  # any of their values is an int32
 
 
@@ -119,6 +121,29 @@ KEY = Column("key", TEXT)
 def token_columns(dtype: str) -> tuple[Column, ...]:
     """The columns of tokenized text: what the source calls the document, the end mark and its ids, its UTF-8 bytes."""
     return KEY, Column("tokens", dtype, (None,)), Column("num_bytes", "uint32")
+
+
+def texts_in(columns: Iterable[Column]) -> tuple[str, ...]:
+    """The columns that a tokenizer makes ids of; none where the rows hold no text of that kind."""
+    texts = {column.name for column in columns if column.dtype == TEXT}
+    if DOCUMENT in texts:
+        return (DOCUMENT,)
+    return PAIR if texts.issuperset(PAIR) else ()
+
+
+def has_empty_text(values: Mapping[str, Any]) -> bool:
+    """Whether a row's document, or a side of its pair, is the empty text."""
+    texts = [values.get(name) for name in ((DOCUMENT,) if DOCUMENT in values else PAIR)]
+    return any(isinstance(text, str) and not text for text in texts)
+
+
+def tokenized(columns: Sequence[Column], dtype: str) -> tuple[Column, ...]:
+    """What is stored of a source's columns, once its texts are ids: lists, each led by the end mark."""
+    texts = texts_in(columns)
+    if texts == (DOCUMENT,):
+        return (*token_columns(dtype), *(column for column in columns if column.name != DOCUMENT))
+    ids = (Column(column.name, dtype, (None,)) if column.name in texts else column for column in columns)
+    return (KEY, *ids)
 
 
 def first_buffers(columns: Sequence[Column]) -> dict[str, int]:

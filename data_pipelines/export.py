@@ -25,7 +25,8 @@ def export(
 ) -> list[str]:
     """Write each split as <split>-<number:05d>.parquet (zstd, a row group a block); the names of the files.
 
-    The columns are those of the data set; with tokens there is also "text", decoded from them. Arrays of a fixed shape
+    The columns are those of the data set; with tokens there is also their text: "text", or
+    "source_text" and "target_text". Arrays of a fixed shape
     lie flat, in row-major order, in a fixed-size list. What an exception leaves behind is removed.
     Raises UsageError for a folder that holds Parquet files already, and ShardyardErrors for what cannot be read or
     written.
@@ -69,8 +70,7 @@ def _schema(dataset: Dataset) -> pa.Schema:
     import pyarrow as pa
 
     fields = [pa.field(column.name, column.arrow_type, nullable=False) for column in dataset.index.columns]
-    if dataset.index.tokenizer is not None:
-        fields.append(pa.field("text", pa.string(), nullable=False))
+    fields += [pa.field(_text_of(name), pa.string(), nullable=False) for name in dataset.index.ids]
     return pa.schema(fields)
 
 
@@ -80,11 +80,16 @@ def _record_batch(dataset: Dataset, split: str, block: int, schema: pa.Schema) -
     rows = dataset.split(split)
     with rows.block(block) as values:
         arrays = [_arrow_array(values[column.name], column) for column in rows.columns]
-        if dataset.tokenizer is not None:
-            tokens = values["tokens"]
+        for name in dataset.index.ids:
+            assert dataset.tokenizer is not None
+            tokens = values[name]
             texts = [dataset.tokenizer.decode(tokens[row][1:]) for row in range(len(tokens))]
             arrays.append(pa.array(texts, pa.string()))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _text_of(ids: str) -> str:
+    return "text" if ids == "tokens" else f"{ids}_text"
 
 
 def _arrow_array(values: np.ndarray | Ragged, column: Column) -> pa.Array:

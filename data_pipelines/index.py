@@ -21,7 +21,7 @@ from configs.errors import Damaged, NotFound
 from data_pipelines import blocks_file
 from data_pipelines.blocks import Blocks
 from data_pipelines.blocks_file import BLOCKS_FILE, REBUILD, count_of, counts_of, typed
-from data_pipelines.columns import Column, num_buffers
+from data_pipelines.columns import PAIR, Column, num_buffers
 from data_pipelines.damage import DamagePolicy
 from data_pipelines.ranges import Counters, RangeReader
 from data_pipelines.storage import Store
@@ -85,6 +85,13 @@ class Index:
         """First and last-but-one number in `blocks` of each split's blocks."""
         ends = np.cumsum([0, *map(len, self.splits.values())]).tolist()
         return {split: (ends[number], ends[number + 1]) for number, split in enumerate(self.splits)}
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The columns of the tokenizer's ids, each value led by the end mark."""
+        if self.tokenizer is None:
+            return ()
+        return ("tokens",) if any(column.name == "tokens" for column in self.columns) else PAIR
 
     @cached_property
     def file_names(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def summary(dataset: Dataset) -> dict[str, Any]:
 
 def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
     rows, blocks = dataset.split(split), dataset.index.splits[split]
-    tokens = rows.num_tokens - rows.num_rows if dataset.index.tokenizer else None  # without end marks
+    tokens = rows.num_tokens - rows.num_rows if "tokens" in dataset.index.ids else None  # without end marks
     return {
         "rows": rows.num_rows,
         "tokens": tokens,
@@ -69,7 +69,7 @@ def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
 
 
 def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any]:
-    """Rows by length in a ragged column (of "tokens" without the mark): at_least <= length < below, by powers of two.
+    """Rows by length in a ragged column (of tokens without the mark): at_least <= length < below, by powers of two.
 
     {"rows": rows looked at, "is_sample": whether the split has more, "shortest", "longest", "classes": [{"at_least",
     "below", "rows"}, ...]}; empty classes at both ends are left out. Raises ShardyardErrors for blocks that cannot be
@@ -80,7 +80,7 @@ def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any
     looked_at = np.arange(number) * len(rows.blocks) // max(number, 1)
     parts = [rows.lengths(block, column) for block in looked_at.tolist()]
     lengths = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    if column == "tokens" and dataset.index.tokenizer:
+    if column in dataset.index.ids:
         lengths = lengths - 1
     if not len(lengths):
         return {"rows": 0, "is_sample": False, "shortest": None, "longest": None, "classes": []}
@@ -141,7 +141,7 @@ def _picture(value: Any, dataset: Dataset, name: str) -> np.ndarray | None:
 
 
 def _shown(dataset: Dataset, column: Column, value: Any) -> Any:
-    if column.name == "tokens" and dataset.tokenizer is not None:
+    if column.name in dataset.index.ids and dataset.tokenizer is not None:
         text = dataset.tokenizer.decode(value[1 : 1 + _SHOWN_CHARACTERS])
         return {"text": text[:_SHOWN_CHARACTERS], "length": len(value) - 1}
     if column.dtype == TEXT:
@@ -174,8 +174,8 @@ def compressed_bits_per_byte(
     The texts are decoded from the tokens. Raises NotFound for an unknown split, UsageError for data that is no text,
     Damaged for a broken block.
     """
-    if dataset.tokenizer is None:
-        raise UsageError(f"The data set {dataset.path} holds no text. Choose one that does.")
+    if dataset.tokenizer is None or "tokens" not in dataset.index.ids:
+        raise UsageError(f"The data set {dataset.path} holds no text in documents. Choose one that does.")
     total_bytes = documents = gzip_bytes = xz_bytes = 0
     for _, tokens, _ in dataset.documents(split):
         text = dataset.tokenizer.decode(tokens).encode("utf-8")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _FIRST = 1 << 16  # nothing is mapped below
 _LAST = 1 << 47
+_LARGEST_ROW = (1 << 16) - 1  # in bytes: torch counts the values of a matrix in 63 bits
 _CHUNKS_EACH = 8  # of a byte string of mean length: on average half a chunk of it is copied in vain
 _LARGEST_CHUNK = 4096
 
@@ -33,8 +34,12 @@ def copy_rows(addresses: np.ndarray, out: np.ndarray) -> None:
         return
     assert out.flags.c_contiguous and len(out) == num_rows, (out.shape, num_rows)
     row_bytes = out.nbytes // num_rows
-    target = torch.from_numpy(out.reshape(-1).view(np.uint8).reshape(num_rows, row_bytes))
-    torch.index_select(_rows_of(row_bytes), 0, torch.from_numpy(addresses - _FIRST), out=target)
+    target = out.reshape(-1).view(np.uint8).reshape(num_rows, row_bytes)
+    if row_bytes > _LARGEST_ROW:  # then a call for each costs little
+        for number, address in enumerate(addresses.tolist()):
+            target[number] = view_at(address, row_bytes, target.dtype)
+        return
+    torch.index_select(_rows_of(row_bytes), 0, torch.from_numpy(addresses - _FIRST), out=torch.from_numpy(target))
 
 
 class ListCopies:

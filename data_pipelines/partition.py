@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,12 +18,12 @@ import numpy as np
 import xxhash
 
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
-from data_pipelines.columns import KEY, Column, token_columns
+from data_pipelines.columns import DOCUMENT, KEY, Column, texts_in, tokenized
 from data_pipelines.duplicates import SignatureWriter, content_hash
 from data_pipelines.index import TOKENIZER_FILE
 from data_pipelines.lengths import file_bytes, length_columns
 from data_pipelines.pack import best_fit_counts
-from data_pipelines.partition_rows import LENGTHS_ENDING, TEXT, Job, Rows, members, num_bytes, source_of
+from data_pipelines.partition_rows import LENGTHS_ENDING, Job, Rows, members, num_bytes, source_of
 from data_pipelines.quarantine import BadRows, Quarantine
 from data_pipelines.sources import Bad, Row
 from data_pipelines.split import TRAIN, Split
@@ -55,10 +55,10 @@ class Part:
 
 
 def stored_columns(values: tuple[Column, ...], tokenizer: Tokenizer | None) -> tuple[Column, ...]:
-    """The columns of the shards: the source's after its key; with a tokenizer, tokens in the place of the text."""
+    """The columns of the shards: the source's after its key; with a tokenizer, ids in the place of texts."""
     if tokenizer is None:
         return (KEY, *values)
-    return (*token_columns(tokenizer.dtype.__name__), *(column for column in values if column.name != TEXT))
+    return tokenized(values, tokenizer.dtype.__name__)
 
 
 # --- tasks
@@ -86,7 +86,7 @@ def sign(job: Job) -> Signed:
     rows = Rows(job, bad)
     with SignatureWriter(job.store, job.path, job.near) as writer:
         for row in rows:
-            writer.add(content_hash(row.values), row.values.get(TEXT, ""))
+            writer.add(content_hash(row.values), row.values.get(DOCUMENT, ""))
     signed = Signed(job.digest, rows.count, bad.count, tuple(bad.first))
     job.store.write_atomic(done, json.dumps(asdict(signed)))
     return signed
@@ -102,26 +102,28 @@ class Sample:
 
 
 def sample(wanted: Sample) -> tuple[int, list[str]]:
-    """(partition, texts): every n-th of those to train on, n a power of two; of a long one its beginning."""
+    """(partition, texts): those of every n-th row to train on, n a power of two; of a long one its beginning."""
     job, limit = wanted.job, wanted.keep_bytes
     assert job.split is not None
-    kept: list[str] = []
+    kept: list[tuple[str, ...]] = []
     size = read = seen = 0
     stride = 1
+    source, config = source_of(job.data)
+    names = texts_in(source.schema(config))
     for row, own, group in members(job):
-        text = row.values[TEXT]
-        read += len(text)
+        texts = [row.values[name] for name in names]
+        read += sum(map(len, texts))
         if job.split.name(own, group) == TRAIN:
             if seen % stride == 0:
-                kept.append(text[:limit])
-                size += len(kept[-1])
+                kept.append(tuple(text[: limit // len(names)] for text in texts))
+                size += sum(map(len, kept[-1]))
             seen += 1
         while size > limit and len(kept) > 1:
             kept, stride = kept[::2], 2 * stride
-            size = sum(map(len, kept))
+            size = sum(len(text) for texts in kept for text in texts)
         if read > wanted.read_bytes:
             break
-    return job.number, kept
+    return job.number, [text for texts in kept for text in texts]
 
 
 def write(job: Job, report: Report = _silent) -> Part:
@@ -133,6 +135,7 @@ def write(job: Job, report: Report = _silent) -> Part:
     assert job.split is not None
     source, config = source_of(job.data)
     tokenizer = _tokenizer(job.store, job.tokenizer) if job.tokenizer else None
+    texts = texts_in(source.schema(config))
     columns = stored_columns(source.schema(config), tokenizer)
     job.store.delete(f"{job.path}.bad.jsonl")  # of an earlier try
     bad = Quarantine(job.store, f"{job.path}.bad.jsonl")
@@ -141,7 +144,7 @@ def write(job: Job, report: Report = _silent) -> Part:
     with contextlib.ExitStack() as stack:
         stack.callback(bad.close)
         for batch in _batches(members(job, rows)):
-            for split, key, values, text_bytes in _encoded(batch, job.split, tokenizer):
+            for split, key, values, text_bytes in _encoded(batch, job.split, texts, tokenizer):
                 try:
                     if split not in writers:
                         writers[split] = stack.enter_context(_writer(job, split, columns, stack))
@@ -197,21 +200,23 @@ def _batches(rows: Iterator[tuple[Row, str | None, int]]) -> Iterator[list[tuple
 
 
 def _encoded(
-    batch: list[tuple[Row, str | None, int]], split: Split, tokenizer: Tokenizer | None
+    batch: list[tuple[Row, str | None, int]], split: Split, texts: Sequence[str], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[str, str, dict[str, Any], int]]:
     """(split, key, values as stored, bytes of text) of each row."""
     names = [split.name(own, group) for _, own, group in batch]
+    sizes = [sum(len(row.values[text].encode("utf-8")) for text in texts) for row, _, _ in batch]
     if tokenizer is None:
-        for name, (row, _, _) in zip(names, batch, strict=True):
-            text = row.values.get(TEXT)
-            yield name, row.key, dict(row.values), len(text.encode("utf-8")) if isinstance(text, str) else 0
+        for name, (row, _, _), size in zip(names, batch, sizes, strict=True):
+            yield name, row.key, dict(row.values), size
         return
     mark = np.array([tokenizer.eos_id], tokenizer.dtype)
-    encoded = tokenizer.encode([row.values[TEXT] for row, _, _ in batch])
-    for name, (row, _, _), tokens in zip(names, batch, encoded, strict=True):
-        text_bytes = len(row.values[TEXT].encode("utf-8"))
-        others = {column: value for column, value in row.values.items() if column != TEXT}
-        yield name, row.key, {**others, "tokens": np.concatenate([mark, tokens]), "num_bytes": text_bytes}, text_bytes
+    encoded = [tokenizer.encode([row.values[text] for row, _, _ in batch]) for text in texts]
+    for name, (row, _, _), size, found in zip(names, batch, sizes, zip(*encoded, strict=True), strict=True):
+        ids = {text: np.concatenate([mark, tokens]) for text, tokens in zip(texts, found, strict=True)}
+        values = dict(row.values) | ids
+        if DOCUMENT in ids:
+            values |= {"tokens": values.pop(DOCUMENT), "num_bytes": size}
+        yield name, row.key, values, size
 
 
 def lengths_part(job: Job, split: str) -> str:

@@ -17,6 +17,7 @@ from configs.load import validate_plugin
 from configs.plugins import find_plugin
 from configs.problems import ConfigError
 from configs.schema import Plugin
+from data_pipelines.columns import has_empty_text
 from data_pipelines.duplicates import content_hash, group_number, read_groups
 from data_pipelines.filters import reason_to_drop
 from data_pipelines.index import FORMAT_VERSION
@@ -27,7 +28,6 @@ from data_pipelines.storage import Store
 
 PARTS = "parts"  # the folder of what a build keeps while it goes on
 LENGTHS_ENDING = ".lengths"  # of a partition's parts of lengths.bin
-TEXT = "text"  # the column that a tokenizer takes
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
@@ -90,7 +90,7 @@ class Rows:
                 if self._bad is not None:
                     self._bad.add(row)
                 continue
-            reason = "empty" if row.values.get(TEXT) == "" else reason_to_drop(config, row)
+            reason = "empty" if has_empty_text(row.values) else reason_to_drop(config, row)
             if reason is not None:
                 self.dropped[reason] += 1
             elif row.split is not None and not _SPLIT_NAME.fullmatch(row.split):

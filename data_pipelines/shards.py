@@ -100,7 +100,7 @@ class Dataset:
         """
         from data_pipelines.pack import PackedSplit
 
-        if self.index.tokenizer is None:
+        if self.index.tokenizer is None or "tokens" not in self.index.ids:
             raise UsageError(
                 f"The data set {self.path} holds no tokens; its columns are "
                 f"{', '.join(column.name for column in self.index.columns)}. Use it with a task that reads these, or a "

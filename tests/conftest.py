@@ -53,6 +53,7 @@ LONGER = (
     "trainer/test_initialization.py",
     "trainer/test_loop.py",
     "trainer/test_mixture_runs.py",
+    "trainer/test_recurrent.py",
     "trainer/test_session.py",
     "trainer/test_skipping.py",
     "trainer/test_warm_start.py",

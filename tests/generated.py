@@ -46,9 +46,15 @@ def _rows(config: Config) -> Iterator[dict[str, Any]]:
     module = find_plugin("trainer.tasks", config.task["name"])
     settings: Section = module.Config(**{key: value for key, value in config.task.items() if key != "name"})
     rng, words = np.random.default_rng(5), random.Random(5)
+
+    def text() -> str:
+        return " ".join(words.choice(WORDS) for _ in range(words.randrange(5, 40)))
+
     for _ in range(config.rows):
         row = module.example(settings, rng)
         if getattr(settings, "tokenizer", None) is not None and "tokens" in row:
             del row["tokens"]
-            row["text"] = " ".join(words.choice(WORDS) for _ in range(words.randrange(5, 40)))
+            row["text"] = text()
+        elif getattr(settings, "tokenizer", None) is not None and "target" in row:
+            row |= {"source": text(), "target": text()}
         yield row

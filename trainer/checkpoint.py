@@ -89,7 +89,9 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
 
 
 def load_weights(engine: Engine, source: CheckpointReader | Mapping[str, Tensor]) -> None:
-    """Give the engine weights alone, of a checkpoint or by name; the optimizer stays fresh. Every rank calls it.
+    """Give the engine weights alone, of a checkpoint (their average, if it has one) or by name. Every rank calls it.
+
+    The optimizer stays fresh.
 
     Raises:
         UsageError: a parameter is missing, unknown or of another shape. Damaged: a block fails its digest.
@@ -98,7 +100,7 @@ def load_weights(engine: Engine, source: CheckpointReader | Mapping[str, Tensor]
         reader = source
         _check_fits(engine, {name: reader.shape(name) for name in _stored_names(reader)}, reader.name)
         engine_state.restore_weights(
-            engine, lambda name, _kind, start, stop: reader.read(name, reader.kinds(name)[0], start, stop)
+            engine, lambda name, _kind, start, stop: reader.read(name, reader.weights_kind(name), start, stop)
         )
         return
     weights = source

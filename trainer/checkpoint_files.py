@@ -16,7 +16,8 @@ manifest.json: {
     parameters: {name: {shape, dtype (of compute), frozen}},  buffers: {name: {shape, dtype}},
     aliases:    {name: [other names of the same tied parameter]},
     ranges:     {name: [[index of file, start, stop], ...]}   # sorted; together every element exactly once
-    scalars:    {optimizer, kinds, optimizer_scalars, loss_scaler},
+    scalars:    {optimizer, kinds, optimizer_scalars, loss_scaler; where there are: other_kinds ({name: kinds}),
+                ema ({num_updates})},
     data:       position in the data (examples_seen, fingerprint, exceptions),
     run, attempt, config, ...                                 # what the run adds
 }
@@ -198,12 +199,19 @@ class CheckpointReader:
         return messages
 
     def kinds(self, name: str) -> list[str]:
-        """What is stored of a parameter or buffer: "master" and the optimizer's kinds, or "frozen", or "buffer"."""
+        """What is stored of a parameter or buffer: "master", the optimizer's kinds, "ema"; or "frozen"; or "buffer"."""
         if name in self.manifest["buffers"]:
             return ["buffer"]
         if self.manifest["parameters"][name]["frozen"]:
             return ["frozen"]
-        return ["master", *self.manifest["scalars"]["kinds"]]
+        scalars = self.manifest["scalars"]
+        optimizers = scalars.get("other_kinds", {}).get(name, scalars["kinds"])
+        return ["master", *optimizers, *(["ema"] if "ema" in scalars else [])]
+
+    def weights_kind(self, name: str) -> str:
+        """The kind that is used outside the run: the average of the weights where there is one."""
+        kinds = self.kinds(name)
+        return "ema" if "ema" in kinds else kinds[0]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flattened parameter or buffer, in the dtype stored; 1-D, a copy."""
@@ -230,10 +238,13 @@ class CheckpointReader:
         return tuple((self.manifest["parameters"] | self.manifest["buffers"])[name]["shape"])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of the module's whole state_dict; trained parameters in fp32, tied ones by each name."""
+        """(name, full tensor) of the module's whole state_dict; trained parameters in fp32, tied ones by each name.
+
+        The average of the weights where there is one.
+        """
         for name in [*self.manifest["parameters"], *self.manifest["buffers"]]:
             shape = self.shape(name)
-            tensor = self.read(name, self.kinds(name)[0], 0, math.prod(shape)).view(shape)
+            tensor = self.read(name, self.weights_kind(name), 0, math.prod(shape)).view(shape)
             yield name, tensor
             for alias in self.manifest["aliases"].get(name, []):
                 yield alias, tensor

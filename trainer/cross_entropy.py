@@ -19,30 +19,34 @@ CPU_CHUNK_VALUES = 2**18  # 1 MiB of fp32: about a core's second-level cache
 GPU_CHUNK_VALUES = 2**27
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum of -log softmax(logits)[label] over the rows whose label is not IGNORED: an fp32 scalar.
 
-    logits: (N, V), any floating dtype; computed in fp32. labels: (N,) int64.
+    logits: (N, V), any floating dtype; computed in fp32. labels: (N,) int64. smoothing: that share of the label's
+    probability of 1 is spread evenly over all V classes (Szegedy et al. 2016).
     Ignored rows give exactly zero, and get a gradient of exactly zero even where their logits are not finite.
     """
-    return _SummedCrossEntropy.apply(logits, labels)
+    return _SummedCrossEntropy.apply(logits, labels, smoothing)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         normaliser = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)  # (N,) log of softmax's sum
-        target = torch.empty_like(normaliser)  # (N,) logit of the label
+        target = torch.empty_like(normaliser)  # (N,) mean of the logits by the label's distribution
         for rows in _chunks(logits):
             chunk = logits[rows].float()
             torch.logsumexp(chunk, 1, out=normaliser[rows])
             target[rows] = chunk.gather(1, labels[rows].clamp(min=0).unsqueeze(1)).squeeze(1)
+            if smoothing:
+                target[rows] = target[rows].lerp(chunk.mean(1), smoothing)
         ctx.save_for_backward(logits, labels, normaliser)
+        ctx.smoothing = smoothing
         return (normaliser - target).masked_fill_(labels == IGNORED, 0.0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, normaliser = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         ignored = (labels == IGNORED).unsqueeze(1)
@@ -51,11 +55,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = gradient[rows] if gradient.dtype == torch.float32 else torch.empty(0, device=logits.device)
             torch.sub(logits[rows].float(), normaliser[rows].unsqueeze(1), out=chunk)
             chunk.exp_()  # softmax
-            chunk.scatter_add_(1, label[rows], torch.full_like(label[rows], -1, dtype=torch.float32))
+            if ctx.smoothing:
+                chunk.sub_(ctx.smoothing / logits.shape[1])
+            chunk.scatter_add_(1, label[rows], torch.full_like(label[rows], ctx.smoothing - 1, dtype=torch.float32))
             chunk.mul_(grad_output).masked_fill_(ignored[rows], 0.0)
             if gradient.dtype != torch.float32:
                 gradient[rows] = chunk
-        return gradient, None
+        return gradient, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:

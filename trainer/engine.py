@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import RunConfig
-from trainer import optimizers
+from trainer import engine_state, optimizers
 from trainer.batch_norm import RunningStatistics
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
 from trainer.distributed import World, all_gather_json, all_sum
+from trainer.engine_layout import parts_of
 from trainer.initialization import materialize
 from trainer.progress import Progress
 from trainer.rng import seed_forward
 from trainer.upload import Uploads
+from trainer.weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from data_pipelines.loader import MicroBatch
@@ -61,7 +63,8 @@ class StepStats:
 class Engine:
     """A model with its optimizer, as one of `world.size` workers.
 
-    module: the model. deepspeed: DeepSpeed's engine around it. zero_stage: what ZeRO divides.
+    module: the model. deepspeed: DeepSpeed's engine around it. zero_stage: what ZeRO divides. average: of the weights
+    over the steps, where the config asks for it.
 
     Initial weights depend on the seed and each parameter's name alone. At ZeRO-3 they are cut module by module as
     they are made, so that no process ever holds the whole.
@@ -102,8 +105,11 @@ class Engine:
                 device=world.device,
                 partition=partition if self.zero_stage == 3 else None,
             )
-            optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes)
+            tables = optimizers.tables(self.module)
+            optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes, tables)
             self.deepspeed = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)[0]
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else WeightAverage([part.flat for part in parts_of(self)], decay)
         self._statistics = RunningStatistics(self.module)
         self._uploads = Uploads(world.device)
 
@@ -147,6 +153,9 @@ class Engine:
         loss_total = _Sum(loss_sum, self.world.device)
         self._statistics.fold(self.config.num_micro_batches)
         grad_norm = self._update()
+        skipped = self.config.precision == "fp16" and not engine.was_step_applied()
+        if self.average is not None and _finite(grad_norm) and not skipped:
+            self.average.update()
         items, num_tokens, *ayes = counts.wait()
         loss_mean = loss_total.wait()[0] / max(items, 1)
         return StepStats(
@@ -154,7 +163,7 @@ class Engine:
             grad_norm=grad_norm,
             num_items=int(items),
             num_tokens=int(num_tokens),
-            skipped=self.config.precision == "fp16" and not engine.was_step_applied(),
+            skipped=skipped,
             votes=tuple(aye > 0 for aye in ayes),
             forward_s=forward_s,
             backward_s=backward_s,
@@ -188,13 +197,24 @@ class Engine:
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, without gradients. At ZeRO-3 every rank must call it as many times."""
+        """The model in evaluation mode, without gradients, with the average of its weights where there is one.
+
+        Every rank must take part; at ZeRO-3 it must call the model as many times.
+        """
         self.module.eval()
+        self._swap_average()
         try:
             with torch.no_grad():
                 yield self.module
         finally:
+            self._swap_average()
             self.module.train()
+
+    def _swap_average(self) -> None:
+        if self.average is not None:
+            self.average.swap()
+            with torch.no_grad():
+                engine_state.publish(self)
 
     def _backward(self, loss: Tensor, num_items: float) -> None:
         """Add this micro-batch's gradients of its part of the global mean."""

@@ -41,7 +41,8 @@ _SAME_STATE = {"Adam", "AdamW"}  # optimizers that may take over each other's st
 class Fragment:
     """Elements [start, start + len(tensor)) of a flattened parameter's state, or of a buffer.
 
-    kind: "master" (fp32 weights), "frozen", "buffer", or a key of the optimizer's state ("exp_avg", ...).
+    kind: "master" (fp32 weights), "ema" (their average), "frozen", "buffer", or a key of the optimizer's state
+    ("exp_avg", ...).
     shape: of the whole. tensor: 1-D, this rank's part; a view of live memory where that is possible.
     """
 
@@ -88,6 +89,8 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
         yield Fragment(part.name, "master", part.shape, part.start, _slice(part.flat, part))
         for kind, state in _element_state(optimizer, part.flat).items():
             yield Fragment(part.name, kind, part.shape, part.start, _slice(state, part))
+        if engine.average is not None:
+            yield Fragment(part.name, "ema", part.shape, part.start, _slice(engine.average.of(part.flat), part))
     yield from _frozen_fragments(engine)
     if engine.world.rank == 0:
         for name, buffer in persistent_buffers(engine.module).items():
@@ -97,22 +100,31 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 def scalars(engine: Engine) -> dict[str, Any]:
     """What is no tensor: the optimizer's name, the kinds of state it has by now, its own scalars, the fp16 loss scaler.
 
+    kinds: of a parameter's state. other_kinds: by name, of those parameters that have other kinds and no scalars, which
+    only stage 0 has (Muon's matrices); elsewhere every element is treated alike.
+    ema: how often the average of the weights was updated, where there is one.
     The optimizer's `step` differs from the run's after an fp16 overflow; before its first step `kinds` is empty.
     """
-    optimizer = _torch_optimizer(engine)
-    flats = {id(part.flat): part.flat for part in parts_of(engine)}.values()
+    optimizer, parts = _torch_optimizer(engine), parts_of(engine)
     kinds: list[str] = []
     values: dict[str, float] = {}
-    for flat in flats:
+    for flat in {id(part.flat): part.flat for part in parts}.values():
+        found = sorted(_element_state(optimizer, flat))
         state = optimizer.state.get(flat, {})
-        kinds = kinds or sorted(_element_state(optimizer, flat))
-        own = {key: float(value) for key, value in state.items() if key not in kinds and value is not None}
+        own = {key: float(value) for key, value in state.items() if key not in found and value is not None}
         assert not values or not own or own == values, f"the optimizer's groups disagree: {own} and {values}"
-        values = values or own
+        if own and not values:
+            kinds, values = found, own
+        kinds = kinds or found
+    other_kinds = {
+        part.name: found for part in parts if (found := sorted(_element_state(optimizer, part.flat))) != kinds
+    }
     return {
         "optimizer": type(optimizer).__name__,
         "kinds": kinds,
         "optimizer_scalars": values,
+        **({"other_kinds": other_kinds} if other_kinds else {}),
+        **({} if engine.average is None else {"ema": {"num_updates": engine.average.num_updates}}),
         "loss_scaler": _read_scaler(engine),
     }
 
@@ -139,6 +151,10 @@ def restore(engine: Engine, read: Read, scalars: dict[str, Any]) -> None:
     restore_weights(engine, read)
     with torch.no_grad():
         _restore_optimizer_state(optimizer, parts_of(engine), read, scalars)
+        if engine.average is not None and "ema" in scalars:
+            for part in parts_of(engine):
+                _write(engine.average.of(part.flat), part, read(part.name, "ema", part.start, part.start + part.numel))
+            engine.average.num_updates = scalars["ema"]["num_updates"]
     zero = engine.deepspeed.optimizer
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False  # DeepSpeed's links point to the state before the load
@@ -147,6 +163,8 @@ def restore(engine: Engine, read: Read, scalars: dict[str, Any]) -> None:
 
 def restore_weights(engine: Engine, read: Read) -> None:
     """Set masters, frozen parameters and buffers, and the low-precision weights that forward uses.
+
+    An average of the weights begins anew with them.
 
     Raises:
         ShardyardError: a parameter was not set.
@@ -159,8 +177,10 @@ def restore_weights(engine: Engine, read: Read) -> None:
             tensor.copy_(read(name, "frozen", start, start + tensor.numel()).view(tensor.shape))
         for name, buffer in persistent_buffers(engine.module).items():
             buffer.copy_(read(name, "buffer", 0, buffer.numel()).view(buffer.shape))
-        _publish(engine)
+        publish(engine)
     _assert_restored(engine, parts)
+    if engine.average is not None:
+        engine.average.reset()
 
 
 def _restore_optimizer_state(
@@ -168,26 +188,27 @@ def _restore_optimizer_state(
 ) -> None:
     """Replace the optimizer's state, created where the optimizer has not stepped yet."""
     groups = {id(flat): group for group in optimizer.param_groups for flat in group["params"]}
-    kinds = scalars["kinds"]
-    for flat in {id(part.flat): part.flat for part in parts}.values():
+    others: dict[str, list[str]] = scalars.get("other_kinds", {})
+    for flat, name in {id(part.flat): (part.flat, part.name) for part in parts}.values():
+        kinds = others.get(name, scalars["kinds"])
         if not kinds:
             optimizer.state.pop(flat, None)
             continue
         state = optimizer.state[flat]
         group = groups.get(id(flat), {})
         device = flat.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
-        for key, value in scalars["optimizer_scalars"].items():
+        for key, value in scalars["optimizer_scalars"].items() if name not in others else ():
             state[key] = torch.tensor(value, dtype=torch.float32, device=device)  # as torch.optim makes its `step`
         for kind in kinds:
             if not isinstance(state.get(kind), Tensor):
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
-    for part in parts if kinds else []:
-        for kind in kinds:
+    for part in parts:
+        for kind in others.get(part.name, scalars["kinds"]):
             values = read(part.name, kind, part.start, part.start + part.numel)
             _write(optimizer.state[part.flat][kind], part, values)
 
 
-def _publish(engine: Engine) -> None:
+def publish(engine: Engine) -> None:
     """Bring the masters into the weights that forward reads, as the end of DeepSpeed's step() does."""
     zero = engine.deepspeed.optimizer
     if hasattr(zero, "fp32_partitioned_groups_flat"):

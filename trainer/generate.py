@@ -28,7 +28,7 @@ def generate(
     """Ids that continue the prompt, until `max_tokens` or the end of the document (`eos_id`, not given).
 
     model: maps tokens (1, T) to logits (1, T, V), and has `seq_len`, the most positions it takes; of a longer text it
-        sees the last `seq_len` tokens.
+        sees the last `seq_len` tokens. If it has `new_cache` (trainer/shapes.py), each token is computed once.
     prompt_ids: what comes before, beginning with `eos_id`, which begins a document; empty stands for `eos_id` alone.
     temperature: divides the logits; 0 takes the likeliest token. top_k, top_p: see `probabilities`.
 
@@ -57,9 +57,11 @@ def _generate(
     generator: torch.Generator,
     eos_id: int,
 ) -> Iterator[int]:
+    new_cache = getattr(model, "new_cache", None)
+    cache = None if new_cache is None else new_cache()
     for _ in range(max_tokens):
         # On the CPU, in fp32: every rank of a sharded model must draw the same token.
-        logits = _next_logits(model, context).float().cpu()
+        logits = _next_logits(model, context, cache).float().cpu()
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -70,15 +72,20 @@ def _generate(
         yield token
 
 
-def _next_logits(model: Any, context: list[int]) -> Tensor:
-    """Logits (V,) of the token after `context`, from a model that is in evaluation mode meanwhile."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([context[-model.seq_len :]], device=device)  # (1, T)
+def _next_logits(model: Any, context: list[int], cache: Any) -> Tensor:
+    """Logits (V,) of the token after `context`, from a model that is in evaluation mode meanwhile.
+
+    The cache holds what was computed of the context before. It is of no use once the context is longer than the model
+    takes: what the last tokens are to it depends on those that it does not see any more.
+    """
+    uses_cache = cache is not None and len(context) <= model.seq_len
+    new = context[cache.length :] if uses_cache else context[-model.seq_len :]
+    tokens = torch.tensor([new], device=next(model.parameters()).device)  # (1, T)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return model(tokens)[0, -1]
+            return (model(tokens, cache=cache) if uses_cache else model(tokens))[0, -1]
     finally:
         model.train(was_training)
 
@@ -122,6 +129,15 @@ def generate_text(
         eos_id=tokenizer.eos_id,
     )
     return _decoded(tokenizer, ids)
+
+
+def distinct(text: str, size: int) -> float:
+    """How little a text repeats itself: different phrases of `size` words, over all its words (Li et al. 2016).
+
+    0 for a text without words.
+    """
+    words = text.split()
+    return len(set(zip(*(words[start:] for start in range(size)), strict=False))) / max(len(words), 1)
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:

@@ -14,18 +14,32 @@ from data_pipelines.tokenizer import Tokenizer
 from trainer.bound import BoundModel
 from trainer.checkpoint_files import CheckpointReader
 from trainer.initialization import materialize
+from trainer.shapes import Tokens
 from trainer.validate import validate
 
 
 def load_model(reader: CheckpointReader) -> tuple[nn.Module, Tokenizer]:
-    """The checkpoint's model in fp32 and evaluation mode, on the CPU, and its tokenizer.
+    """The model of `load_module`, and its tokenizer.
 
     Raises:
         UsageError: it is no language model, or its model's file is not there.
         Damaged: a block fails its digest, or the checkpoint lacks a parameter of the model.
     """
-    model = _bound_model(reader)
+    if not isinstance(_bound_model(reader).input, Tokens):
+        task = reader.manifest["config"]["task"]["name"]
+        raise UsageError(f"Checkpoint {reader.name} is of the task '{task}'; only language models continue a text.")
     tokenizer = _tokenizer(reader)
+    return load_module(reader), tokenizer
+
+
+def load_module(reader: CheckpointReader) -> nn.Module:
+    """The checkpoint's model in fp32 and evaluation mode, on the CPU.
+
+    Raises:
+        UsageError: its model's file is not there.
+        Damaged: a block fails its digest, or the checkpoint lacks a parameter of the model.
+    """
+    model = _bound_model(reader)
     with torch.device("meta"):
         module = model.build()
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -43,7 +57,7 @@ def load_model(reader: CheckpointReader) -> tuple[nn.Module, Tokenizer]:
 
     materialize(module, read, seed=0, device="cpu")
     module.load_state_dict({name: _full(reader, name) for name in reader.manifest["buffers"]}, strict=False)
-    return module.eval(), tokenizer
+    return module.eval()
 
 
 def export_checkpoint(reader: CheckpointReader, folder: Path) -> None:
@@ -72,7 +86,7 @@ def _bound_model(reader: CheckpointReader) -> BoundModel:
 
 def _full(reader: CheckpointReader, name: str) -> Tensor:
     shape = reader.shape(name)
-    return reader.read(name, reader.kinds(name)[0], 0, math.prod(shape)).view(shape)
+    return reader.read(name, reader.weights_kind(name), 0, math.prod(shape)).view(shape)
 
 
 def _tokenizer(reader: CheckpointReader) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -56,3 +57,36 @@ def outline(picture: np.ndarray, box: Sequence[float], colour: tuple[int, int, i
     right, bottom = max(left, min(right - 1, width - 1)), max(top, min(bottom - 1, height - 1))
     picture[[top, bottom], left : right + 1] = colour
     picture[top : bottom + 1, [left, right]] = colour
+
+
+def _plain(text: str) -> str:
+    """As Pillow's own font can show it: letters without accents, ? for those of other scripts."""
+    parts = unicodedata.normalize("NFKD", text.strip())
+    return "".join(part for part in parts if not unicodedata.combining(part)).encode("ascii", "replace").decode()
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], cell: int = 14) -> np.ndarray:
+    """(R, C) values from 0, white, to 1, dark blue, as squares with the names of their rows and columns: (H, W, 3)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    assert values.shape == (len(rows), len(columns)), values.shape
+    font = ImageFont.load_default()
+
+    def written(names: Sequence[str]) -> Image.Image:
+        """One below the other, flush right."""
+        texts = [_plain(name) for name in names]
+        widths = [round(font.getlength(text)) for text in texts]
+        label = Image.new("RGB", (max(widths, default=0) + 4, cell * len(texts)), "white")
+        for number, (text, width) in enumerate(zip(texts, widths, strict=True)):
+            ImageDraw.Draw(label).text((label.width - width - 2, cell * number + 1), text, "black", font)
+        return label
+
+    left = written(rows)
+    top = written(columns[::-1]).transpose(Image.Transpose.ROTATE_270)  # read downwards, the first one leftmost
+    shade = np.clip(values, 0, 1)[..., None]
+    squares = np.round(255 * (1 - shade) + shade * np.array([10, 30, 120])).astype(np.uint8)
+    picture = Image.new("RGB", (left.width + cell * len(columns), top.height + cell * len(rows)), "white")
+    picture.paste(top, (left.width, 0))
+    picture.paste(left, (0, top.height))
+    picture.paste(Image.fromarray(enlarged(squares, cell)), (left.width, top.height))
+    return np.asarray(picture)

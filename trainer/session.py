@@ -18,6 +18,7 @@ from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
 from trainer.engine import Engine
+from trainer.generate import distinct
 from trainer.parent import check_parent, tokenizer_of
 from trainer.pictures import encode_png
 from trainer.progress import Progress
@@ -62,11 +63,15 @@ class Session:
             self.record.metrics(step, values | seen)
 
     def log_sample(self, step: int) -> None:
-        """What the model now makes of nothing: text, for a language model. Every rank takes part (ZeRO-3 shards)."""
+        """What the model now makes of nothing: text, and how little it repeats itself.
+
+        Every rank takes part (ZeRO-3 shards).
+        """
         length = self.config.evaluation.sample_tokens
         if length and self.task.has_samples:
             with self.engine.inference() as module:
                 text = self.task.sample(module, self.data.datasets[0].tokenizer, length, self.config.seed)
+            self.log_metrics(step, {f"sample/distinct_{size}": distinct(text, size) for size in (1, 2, 3)})
             if self.writes_record:
                 self.record.sample(step, text)
 

@@ -19,6 +19,9 @@ class Tokens:
     model(tokens, document=None, position=None), each (B, T) with T <= seq_len: int64 ids; which document of its
     sequence a token belongs to, ascending from 0; its place in that document. Without them a sequence is one document.
     Padding is documents of its own: what is asked of the whole input is asked of document 0.
+
+    A model that keeps what it has computed has new_cache(), whose `length` is the positions in it: with cache=...,
+    tokens are what follows those of the calls before with the same cache.
     """
 
     vocab_size: int
@@ -31,6 +34,10 @@ class TokenPair:
 
     model(source, source_length, target): (B, S) int64, (B,) int64, (B, T) int64. Position t of the output sees the
     source and target[:, : t + 1].
+
+    To write step by step: with cache=model.new_cache(), target is what follows that of the calls before with the same
+    cache, whose `select(rows)` takes other rows of the batch. After a call with model.new_cache(keeps_weights=True),
+    each of its `layers` has the `weights` of an attention to the source, (B, heads, T, S).
     """
 
     vocab_size: int

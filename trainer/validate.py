@@ -18,7 +18,7 @@ from configs.plugins import find_plugin, plugin_names
 from configs.problems import ConfigError, Problem, where
 from configs.schema import Plugin, RunConfig, WarmStartConfig
 from data_pipelines import pretrained
-from data_pipelines.columns import Column
+from data_pipelines.columns import Column, tokenized
 from data_pipelines.sources import SourceConfig
 from data_pipelines.tokenizer import TokenizerConfig
 from data_pipelines.tokenizer_file import read_tokenizer
@@ -257,8 +257,7 @@ def _data_misfit(config: RunConfig, task: BoundTask, source: ModuleType, setting
     except ShardyardError:
         return None  # it cannot be looked at from here, or not yet: the build will tell
     if getattr(task.config, "tokenizer", None) is not None:  # text becomes tokens in the build
-        tokens = Column("tokens", "uint16", (None,))
-        columns = tuple(tokens if column.name == "text" else column for column in columns)
+        columns = tokenized(columns, "uint16")
     misfit = columns_misfit(config, task, columns)
     if misfit is None:
         try:

@@ -10,7 +10,7 @@ PRETRAINED_PREFIX before it where the model has a head.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,11 @@ def warm(model: BoundModel, config: WarmStartConfig) -> WarmModel:
         for name, theirs in taken.items()
         if there.get(theirs) != shapes[name]
     ]
-    misfits += [f"no parameter is named '{each}...'" for each in config.fresh if not any(map(_begins(each), shapes))]
+    misfits += [
+        f"no parameter is named '{each}...'"
+        for each in config.fresh
+        if not any(name.startswith(each) for name in shapes)
+    ]
     if misfits:
         more = f"; and {len(misfits) - _SHOWN} more" if len(misfits) > _SHOWN else ""
         raise UsageError(
@@ -80,10 +84,6 @@ def warm(model: BoundModel, config: WarmStartConfig) -> WarmModel:
     unused = tuple(sorted(found.keys() - taken.values()))
     stored = {name: found[theirs] for name, theirs in taken.items()}
     return WarmModel(model.module, model.config, model.input, model.output, stored, unused)
-
-
-def _begins(prefix: str) -> Callable[[str], bool]:
-    return lambda name: name.startswith(prefix)
 
 
 def _open(address: str) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,8 @@ Licence: GPL-2+ or CC BY-SA 3.0.
 source, target: the same paragraph, or title, in both languages, aligned by its place in the page (a page is used where
 both have as many paragraphs); without markup, spaces made one. Paragraphs that are not translated (source == target)
 are left out.
-The split is by the source's text, so that a paragraph that occurs twice is on one side.
+With `unit: sentence` the sentences of paragraphs that have as many in both languages, each once: shorter, and without
+those that were not translated. The split is by the source's paragraph, so that what occurs twice is on one side.
 It does not show: anything but one technical book of some 3,000 paragraphs by the same authors; what is held out comes
 from chapters whose other paragraphs were trained on. Paragraphs are long, and names of commands are the same on both
 sides: compare a score with that of copying the source.
@@ -16,7 +17,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import PurePosixPath
+from typing import Literal
 
 from pydantic import Field
 
@@ -37,6 +40,7 @@ PACKAGE = Package(
 _BLOCKS = frozenset(
     {*("div", "p", "h1", "h2", "h3", "h4", "h5", "pre"), *("table", "td", "ul", "ol", "li", "dl", "dt", "dd")}
 )
+_SENTENCE_END = re.compile(r"[.!?]\)?(?= .)")
 _NUMBER = re.compile(r"^\d+(\.\d+)*\. ")
 
 
@@ -51,6 +55,7 @@ class Config(SourceConfig):
         pattern=r"^[a-z]{2}-[A-Z]{2}$",
         description="Language to translate to: nb-NO, es-ES, de-DE and fr-FR are the most complete.",
     )
+    unit: Literal["paragraph", "sentence"] = Field(default="paragraph", description="What a row is.")
     validation_fraction: float = Field(
         default=0.1, ge=0.0, lt=1.0, description="Share of the paragraphs that is held out for validation."
     )
@@ -68,6 +73,22 @@ def partitions(config: Config) -> list[Partition]:  # noqa: ARG001 - the signatu
 
 def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:  # noqa: ARG001 - the signature of every source
     """The pairs by page and place in it. Raises UsageError for an unknown language, and as `packages.fetch` does."""
+    known: set[str] = set()
+    for key, source, target in _paragraphs(config):
+        if config.unit == "paragraph":
+            yield Row(key, {"source": source, "target": target}, group=source)
+            continue
+        before, after = sentences(source), sentences(target)
+        if len(before) != len(after):
+            continue
+        for number, (one, other) in enumerate(zip(before, after, strict=True)):
+            if one != other and one not in known:
+                known.add(one)
+                yield Row(f"{key}:{number}", {"source": one, "target": other}, group=source)
+
+
+def _paragraphs(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(page and place in it, the paragraph in both languages) of those that are translated."""
     sources, targets = _pages(config)
     for page in sorted(sources.keys() & targets.keys()):
         before, after = paragraphs(sources[page]), paragraphs(targets[page])
@@ -75,7 +96,7 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:  # noqa: 
             continue
         for number, (source, target) in enumerate(zip(before, after, strict=True)):
             if source and target and source != target:
-                yield Row(f"{page}:{number}", {"source": source, "target": target}, group=source)
+                yield f"{page}:{number}", source, target
 
 
 def _pages(config: Config) -> tuple[dict[str, str], dict[str, str]]:
@@ -103,6 +124,12 @@ def paragraphs(html: str) -> list[str]:
     parser.feed(html)
     parser.close()
     return [_NUMBER.sub("", " ".join("".join(parts).split())) for parts in parser.found]
+
+
+def sentences(paragraph: str) -> list[str]:
+    """Cut behind each . ! or ? (and a bracket) that a space and a capital letter follow."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(paragraph) if paragraph[match.end() + 1].isupper()]
+    return [paragraph[start:end].strip() for start, end in pairwise([0, *ends, len(paragraph)])]
 
 
 class _Paragraphs(HTMLParser):

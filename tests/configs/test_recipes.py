@@ -27,10 +27,9 @@ def test_each_recipe_loads_and_says_how_it_is_run(name: str) -> None:
 def test_recipe_heads_tell_the_size_of_a_step(name: str) -> None:
     config = load(name).config
     head = (RECIPES / f"{name}.yaml").read_text().partition("\n\n")[0]
-    each = config.task.settings.get("seq_len", 1)
-    told = re.search(r"([0-9,]+) (tokens|examples) a step", head)
+    told = re.search(r"([0-9,]+) (\w+)(?: of [0-9x ]+)? a step", head)
     assert told is not None
-    assert told[2] == ("tokens" if "seq_len" in config.task.settings else "examples")
+    each = config.task.settings["seq_len"] if told[2] == "tokens" else 1
     assert int(told[1].replace(",", "")) == config.batch.global_batch_size * each
 
 

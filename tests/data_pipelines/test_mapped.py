@@ -17,7 +17,7 @@ import pytest
 
 from configs.errors import ShardyardError
 from data_pipelines.mapped import MappedFiles
-from data_pipelines.native import copy_rows
+from data_pipelines.native import address_of, copy_rows
 
 
 def write_files(folder: Path) -> dict[str, bytes]:
@@ -61,6 +61,17 @@ def test_slices_of_all_files_are_gathered_in_one_call(tmp_path: Path) -> None:
     copy_rows(np.array([files.address + files.offset(file) + start for file, start in cuts]), out)
     for row, (file, start) in enumerate(cuts):
         assert out[row].tobytes() == list(contents.values())[file][start : start + 33]
+
+
+@pytest.mark.parametrize("row_bytes", [65_535, 65_536, 200_000])
+def test_rows_of_any_size_are_gathered(row_bytes: int) -> None:
+    """A matrix of all memory with rows of 2^16 bytes has more values than 63 bits count."""
+    memory = np.random.default_rng(0).integers(0, 256, 500_000).astype(np.uint8)
+    starts = np.array([123_456, 0, 299_999])
+    out = np.empty((3, row_bytes), np.uint8)
+    copy_rows(address_of(memory) + starts, out)
+    for row, start in zip(out, starts.tolist(), strict=True):
+        np.testing.assert_array_equal(row, memory[start : start + row_bytes])
 
 
 @pytest.mark.parametrize(("actual", "readable"), [(None, None), (0, 0), (3000, 3000), (9000, 5000)])

@@ -417,8 +417,38 @@ def test_debian_handbook_aligns_paragraphs(package: Put) -> None:
         ("a.html:1", "A full disk & more here.", "Un disque plein & plus ici."),
         ("a.html:3", "Only one", "Un seul"),
     ]
+    assert sorted(row.values["target"] for row in rows(debian_handbook, unit="sentence")) == [
+        "Le disque",
+        "Un disque plein & plus ici.",
+        "Un seul",
+    ]
     with pytest.raises(UsageError, match="no language 'xx-XX'"):
         rows(debian_handbook, target_language="xx-XX")
+
+
+def test_debian_handbook_cuts_sentences_that_lie_alike(package: Put) -> None:
+    folder = "usr/share/doc/debian-handbook/html"
+    text = "See e.g. here. It (apt) works! (And so on.) Not translated."
+    assert debian_handbook.sentences(text) == [
+        "See e.g. here.",
+        "It (apt) works! (And so on.)",
+        "Not translated.",
+    ]
+    files = {
+        f"{folder}/{language}/a.html": page(*(f'<div class="para">{text}</div>' for text in texts))
+        for language, texts in (
+            ("en-US", ("A b. See it. Not translated.", "One? Two.", "A b.")),
+            ("fr-FR", ("Un b. Le voir. Not translated.", "Un et deux.", "Autre b.")),
+        )
+    }
+    package(debian_handbook, files)
+    assert [
+        (row.key, row.values["source"], row.values["target"], row.group)
+        for row in rows(debian_handbook, unit="sentence")
+    ] == [
+        ("a.html:0:0", "A b.", "Un b.", "A b. See it. Not translated."),
+        ("a.html:0:1", "See it.", "Le voir.", "A b. See it. Not translated."),
+    ]
 
 
 def test_stamps_speech_reads_clips_with_their_sentence(package: Put) -> None:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import models
@@ -34,6 +34,7 @@ def test_lossless_and_without_end_marks(texts: list[str]) -> None:
 @settings(deadline=None, max_examples=200)
 @given(any_text)
 def test_the_fast_way_gives_what_the_library_gives(text: str) -> None:
+    assume(module.EOS not in text)  # the library takes it for the mark; here it is text
     assert BPE.encode([text])[0].tolist() == BPE._tokenizer.encode(text).ids
     assert BYTES.encode([text])[0].tolist() == BYTES._tokenizer.encode(text).ids
 

@@ -26,9 +26,11 @@ class Case:
     micro_batch_size: int = 2
     num_layers: int = 1
     steps: int = 50
+    nesterov: bool = False
+    ema_decay: float | None = None
 
     def config(self) -> RunConfig:
-        lr = {"sgd": 0.1, "rmsprop": 1e-3}.get(self.optimizer, 3e-3)
+        lr = {"sgd": 0.1, "rmsprop": 1e-3, "adagrad": 0.03}.get(self.optimizer, 3e-3)
         momentum = 0.9 if self.optimizer in ("sgd", "rmsprop") else 0.0
         return RunConfig.model_validate(
             minimal(
@@ -41,8 +43,10 @@ class Case:
                     "name": self.optimizer,
                     "lr": lr,
                     "momentum": momentum,
+                    "nesterov": self.nesterov,
                     "weight_decay": 0.1,
                     "clip_grad_norm": self.clip,
+                    "ema_decay": self.ema_decay,
                 },
             )
         )

@@ -22,7 +22,7 @@ from configs.schema import RunConfig
 from data_pipelines.storage import Store
 from tests.distributed.language_batches import rank_micro_batches
 from tests.distributed.test_parity import Case, task
-from tests.pool import run_workers
+from tests.pool import WorkerFailed, run_workers
 from trainer import checkpoint, engine_state
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import file_name, save_id
@@ -104,7 +104,7 @@ def make_engine(world: Any, cell: Cell, seed: int = 0) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return SimpleNamespace(deepspeed=engine, module=engine.module, world=world, zero_stage=cell.stage)
+    return SimpleNamespace(deepspeed=engine, module=engine.module, world=world, zero_stage=cell.stage, average=None)
 
 
 def train(engine: Any, steps: range, *, same_data: bool = False) -> list[float]:
@@ -255,11 +255,53 @@ def engine_worker(world: Any, folder: str, cases: list[Case]) -> list[dict[str, 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_trainers_engine_resumes(tmp_path: Path, world_size: int) -> None:
     cases = [Case(stage) for stage in (0, 1, 2, 3)]
+    cases += [Case(0, optimizer="muon", tied=True), Case(3, optimizer="adagrad")]
     if world_size == 2:
         cases += [Case(2, tied=True, offload=True), Case(3, tied=True, offload=True)]
         cases += [Case(stage, precision="bf16") for stage in (1, 3)]
     for report in run_workers(engine_worker, world_size, str(tmp_path), cases):
         assert report == [{"stats": True, "end": []}] * len(cases)
+
+
+def muon_worker(world: Any, path: str, write: bool) -> tuple[dict[str, Any], list[float]]:
+    """The state in full after three steps or a load of it, by kind; then the losses of three more steps."""
+    gc.freeze()
+    case = Case(0, optimizer="muon", tied=True)
+    engine = Engine(case.model(), case.config(), world)
+
+    def losses(numbers: range) -> list[float]:
+        batches = [rank_micro_batches(case.config(), step, world.rank, world.size) for step in numbers]
+        return [engine.train_step(task(), each, lr=0.01, step=n).loss for n, each in zip(numbers, batches, strict=True)]
+
+    if write:
+        losses(range(3))
+        make_checkpointer(path, world).save(3, engine, {}, wait=True)
+    else:
+        checkpoint.load(engine, checkpoint.find(Store(path), 3))
+    state = {
+        name: {kind: value.tolist() for kind, value in engine.deepspeed.optimizer.state[parameter].items()}
+        for name, parameter in engine.module.named_parameters()
+    }
+    return state, losses(range(3, 6))
+
+
+@pytest.mark.parametrize(("written_by", "read_by"), [(2, 1), (1, 2)])
+def test_parameters_with_different_state_load_at_another_world_size(
+    tmp_path: Path, written_by: int, read_by: int
+) -> None:
+    saved, next_losses = run_workers(muon_worker, written_by, str(tmp_path), True)[0]
+    assert {"momentum_buffer"} in map(set, saved.values())
+    assert set(saved["embedding.weight"]) == {"exp_avg", "exp_avg_sq", "step"}
+    for loaded, losses in run_workers(muon_worker, read_by, str(tmp_path), False):
+        assert loaded == saved
+        assert losses == pytest.approx(next_losses, abs=1e-4)
+    with pytest.raises(WorkerFailed, match=r"state of MuonWithAdamW, but this run's optimizer is AdamW"):
+        run_workers(load_as_adamw, 1, str(tmp_path))
+
+
+def load_as_adamw(world: Any, path: str) -> None:
+    case = Case(1, tied=True)
+    checkpoint.load(Engine(case.model(), case.config(), world), checkpoint.find(Store(path), 3))
 
 
 # --- any stage and world size to any other

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.distributed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ZERO_CLASSES = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
-STATE_KINDS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2}
+STATE_KINDS = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 2, "adagrad": 1}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def plain_optimizer(config: RunConfig, masters: list[nn.Parameter]) -> torch.opt
     ]
     settings = config.optimizer
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=settings.nesterov)
+    if settings.name == "adagrad":
+        return torch.optim.Adagrad(groups, lr=settings.lr, eps=settings.eps)
     if settings.name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=settings.lr, eps=settings.eps, momentum=0.9)
     rule = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
@@ -202,6 +204,14 @@ def test_without_clipping_with_recomputed_activations_and_two_layers(stage: int)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizers(stage: int, optimizer: str) -> None:
     assert_same_training(Case(stage=stage, optimizer=optimizer, steps=20), 2, loss=5e-6, weights=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("optimizer", ["adagrad", "sgd"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adagrad_and_nesterov(stage: int, optimizer: str, world_size: int) -> None:
+    case = Case(stage=stage, optimizer=optimizer, nesterov=optimizer == "sgd", steps=20)
+    assert_same_training(case, world_size, loss=5e-6, weights=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (3, 3)])

@@ -11,31 +11,41 @@ from trainer.cross_entropy import IGNORED, summed_cross_entropy
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 12), classes=st.integers(2, 40), ignored=st.floats(0, 1), seed=st.integers(0, 99))
-def test_agrees_with_pytorch_in_double_precision(rows: int, classes: int, ignored: float, seed: int) -> None:
+@given(
+    rows=st.integers(1, 12),
+    classes=st.integers(2, 40),
+    ignored=st.floats(0, 1),
+    smoothing=st.sampled_from([0.0, 0.1, 0.9]),
+    seed=st.integers(0, 99),
+)
+def test_agrees_with_pytorch_in_double_precision(
+    rows: int, classes: int, ignored: float, smoothing: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (10 * torch.randn(rows, classes, generator=generator)).requires_grad_()
     labels = torch.randint(0, classes, (rows,), generator=generator)
     labels[torch.rand(rows, generator=generator) < ignored] = IGNORED
     exact = logits.detach().double().requires_grad_()
-    expected = 3 * F.cross_entropy(exact, labels, reduction="sum")
+    expected = 3 * F.cross_entropy(exact, labels, reduction="sum", label_smoothing=smoothing)
     expected.backward()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 3 * classes)  # several chunks, the last one shorter
-        loss = summed_cross_entropy(logits, labels)
+        loss = summed_cross_entropy(logits, labels, smoothing)
         (3 * loss).backward()
     assert loss.dtype == torch.float32
     assert 3 * loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
     torch.testing.assert_close(logits.grad, exact.grad.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_ignored_rows_are_exactly_zero_whatever_they_hold() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_rows_are_exactly_zero_whatever_they_hold(smoothing: float) -> None:
     logits = torch.randn(4, 7)
     logits[1], logits[3, 2] = float("nan"), float("inf")
     logits.requires_grad_()
-    loss = summed_cross_entropy(logits, torch.tensor([2, IGNORED, 5, IGNORED]))
+    loss = summed_cross_entropy(logits, torch.tensor([2, IGNORED, 5, IGNORED]), smoothing)
     loss.backward()
-    assert loss.item() == pytest.approx(float(F.cross_entropy(logits[[0, 2]], torch.tensor([2, 5]), reduction="sum")))
+    valid = F.cross_entropy(logits[[0, 2]], torch.tensor([2, 5]), reduction="sum", label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(float(valid))
     assert torch.equal(logits.grad[[1, 3]], torch.zeros(2, 7))
     assert (logits.grad[[0, 2]] != 0).all()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
 from tests.trainer.models import small_gpt
-from trainer.generate import generate, generate_text, probabilities
+from trainer.generate import distinct, generate, generate_text, probabilities
 
 EOS_ID = 0
 
@@ -34,6 +34,29 @@ class Scripted(nn.Module):
         logits = torch.zeros(1, tokens.shape[1], self.vocab_size)
         logits[0, -1, next(self.script)] = 100.0
         return logits
+
+
+class Constant(nn.Module):
+    """Says the same, whatever came before."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+        self.seq_len = 1
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits.expand(1, tokens.shape[1], -1)
+
+
+class Uncached(nn.Module):
+    """A model without its cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.seq_len = model, model.seq_len
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)
 
 
 def ids(model: nn.Module, prompt: list[int] = [], **settings: Any) -> list[int]:  # noqa: B006
@@ -112,6 +135,42 @@ def test_tokens_are_drawn_with_the_models_probabilities() -> None:
     draws = [ids(model, seed=seed, max_tokens=1) for seed in range(300)]
     counts = torch.bincount(torch.tensor([draw[0] if draw else EOS_ID for draw in draws]), minlength=5)
     assert (counts / 300 - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_at_a_temperature_tokens_are_drawn_from_the_softmax_of_the_divided_logits(temperature: float) -> None:
+    """Pearson's statistic of many draws: with 4 degrees of freedom it is above 23.5 once in 10,000 times."""
+    logits = torch.tensor([0.3, 1.0, -0.5, 0.0, 0.8])
+    draws = 2000
+    model = Constant(logits)
+    found = ids(model, max_tokens=draws, temperature=temperature, seed=11, eos_id=-1)
+    expected = draws * (logits / temperature).softmax(0)
+    counts = torch.bincount(torch.tensor(found), minlength=5)
+    assert float(((counts - expected) ** 2 / expected).sum()) < 23.5
+    other = draws * logits.softmax(0)
+    assert float(((counts - other) ** 2 / other).sum()) > 23.5, "the bound tells one temperature from another"
+
+
+@pytest.mark.parametrize("prompt", [[0], [0, 3, 4], list(range(1, 31))])
+def test_a_cache_changes_no_text_within_the_context_and_past_it(prompt: list[int]) -> None:
+    model = small_gpt(num_kv_heads=2)
+    assert ids(model, prompt, max_tokens=40, eos_id=-1) == ids(Uncached(model), prompt, max_tokens=40, eos_id=-1)
+
+
+def test_with_a_cache_each_token_is_computed_once() -> None:
+    model = small_gpt()
+    shown: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0].shape[1]))
+    ids(model, [0, 7, 8], max_tokens=5, eos_id=-1)
+    assert shown == [3, 1, 1, 1, 1]
+
+
+def test_different_phrases_are_counted_over_all_words() -> None:
+    text = "a b a b\nc"
+    assert [distinct(text, size) for size in (1, 2, 3)] == [3 / 5, 3 / 5, 3 / 5]
+    assert [distinct("x x x x", size) for size in (1, 2, 3)] == [1 / 4, 1 / 4, 1 / 4]
+    assert [distinct("to be or not", size) for size in (1, 2, 3)] == [1.0, 3 / 4, 2 / 4]
+    assert distinct("", 1) == 0 and distinct("one", 2) == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,19 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_with_a_cache_the_logits_are_those_of_the_whole_sequence(settings: dict[str, Any], prompt: int) -> None:
+    model = small_gpt(**settings).eval()
+    tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(4))
+    cache = model.new_cache()
+    with torch.no_grad():
+        found = [model(tokens[:, :prompt], cache=cache)]
+        found += [model(tokens[:, place : place + 1], cache=cache) for place in range(prompt, 24)]
+        torch.testing.assert_close(torch.cat(found, 1), model(tokens), atol=1e-4, rtol=1e-4)
+    assert cache.length == 24
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_packed_documents_give_the_logits_of_each_document_alone(settings: dict[str, Any]) -> None:
     model = small_gpt(**settings).eval()
     generator = torch.Generator().manual_seed(1)

@@ -54,4 +54,5 @@ def shrunk(name: str, folder: Path) -> dict[str, Any]:
         "checkpoint": {"every": 2, "keep": 1},
         "tracking": {"mlflow": None},
         "precision": "fp32",
+        "warm_start": None,  # weights of a size, and of a tokenizer, of their own
     }

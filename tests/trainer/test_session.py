@@ -19,6 +19,7 @@ from tests.tiny import tiny_config, write_recipe
 from tests.trainer.attempts import curve, data_state, launched, state, train
 from trainer.checkpoint_files import CheckpointReader
 from trainer.distributed import World
+from trainer.generate import distinct
 from trainer.inference import export_checkpoint
 from trainer.progress import Progress
 from trainer.record import RunRecord
@@ -59,7 +60,8 @@ def test_the_record_of_a_run_tells_all(undisturbed: RunRecord) -> None:
     data = data_state(undisturbed, 6)
     assert data["examples_seen"] == 30 and data["exceptions"] == []
     assert data["dataset"]["splits"]["train"]["rows"] > 0
-    assert len(samples(undisturbed)) == 1
+    (text,) = samples(undisturbed)
+    assert undisturbed.stitched()[-1]["sample/distinct_2"] == distinct(text, 2)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(folder: Path, undisturbed: RunRecord) -> None:

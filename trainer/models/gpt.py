@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Section
+from trainer.kv_cache import Cache, LayerCache
 from trainer.shapes import Logits, Tokens
 
 ACCEPTS = (Tokens,)
@@ -130,14 +131,17 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, kv_width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         """x (B, T, C), rotations from Rotary, mask (B, 1, T, T) or None for causal: (B, T, C)."""
         heads = (-1, self._head_size)
         q = rotate(self.query(x).unflatten(-1, heads), rotations).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.key(x).unflatten(-1, heads), rotations).transpose(1, 2)  # (B, G, T, D)
         v = self.value(x).unflatten(-1, heads).transpose(1, 2)  # (B, G, T, D)
+        if past is not None:
+            k, v = past.extend(k, v)
+        causal = mask is None and k.shape[2] == q.shape[2]  # else it is one position, that sees all before it
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self._grouped
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self._grouped
         )  # (B, H, T, D)
         return self.output(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -167,9 +171,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotations: Tensor, mask: Tensor | None, past: LayerCache | None = None) -> Tensor:
         """x (B, T, C), the rest as Attention takes it: (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotations, mask))
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotations, mask, past))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -189,28 +193,44 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, document: Tensor | None = None, position: Tensor | None = None) -> Tensor:
+    def new_cache(self) -> Cache:
+        """An empty one."""
+        return Cache([LayerCache() for _ in self.blocks])
+
+    def forward(
+        self,
+        tokens: Tensor,
+        document: Tensor | None = None,
+        position: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits for the token that follows each position.
 
         tokens: (B, T) int64, T at most seq_len.
         document: (B, T), tokens see only earlier tokens of the same number; None is one document a row.
         position: (B, T), each token's position in its document; None is 0 .. T-1.
+        cache: without gradients, for one document a row: tokens follow those of the calls before with the same cache.
+            They are one a row, unless it is empty, and with those before at most seq_len.
         Returns (B, T, V) in the dtype of the weights.
         """
         x = self.dropout(self.embedding(tokens))  # (B, T, C)
+        if cache is not None:
+            assert document is None and (cache.length == 0 or tokens.shape[1] == 1), (cache.length, tokens.shape)
+            position = torch.arange(cache.length, cache.length + tokens.shape[1], device=tokens.device).unsqueeze(0)
+            cache.length += tokens.shape[1]
         rotations = self.rotary(tokens.shape[1], position)
         mask = None if document is None else document_mask(document, x.dtype)
-        for block in self.blocks:
-            x = self._run(block, x, rotations, mask)
+        for number, block in enumerate(self.blocks):
+            x = self._run(block, x, rotations, mask, None if cache is None else cache.layers[number])
         return self.head(self.norm(x))
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Tensor | LayerCache | None) -> Tensor:
         if self._checkpointing and torch.is_grad_enabled():
             return recompute(block, *inputs)
         return block(*inputs)
 
 
-def recompute(block: Callable[..., Any], *inputs: Tensor | None) -> Tensor:
+def recompute(block: Callable[..., Any], *inputs: Any) -> Tensor:
     """Run `block` without keeping what its backward pass needs; dropout repeats itself when it is run again."""
     return checkpoint(block, *inputs, use_reentrant=False)
 
