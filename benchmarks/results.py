@@ -59,13 +59,13 @@ ROWS: tuple[Row, ...] = (
         ("bits_per_byte",),
         "below `xz -9` over all held-out files as one",
     ),
-    Row(
-        "masked_language_modeling-bert-tiny",
-        ("accuracy", "perplexity"),
-        "better than unigrams and than bigrams of both sides, on the same tokens",
-    ),
     Row("sentiment_analysis-lstm-small", ("accuracy",), "at least 78 %"),
     Row("sentiment_analysis-bert-minilm", ("accuracy",), "at least 0.87"),
+    Row(
+        "machine_translation-seq2seq-small",
+        ("bleu", "chrf"),
+        "a clear multiple of the BLEU of copying the source; 5,668 sentences to learn from",
+    ),
     Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
