@@ -133,7 +133,7 @@ def test_the_same_seed_makes_the_same_images() -> None:
     assert made[0].shape == (3, 8, 8, 1) and made[0].dtype == np.uint8
     np.testing.assert_array_equal(made[0], made[1])
     assert (made[0] != made[2]).any()
-    assert shown.shape == (3 * 8 + 2 * 2, 8 * 8 + 7 * 2)
+    assert shown.shape == (3 * 32 + 2 * 2, 8 * 32 + 7 * 2)
 
 
 def test_errors_name_cause_and_remedy() -> None:

@@ -25,13 +25,14 @@ from configs.errors import UsageError
 from configs.schema import Section
 from trainer.cross_entropy import IGNORED
 from trainer.diffusion import denoise, signal_shares, with_noise
-from trainer.pictures import grid
+from trainer.pictures import enlarged, grid
 from trainer.shapes import NoisyImage, Pixels
 
 if TYPE_CHECKING:
     from data_pipelines.columns import Column
 
 SHOWN = 8  # images of each class in a picture
+SHOWN_PX = 32  # smaller images are enlarged to about this
 MOST_SHOWN_CLASSES = 32
 AT_ONCE = 250  # images made together
 
@@ -206,4 +207,5 @@ def pictures(
     classes = range(min(config.num_classes, MOST_SHOWN_CLASSES))
     images = generate(model, config, [kind for kind in classes for _ in range(SHOWN)], seed)
     images = images if config.channels == 3 else images[..., 0]
-    return {"samples": grid(list(images), columns=SHOWN)}
+    times = max(1, SHOWN_PX // config.image_size)
+    return {"samples": grid([enlarged(image, times) for image in images], columns=SHOWN)}
