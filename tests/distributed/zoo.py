@@ -35,7 +35,7 @@ TASKS = {
     "unet": "medical_imaging",
 }
 STEPS = 20
-LR = 1e-3
+LR = {"rnn": 1e-2, "lstm": 1e-2}  # 1e-3 for the others; so that each learns enough to differ if it is wrong
 MICRO_BATCH = 2
 GLOBAL_BATCH = 5  # three micro-batches, the last with one example: with two workers one slot is idle
 # Largest difference of a loss, as a share of the first. fp32: the order of sums; less precision: masters that differ in
@@ -61,9 +61,13 @@ class Cell:
                 batch={"global_batch_size": GLOBAL_BATCH, "micro_batch_size": MICRO_BATCH},
                 precision=self.precision,
                 zero={"stage": self.stage},
-                optimizer={"name": "adamw", "lr": LR, "weight_decay": 0.1, "clip_grad_norm": 0.5},
+                optimizer={"name": "adamw", "lr": self.lr, "weight_decay": 0.1, "clip_grad_norm": 0.5},
             )
         )
+
+    @property
+    def lr(self) -> float:
+        return LR.get(self.model, 1e-3)
 
     def task(self) -> BoundTask:
         return bound_task(TASKS[self.model])
@@ -97,7 +101,7 @@ def plain_losses(cell: Cell, skipped: tuple[int, ...]) -> list[float]:
         {"params": [master for master in masters if master.ndim > 1], "weight_decay": 0.1},
         {"params": [master for master in masters if master.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    optimizer = torch.optim.AdamW(groups, lr=cell.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
     batches = micro_batches(task)
     count = sum(task.num_items(batch) for batch in batches)
     losses = []
@@ -139,7 +143,7 @@ def engine_losses(world: World, cell: Cell) -> tuple[list[float], tuple[int, ...
         wanted = world.rank + slot * world.size
         index = min(wanted, len(batches) - 1)
         mine.append(MicroBatch(index, wanted > index, np.arange(len(batches[index])), batches[index]))
-    stats = [engine.train_step(task, mine, lr=LR, step=step) for step in range(STEPS)]
+    stats = [engine.train_step(task, mine, lr=cell.lr, step=step) for step in range(STEPS)]
     return [each.loss for each in stats], tuple(step for step, each in enumerate(stats) if each.skipped)
 
 
@@ -147,6 +151,6 @@ def difference(cell: Cell, losses: list[float], skipped: tuple[int, ...]) -> flo
     """The largest difference from the plain loop's losses, as a share of its first one."""
     plain = plain_losses(replace(cell, stage=1, world_size=1), skipped)
     assert len(skipped) <= 2, "the scaler has to find its scale in the first steps"
-    assert plain[-1] < 0.99 * plain[0], "the plain loop must learn, or the comparison says little"
+    assert plain[-1] < 0.95 * plain[0], "the plain loop must learn, or the comparison says little"
     assert all(map(math.isfinite, losses)) and len(losses) == len(plain)
     return max(abs(ours - theirs) / plain[0] for ours, theirs in zip(losses, plain, strict=True))
