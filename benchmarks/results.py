@@ -49,6 +49,7 @@ class Row:
     recipe: str
     metrics: tuple[str, ...]
     bar: str
+    note: str = ""  # what else a reader must know
     further: str | None = None
 
 
@@ -59,7 +60,15 @@ ROWS: tuple[Row, ...] = (
         ("bits_per_byte",),
         "below `xz -9` over all held-out files as one",
     ),
-    Row("sentiment_analysis-lstm-small", ("accuracy",), "at least 78 %"),
+    Row(
+        "sentiment_analysis-lstm-small",
+        ("accuracy",),
+        "at least 78 %",
+        note=(
+            "Trained from nothing, it stays below the bag of words. Reviews are held out whole, so no review is "
+            "on both sides."
+        ),
+    ),
     Row("sentiment_analysis-bert-minilm", ("accuracy",), "at least 0.87"),
     Row(
         "machine_translation-seq2seq-small",
@@ -69,20 +78,59 @@ ROWS: tuple[Row, ...] = (
     Row("image_classification-cnn-digits", ("accuracy",), "0.98"),
     Row("image_classification-cnn-mnist5k", ("accuracy",), "0.975"),
     Row("image_classification-mlp-digits", ("accuracy",), "-"),
-    Row("object_detection-detector-digits", ("map_50", "map_50_95"), "0.85"),
-    Row("object_detection-detector-trees", ("map_50", "map_50_95"), "-"),
+    Row(
+        "object_detection-detector-digits",
+        ("map_50", "map_50_95"),
+        "0.85",
+        note=(
+            "The baseline's boxes are those of connected strokes, exact to the pixel: hence its lead where boxes "
+            "must be tight."
+        ),
+    ),
+    Row(
+        "object_detection-detector-trees",
+        ("map_50", "map_50_95"),
+        "-",
+        note=(
+            "Weak: four photos, of which one is held out. It is there to show the task on photos, and its range "
+            "overlaps the baseline's."
+        ),
+    ),
     Row(
         "image_generation-unet-digits",
         ("read_as_asked", "frechet_distance", "loss"),
         "0.9",
         further="generation",
+        note=(
+            "A mixture of Gaussians for each digit is hard to beat on 8 x 8 pixels: it stays ahead in the Frechet "
+            "distance."
+        ),
     ),
     Row("face_recognition-cnn-orl", ("rank_1", "rank_1_single", "eer"), "0.9"),
     Row("speech_recognition-lstm-es", ("cer", "wer"), "cer below 0.5"),
-    Row("autonomous_driving-lstm-robot", ("turn_auc", "path_error_m"), "above the random forest's"),
+    Row(
+        "autonomous_driving-lstm-robot",
+        ("turn_auc", "path_error_m"),
+        "above the random forest's",
+        note=(
+            "turn_auc counts steps that turn by at least 0.02 rad, about one beam: without a threshold odometry "
+            "noise decides, and the forest reaches 0.73. The threshold was set after seeing the forest's held-out "
+            "figures at five of them (0.85 at 0.01, 0.94 at 0.05), the model's at none. The model also gets the "
+            "rotation between scans as a feature."
+        ),
+    ),
     Row("medical_imaging-unet-brain", ("dice", "dice_grey", "dice_white", "accuracy"), "0.9"),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
-    Row("disease_prediction-mlp-diabetes", ("r2", "rmse"), "above ridge"),
+    Row(
+        "disease_prediction-mlp-diabetes",
+        ("r2", "rmse"),
+        "above ridge",
+        note=(
+            "Missed. Width, dropout and decay come from cross-validation in the training part, where it led (0.50 "
+            "to 0.485); on these 115 held-out rows each seed is 0.02 to 0.03 behind, and a paired bootstrap of "
+            "the difference runs from -0.07 to 0.02."
+        ),
+    ),
     Row("drug_discovery-lstm-solubility", ("r2", "rmse"), "R^2 of at least 0.84"),
 )
 
@@ -230,7 +278,8 @@ def page(results: dict[str, Any]) -> str:
                 + " | ".join(rest)
                 + " |"
             )
-    return "\n".join(lines) + "\n"
+    notes = [f"- `{row.recipe}`: {row.note}" for row in ROWS if row.note and row.recipe in results]
+    return "\n".join([*lines, *(["", "## Notes", "", *notes] if notes else [])]) + "\n"
 
 
 def number_of(value: float) -> str:
