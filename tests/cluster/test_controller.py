@@ -162,6 +162,22 @@ def test_a_quiet_run_finishes() -> None:
     assert bench.record.kinds == ["queued", "placed", "finished"]
 
 
+@pytest.mark.parametrize("stopped_at", [None, 13])
+def test_the_end_is_told_right_though_the_workers_reports_are_some_steps_old(stopped_at: int | None) -> None:
+    bench = Bench()
+    poll = bench.group.poll
+
+    def late_poll(timeout_s: float) -> list[WorkerStatus]:
+        return [replace(worker, step=max(0, worker.step - 7)) for worker in poll(timeout_s)]
+
+    bench.group.poll = late_poll  # type: ignore[method-assign]
+    if stopped_at is not None:
+        at_step(bench, stopped_at, lambda: bench.controller.request_stop("Ctrl-C"))
+    outcome = bench.run()
+    assert outcome.step == bench.record.saved[-1] == bench.record.rows[-1]["step"]
+    assert (outcome.step == STEPS) == (stopped_at is None)
+
+
 @pytest.mark.parametrize("what", ["kill", "raise", "hang", "hang in python"])
 def test_a_failure_is_named_and_the_run_goes_on(what: str) -> None:
     bench = Bench({(1, 27): what})
