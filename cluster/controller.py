@@ -219,7 +219,7 @@ class Controller:
         """All workers returned, or they were not needed."""
         finished = bool(self.workers) and all(worker.state == "finished" for worker in self.workers)
         self._group.kill()
-        # Not what the workers told last, which is some steps old. A stop saves first; after an abort that is all there is.
+        # Not what the workers told last, which is steps old. A stop saves first; after an abort that is all there is.
         step = self.workers[0].steps if finished else self._last_checkpoint()[0]
         self.state = State.FINISHED if finished else State.STOPPED
         reason = {} if finished else {"reason": self._stop_reason}
