@@ -103,10 +103,16 @@ ROWS: tuple[Row, ...] = (
         further="generation",
         note=(
             "A mixture of Gaussians for each digit is hard to beat on 8 x 8 pixels: it stays ahead in the Frechet "
-            "distance."
+            "distance. Less guidance brings that nearer (of one run, to the training images: 0.70 at 2.0, 0.29 at 1.5, "
+            "0.15 at 1.0) and costs certainty (0.996, 0.982, 0.924 read as asked)."
         ),
     ),
-    Row("face_recognition-cnn-orl", ("rank_1", "rank_1_single", "eer"), "0.9"),
+    Row(
+        "face_recognition-cnn-orl",
+        ("rank_1", "rank_1_single", "eer"),
+        "0.9",
+        note="Ten people who were never trained on, so 50 probes: a step of rank_1 is 0.02.",
+    ),
     Row("speech_recognition-lstm-es", ("cer", "wer"), "cer below 0.5"),
     Row(
         "autonomous_driving-lstm-robot",
@@ -119,7 +125,12 @@ ROWS: tuple[Row, ...] = (
             "rotation between scans as a feature."
         ),
     ),
-    Row("medical_imaging-unet-brain", ("dice", "dice_grey", "dice_white", "accuracy"), "0.9"),
+    Row(
+        "medical_imaging-unet-brain",
+        ("dice", "dice_grey", "dice_white", "accuracy"),
+        "0.9",
+        note="The brain is an average of 152 people: this says nothing about a new patient. White matter is the baseline's.",
+    ),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
     Row(
         "disease_prediction-mlp-diabetes",
