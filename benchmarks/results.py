@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
         "medical_imaging-unet-brain",
         ("dice", "dice_grey", "dice_white", "accuracy"),
         "0.9",
-        note="The brain is an average of 152 people: this says nothing about a new patient. White matter is the baseline's.",
+        note="An average of 152 brains: it says nothing about a new patient. The baseline is better at white matter.",
     ),
     Row("disease_prediction-mlp-breast-cancer", ("roc_auc", "accuracy"), "0.99"),
     Row(
