@@ -219,12 +219,17 @@ class Controller:
         """All workers returned, or they were not needed."""
         finished = bool(self.workers) and all(worker.state == "finished" for worker in self.workers)
         self._group.kill()
-        # Not what the workers told last, which is steps old. A stop saves first; after an abort that is all there is.
-        step = self.workers[0].steps if finished else self._last_checkpoint()[0]
+        saved = self._last_checkpoint()[0] or 0
+        if finished:
+            step = self.workers[0].steps or saved
+        elif self.workers and all(worker.state == "stopped" for worker in self.workers):
+            step = max(saved, *(worker.step for worker in self.workers))  # what they told last may be some steps old
+        else:
+            step = saved  # ended at once: what came after is lost
         self.state = State.FINISHED if finished else State.STOPPED
         reason = {} if finished else {"reason": self._stop_reason}
-        self._record.event(self.state.value, step=step or 0, **reason)
-        return Outcome("finished" if finished else "stopped", step or 0, len(self.failures))
+        self._record.event(self.state.value, step=step, **reason)
+        return Outcome("finished" if finished else "stopped", step, len(self.failures))
 
     def _recover(self, failure: Failure) -> None:
         """Kill what is left and go on from the last good checkpoint, or give up."""

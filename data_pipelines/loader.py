@@ -18,6 +18,7 @@ caller who comes before they are ready makes one himself.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -41,6 +42,7 @@ from data_pipelines.order import Order
 __all__ = ["Loader", "MicroBatch", "Prepare", "evaluation_batches"]
 
 _HAND_OVERS = 3  # ahead
+_BUFFERS = _HAND_OVERS + 3  # those ahead, the one in use, and two that may still be copied to a device
 _HAND_OVER_BYTES = 13 << 19  # 6.5 MiB
 _AHEAD = 4096  # examples ahead that are planned, and whose blocks are asked for
 
@@ -130,6 +132,8 @@ class Loader:
         self._plan = _NO_PLAN
         self._planning = threading.Lock()  # held to replace the plan
         self._free: list[Buffers] = []
+        self._copied: deque[_HandOver] = deque()  # given back, but a device may still read their buffers
+        self._num_buffers = 0
         self._ahead: deque[tuple[range, Future[_HandOver]]] = deque()
         self._given: _HandOver | None = None
         self._steps = range(0)  # of self._given
@@ -178,6 +182,7 @@ class Loader:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._batcher.close()
         self._ahead.clear()
+        self._copied.clear()
         self._given, self._steps = None, range(0)
 
     # --- in the caller's thread
@@ -240,7 +245,7 @@ class Loader:
         if self._pin:  # the buffers may be filled again when the copies that were asked for until now are through
             given.event = torch.cuda.Event()
             given.event.record()
-            self._reader.submit(self._recycle, given)
+            self._copied.append(given)
         else:
             self._free.append(given.buffers)
 
@@ -257,19 +262,24 @@ class Loader:
 
     # --- in the reader's thread, and in the caller's
 
-    def _recycle(self, given: _HandOver) -> None:
-        given.event.synchronize()
-        self._free.append(given.buffers)
+    def _take_buffers(self) -> Buffers:
+        """Free ones, or new ones; once there are enough, those whose copies to the device were asked for first."""
+        with contextlib.suppress(IndexError):
+            return self._free.pop()
+        if self._num_buffers >= _BUFFERS:
+            with contextlib.suppress(IndexError):
+                given = self._copied.popleft()
+                given.event.synchronize()
+                return given.buffers
+        self._num_buffers += 1
+        return Buffers(self._pin)
 
     def _recycle_result(self, future: Future[_HandOver]) -> None:
         if not future.cancelled() and future.exception() is None:
             self._free.append(future.result().buffers)
 
     def _load(self, steps: range) -> _HandOver:
-        try:
-            buffers = self._free.pop()
-        except IndexError:
-            buffers = Buffers(self._pin)
+        buffers = self._take_buffers()
         try:
             return self._fill(steps, buffers)
         except BaseException:
