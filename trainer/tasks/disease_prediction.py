@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from configs.schema import Section
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.labels import check_labels
 from trainer.shapes import ClassLogits, Values, Vector
 
 
@@ -85,13 +86,7 @@ def check(batch: Mapping[str, Tensor], config: Config) -> None:
         )
     if config.num_classes is None:
         return
-    labels = batch["label"].to(torch.int64)
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= config.num_classes))]
-    if len(wrong):
-        raise UsageError(
-            f"A row has the label {int(wrong[0])}, but task.num_classes={config.num_classes} allows 0 to "
-            f"{config.num_classes - 1}. Set task.num_classes to the number of classes in the data."
-        )
+    check_labels("A row", batch["label"], config.num_classes)
 
 
 def num_items(batch: Mapping[str, Tensor]) -> int:

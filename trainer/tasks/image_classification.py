@@ -24,6 +24,7 @@ from configs.errors import RunFailed, UsageError
 from configs.schema import Section
 from data_pipelines.images import pixels_of
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.labels import check_labels
 from trainer.shapes import ClassLogits, Image
 
 if TYPE_CHECKING:
@@ -136,16 +137,7 @@ def _shift(image: np.ndarray, down: int, right: int) -> np.ndarray:
 
 def check(batch: Mapping[str, Tensor], config: Config) -> None:
     """Raises UsageError for a label that is none of the classes."""
-    labels = batch["label"].to(torch.int64)
-    least, greatest = labels.aminmax()
-    if least >= 0 and greatest < config.num_classes:  # nearly always
-        return
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= config.num_classes))]
-    if len(wrong):
-        raise UsageError(
-            f"An example has the label {int(wrong[0])}, but task.num_classes={config.num_classes} allows 0 to "
-            f"{config.num_classes - 1}. Set task.num_classes to the number of classes in the data."
-        )
+    check_labels("An example", batch["label"], config.num_classes)
 
 
 def num_items(batch: Mapping[str, Tensor]) -> int:

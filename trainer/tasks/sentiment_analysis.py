@@ -17,10 +17,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.errors import UsageError
 from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.labels import check_labels
 from trainer.shapes import ClassLogits, Tokens
 
 
@@ -61,13 +61,7 @@ def io(config: Config) -> tuple[Tokens, ClassLogits]:
 
 def check(batch: Mapping[str, Tensor], config: Config) -> None:
     """Raises UsageError for a label that is none of the classes."""
-    labels = batch["label"].to(torch.int64)
-    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= config.num_classes))]
-    if len(wrong):
-        raise UsageError(
-            f"A text has the label {int(wrong[0])}, but task.num_classes={config.num_classes} allows 0 to "
-            f"{config.num_classes - 1}. Set task.num_classes to the number of classes in the data."
-        )
+    check_labels("A text", batch["label"], config.num_classes)
 
 
 def num_items(batch: Mapping[str, Tensor]) -> int:
