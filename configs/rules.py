@@ -125,6 +125,15 @@ def _one_beginning(weights: str, checkpoint: str) -> str:
     )
 
 
+def _early_stopping_has_evaluations(patience: int, every: int | None) -> str | None:
+    if every is not None:
+        return None
+    return (
+        f"early_stopping.patience={patience} counts evaluations, and evaluation.every=null has none before the end. "
+        "Set evaluation.every, or early_stopping=null."
+    )
+
+
 RULES = (
     Rule(("batch.micro_batch_size", "batch.global_batch_size"), _micro_batch_fits),
     Rule(("zero.stage", "precision"), _low_precision_needs_masters),
@@ -136,4 +145,5 @@ RULES = (
     Rule(("optimizer.nesterov", "optimizer.name", "optimizer.momentum"), _nesterov_has_momentum),
     Rule(("optimizer.name", "zero.stage"), _muon_sees_whole_matrices),
     Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
+    Rule(("early_stopping.patience", "evaluation.every"), _early_stopping_has_evaluations),
 )

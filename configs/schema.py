@@ -131,6 +131,17 @@ class EvaluationConfig(Section):
     sample_tokens: int = Field(default=128, ge=0, description="Tokens of the generated sample; 0 for none.")
 
 
+class EarlyStoppingConfig(Section):
+    """Ending before the last step, once evaluations show no gain; the run then has the weights of its best one."""
+
+    metric: str = Field(
+        default="loss", min_length=1, description="What is compared: loss, accuracy, ... of the validation split."
+    )
+    goal: Literal["min", "max"] = Field(default="min", description="Whether less or more of it is better.")
+    patience: int = Field(ge=1, description="Evaluations in a row without a gain that end the run.", examples=[3])
+    min_gain: float = Field(default=0.0, ge=0, description="What does not exceed this is no gain.")
+
+
 def _checked_interval(value: Any) -> Any:
     try:
         parse_interval(value)
@@ -236,6 +247,9 @@ class RunConfig(Section):
     zero: ZeroConfig = Field(default=ZeroConfig(), description="What ZeRO divides among the workers.")
     resources: ResourcesConfig = Field(default=ResourcesConfig(), description="What the run asks of the cluster.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="Measuring on the validation split.")
+    early_stopping: EarlyStoppingConfig | None = Field(
+        default=None, description="When to end before the last step; null goes on to it."
+    )
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Saving so that the run can go on.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Metrics and where they go.")
     recovery: RecoveryConfig = Field(default=RecoveryConfig(), description="When a worker dies or hangs.")

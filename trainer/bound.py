@@ -89,8 +89,13 @@ class BoundTask:
         return axes
 
     def num_items(self, batch: Mapping[str, Tensor]) -> int:
-        """The loss's denominator: how many terms `loss` sums."""
+        """How many terms `loss` sums."""
         return self.module.num_items(batch)
+
+    def total_weight(self, batch: Mapping[str, Tensor]) -> float:
+        """The loss's denominator: of how many items its sum is, each counted by its weight where the task has such."""
+        weigh = getattr(self.module, "total_weight", None)
+        return float(self.num_items(batch)) if weigh is None else weigh(batch, self.config)
 
     def num_tokens(self, batch: Mapping[str, Tensor]) -> int:
         """How many tokens the model reads in this batch, the measure of its speed; 0 for a task that has none."""

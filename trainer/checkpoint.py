@@ -165,11 +165,13 @@ class Checkpointer:
         data_state: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         *,
+        protected: int | None = None,
         wait: bool = False,
     ) -> None:
         """Copy the state after `step` completed steps, and start to write it. Waits for the save before it, if any.
 
-        data_state, extra: plain values for the manifest, as its "data" and as keys of their own.
+        data_state, extra: plain values for the manifest, as its "data" and as keys of their own. protected: a step
+        whose checkpoint stays, however many there are.
         """
         self.wait()
         started = time.perf_counter()
@@ -181,6 +183,7 @@ class Checkpointer:
             tensors=tensors,
             ranges=ranges,
             header=self._header(step, engine, data_state, extra) if self._world.rank == 0 else {},
+            protected=protected,
             stall_s=time.perf_counter() - started,
         )
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -277,7 +280,7 @@ class Checkpointer:
             raise
         try:
             delete_unlisted(folder, manifest)
-            self._retention.apply()
+            self._retention.apply(snapshot.protected)
         except ShardyardError as error:
             _log.warning("Old checkpoints were not deleted: %s", error)
         return sum(entry["size"] for entry in manifest["files"])

@@ -148,12 +148,14 @@ class Retention:
         self._keep = keep
         self._good: set[str] = set()  # sha256 of manifests
 
-    def apply(self) -> None:
-        """Delete what may go."""
+    def apply(self, protected: int | None = None) -> None:
+        """Delete what may go. protected: a step whose checkpoint stays, and is not counted."""
         if self._keep is None:
             return
         num_good = 0
         for step in saved_steps(self._checkpoints):
+            if step == protected and num_good >= self._keep:
+                continue
             if num_good >= self._keep:
                 delete_checkpoint(self._checkpoints, step)
             elif self._is_good(step):

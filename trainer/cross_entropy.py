@@ -19,19 +19,22 @@ CPU_CHUNK_VALUES = 2**18  # 1 MiB of fp32: about a core's second-level cache
 GPU_CHUNK_VALUES = 2**27
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def summed_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: Tensor | None = None
+) -> Tensor:
     """Sum of -log softmax(logits)[label] over the rows whose label is not IGNORED: an fp32 scalar.
 
     logits: (N, V), any floating dtype; computed in fp32. labels: (N,) int64. smoothing: that share of the label's
-    probability of 1 is spread evenly over all V classes (Szegedy et al. 2016).
+    probability of 1 is spread evenly over all V classes (Szegedy et al. 2016). weights: (N,) fp32, how often each row
+    counts; None is once.
     Ignored rows give exactly zero, and get a gradient of exactly zero even where their logits are not finite.
     """
-    return _SummedCrossEntropy.apply(logits, labels, smoothing)
+    return _SummedCrossEntropy.apply(logits, labels, smoothing, weights)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
         normaliser = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)  # (N,) log of softmax's sum
         target = torch.empty_like(normaliser)  # (N,) mean of the logits by the label's distribution
         for rows in _chunks(logits):
@@ -41,12 +44,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if smoothing:
                 target[rows] = target[rows].lerp(chunk.mean(1), smoothing)
         ctx.save_for_backward(logits, labels, normaliser)
-        ctx.smoothing = smoothing
-        return (normaliser - target).masked_fill_(labels == IGNORED, 0.0).sum()
+        ctx.smoothing, ctx.weights = smoothing, weights
+        losses = normaliser - target
+        if weights is not None:
+            losses *= weights
+        return losses.masked_fill_(labels == IGNORED, 0.0).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         logits, labels, normaliser = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         ignored = (labels == IGNORED).unsqueeze(1)
@@ -58,10 +64,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if ctx.smoothing:
                 chunk.sub_(ctx.smoothing / logits.shape[1])
             chunk.scatter_add_(1, label[rows], torch.full_like(label[rows], ctx.smoothing - 1, dtype=torch.float32))
+            if ctx.weights is not None:
+                chunk.mul_(ctx.weights[rows].unsqueeze(1))
             chunk.mul_(grad_output).masked_fill_(ignored[rows], 0.0)
             if gradient.dtype != torch.float32:
                 gradient[rows] = chunk
-        return gradient, None, None
+        return gradient, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:

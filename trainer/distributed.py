@@ -97,6 +97,11 @@ def close_world() -> None:
     distributed_c10d._get_default_timeout = _torch_default_timeout
 
 
+def of_rank_0(value: float) -> float:
+    """Rank 0's value, on every rank."""
+    return all_sum([value if dist.get_rank() == 0 else 0.0])[0]
+
+
 def all_sum(values: Sequence[float]) -> list[float]:
     """Elementwise sums over all workers, in fp64 on the CPU. All workers call it, with as many values."""
     if dist.get_world_size() == 1:

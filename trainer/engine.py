@@ -126,7 +126,9 @@ class Engine:
             task.check(each.tensors)
         batches = [replace(each, tensors=task.idle(each.tensors)) if each.idle else each for each in micro_batches]
         tokens = sum(task.num_tokens(each.tensors) for each in micro_batches if not each.idle)
-        counts = _Sum([sum(task.num_items(each.tensors) for each in batches), tokens, *votes], torch.device("cpu"))
+        weight = sum(task.total_weight(each.tensors) for each in batches)
+        items = sum(task.num_items(each.tensors) for each in batches)
+        counts = _Sum([weight, items, tokens, *votes], torch.device("cpu"))
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -156,12 +158,12 @@ class Engine:
         skipped = self.config.precision == "fp16" and not engine.was_step_applied()
         if self.average is not None and _finite(grad_norm) and not skipped:
             self.average.update()
-        items, num_tokens, *ayes = counts.wait()
-        loss_mean = loss_total.wait()[0] / max(items, 1)
+        weight, num_items, num_tokens, *ayes = counts.wait()
+        loss_mean = loss_total.wait()[0] / (weight or 1.0)
         return StepStats(
             loss=loss_mean,
             grad_norm=grad_norm,
-            num_items=int(items),
+            num_items=int(num_items),
             num_tokens=int(num_tokens),
             skipped=skipped,
             votes=tuple(aye > 0 for aye in ayes),
@@ -216,13 +218,13 @@ class Engine:
             with torch.no_grad():
                 engine_state.publish(self)
 
-    def _backward(self, loss: Tensor, num_items: float) -> None:
-        """Add this micro-batch's gradients of its part of the global mean."""
-        items = max(num_items, 1)
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        """Add this micro-batch's gradients of its part of the global mean. weight: of all items; 0 if none counts."""
+        weight = weight or 1.0
         if self.zero_stage == 3 and self.world.size > 1:  # its mean over the ranks cannot be turned off
-            loss = loss * (self.world.size / items)
+            loss = loss * (self.world.size / weight)
         else:
-            loss = loss / items
+            loss = loss / weight
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def _update(self) -> float:

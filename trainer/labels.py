@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from configs.errors import UsageError
 from trainer.cross_entropy import IGNORED
+
+ClassWeights = tuple[Annotated[float, Field(gt=0)], ...]
+
+
+def check_class_weights(weights: ClassWeights | None, num_classes: int) -> None:
+    """Raises ValueError where there is not one for each class."""
+    if weights is not None and len(weights) != num_classes:
+        raise ValueError(
+            f"class_weights has {len(weights)} values for num_classes={num_classes}; give one for each class"
+        )
+
+
+def weights_of(labels: Tensor, weights: ClassWeights | None) -> Tensor | None:
+    """How often each label counts, fp32 of the same shape, 0 where it is IGNORED; None where all count once."""
+    if weights is None:
+        return None
+    each = torch.tensor(weights, dtype=torch.float32, device=labels.device)
+    return each[labels.clamp(min=0)].masked_fill(labels == IGNORED, 0.0)
 
 
 def check_labels(what: str, labels: Tensor, num_classes: int) -> None:

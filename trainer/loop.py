@@ -11,6 +11,7 @@ from typing import Literal
 from configs.duration import Interval
 from configs.errors import RunFailed
 from data_pipelines.loader import evaluation_batches
+from trainer.distributed import of_rank_0
 from trainer.engine import StepStats
 from trainer.schedules import lr_at
 from trainer.session import Session
@@ -25,7 +26,7 @@ class Outcome:
 
 
 def train(session: Session, stop: threading.Event) -> Outcome:
-    """Train from `session.start_step` to the last step, or until any rank is asked to stop.
+    """Train from `session.start_step` to the last step, or until any rank is asked to stop, or early stopping ends it.
 
     A step is numbered by the steps completed with it: the first is 1, and its checkpoint is step-00000001.
     Ranks agree on stopping and saving in the collective that sums the valid items, so that a signal on
@@ -35,11 +36,13 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     Raises:
         RunFailed: the loss is not a finite number, or the last checkpoint could not be saved.
     """
-    config, engine, progress = session.config, session.engine, session.progress
+    config, engine, progress, early = session.config, session.engine, session.progress, session.early_stopping
     meter = Meter(session)
     saves = SaveClock(config.checkpoint.interval)
-    for step in range(session.start_step, config.steps):
-        done = step + 1
+    done = session.start_step
+    ends_early = early is not None and early.ended
+    while done < config.steps and not ends_early:
+        step, done = done, done + 1
         progress.phase = "data"
         micro_batches = session.micro_batches(step)
         lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
@@ -52,7 +55,17 @@ def train(session: Session, stop: threading.Event) -> Outcome:
         refuse_divergence(done, stats)
         if due(done, config.tracking.every) or last or stopping:
             session.log_metrics(done, meter.read(stats, lr))
-        if due(done, config.evaluation.every) or last:
+        if early is not None and (due(done, config.evaluation.every) or last):
+            progress.phase = "evaluation"
+            metrics = evaluate(session, config.evaluation.examples)
+            session.log_metrics(done, metrics)
+            best = early.add(done, of_rank_0(early.value_in(metrics)))
+            ends_early = early.ended
+            last = last or ends_early
+            save_due = save_due or best
+            if last and not best and early.best_step:
+                session.return_to(early.best_step)
+        if last or (early is None and due(done, config.evaluation.every)):
             progress.phase = "evaluation"
             session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))
         if save_due or stopping or last:
@@ -63,10 +76,11 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             session.wait_until_saved(done)
             return Outcome("stopped", done)
         meter.pause()
-    session.wait_until_saved(config.steps)
-    session.log_sample(config.steps)  # after the save: what goes wrong here costs no training
-    session.log_pictures(config.steps)
-    return Outcome("finished", config.steps)
+    progress.steps = done
+    session.wait_until_saved(done)
+    session.log_sample(done)  # after the save: what goes wrong here costs no training
+    session.log_pictures(done)
+    return Outcome("finished", done)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from configs.errors import PeerFailed, RunFailed, UsageError
+from configs.errors import Damaged, NotFound, PeerFailed, RunFailed, UsageError
 from configs.schema import RunConfig
 from data_pipelines.examples import Examples
 from data_pipelines.loader import Loader, MicroBatch, evaluation_batches
@@ -17,6 +18,7 @@ from trainer import checkpoint, device
 from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
 from trainer.distributed import World, all_sum
+from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.generate import distinct
 from trainer.parent import check_parent, tokenizer_of
@@ -45,6 +47,7 @@ class Session:
     engine: Engine
     checkpointer: Checkpointer
     start: Position
+    early_stopping: EarlyStopping | None
 
     @property
     def start_step(self) -> int:
@@ -139,8 +142,29 @@ class Session:
     def save(self, step: int) -> None:
         """Start saving a checkpoint after `step` completed steps; it is written behind the next ones."""
         tokenizer = self.data.datasets[0].tokenizer
-        extra = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
-        self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra)
+        extra: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
+        best = None
+        if self.early_stopping is not None:
+            extra["early_stopping"] = self.early_stopping.state()
+            best = self.early_stopping.best_step or None
+        self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra, protected=best)
+
+    def return_to(self, step: int) -> None:
+        """Give the engine the state that was saved after `step` completed steps; the data's position stays.
+
+        Every rank calls it.
+
+        Raises:
+            RunFailed: that checkpoint was not saved, or is damaged.
+        """
+        self.wait_until_saved(step)
+        try:
+            checkpoint.load(self.engine, checkpoint.find(self.record.store.child("checkpoints"), step))
+        except (NotFound, Damaged) as error:
+            raise RunFailed(
+                f"The best evaluation was after step {step}, and its checkpoint cannot be read: {error} With "
+                "early_stopping=null the same command ends with the newest checkpoint's weights."
+            ) from error
 
     def wait_until_saved(self, step: int) -> None:
         """Wait for the save of `step`, the last one of this attempt; all ranks call it.
@@ -225,6 +249,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
             engine=engine,
             checkpointer=checkpointer,
             start=start,
+            early_stopping=_early_stopping(config, reader),
         )
 
 
@@ -264,6 +289,13 @@ def _load_all(reader: CheckpointReader, engine: Engine, data: RunData) -> Positi
     position = data.position(reader.manifest, f"Checkpoint {reader.store.path()}")
     checkpoint.load(engine, reader)
     return position
+
+
+def _early_stopping(config: RunConfig, reader: CheckpointReader | None) -> EarlyStopping | None:
+    if config.early_stopping is None:
+        return None
+    state = None if reader is None else reader.manifest.get("early_stopping")
+    return EarlyStopping.of(config.early_stopping, state)
 
 
 def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:

@@ -147,6 +147,10 @@ def validate(resolved: Resolved, *, sees_inputs: bool = True) -> Plan:
     if not _fits(model_module, given, wanted):
         place = where("model.name", resolved.origins, "default")
         raise ConfigError((Problem(place, "model.name", _misfit(config, model_module, given, wanted)),))
+    if sees_inputs and hasattr(model_module, "misfit"):
+        reason = model_module.misfit(model_config, given, wanted)
+        if reason is not None:
+            raise ConfigError((Problem(where("model.name", resolved.origins, "default"), "model", reason),))
     task = BoundTask(task_module, task_config)
     if sees_inputs and (misfit := _data_misfit(config, task, source, source_config)) is not None:
         key = _setting_to_change(misfit, source_config)

@@ -3,25 +3,26 @@
 A parameter is filled by itself (initialization.py) and read from the mapped file when its turn comes: so no process
 holds anything twice, at any ZeRO stage. Only safetensors are read: no code comes with weights.
 
-The model's file says what transformers calls each of its parameters, in `pretrained_name(name)`, and with which
-PRETRAINED_PREFIX before it where the model has a head.
+The model's file says what its parameters are called there, in `pretrained_names(config, names, stored)`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import Damaged, NotFound, UsageError
 from configs.schema import WarmStartConfig
 from data_pipelines import pretrained
 from trainer.bound import BoundModel
+from trainer.engine_layout import persistent_buffers
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 3  # names in an error
@@ -31,12 +32,28 @@ _SHOWN = 3  # names in an error
 class WarmModel(BoundModel):
     """A model that begins with stored values.
 
-    stored: of each parameter that takes them, by our name: the open file, and what the tensor is called there.
+    stored: of each parameter and buffer that takes them, by our name: the open file, and the tensor's name there.
     unused: tensors that have no place in the model.
     """
 
     stored: Mapping[str, tuple[Any, str]]
     unused: tuple[str, ...]
+
+    def build(self) -> nn.Module:
+        """The module, whose buffers of the model's state will be the stored ones."""
+        module = super().build()
+        for path, owner in module.named_modules():
+            here = {name: f"{path}.{name}" if path else name for name in owner._buffers}
+            if any(name in self.stored for name in here.values()):
+                owner.reset_buffers = partial(self._reset_buffers, owner, here, owner.reset_buffers)  # type: ignore[assignment]
+        return module
+
+    def _reset_buffers(self, owner: nn.Module, names: Mapping[str, str], reset: Callable[[], None]) -> None:
+        reset()
+        for name, ours in names.items():
+            if ours in self.stored:
+                file, theirs = self.stored[ours]
+                owner.get_buffer(name).copy_(file.get_tensor(theirs))
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one full parameter in place: with its stored values, or with those of a new model."""
@@ -55,16 +72,19 @@ def warm(model: BoundModel, config: WarmStartConfig) -> WarmModel:
             names none; or the model's file knows no weights of transformers.
         NotFound, Damaged: the weights are not there, or cannot be read. And what packages.fetch raises.
     """
-    if not hasattr(model.module, "pretrained_name"):
+    if not hasattr(model.module, "pretrained_names"):
         raise UsageError(
-            f"warm_start: {model.module.__name__} has no pretrained_name, so what transformers calls its parameters is "
-            "not known. Use a model that has it (bert), or take a checkpoint of Shardyard's own with --from."
+            f"warm_start: {model.module.__name__} has no pretrained_names, so it is not known what transformers calls "
+            "its parameters. Use a model that has it (bert, hf), or take a checkpoint of Shardyard's own with --from."
         )
-    found = {name.removeprefix(model.module.PRETRAINED_PREFIX): (file, name) for name, file in _open(config.weights)}
-    there = {theirs: tuple(file.get_slice(name).get_shape()) for theirs, (file, name) in found.items()}
+    found = {name: (file, name) for name, file in _open(config.weights)}
+    there = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in found.items()}
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.build().named_parameters()}
-    taken = {name: model.module.pretrained_name(name) for name in shapes if not name.startswith(config.fresh)}
+        module = model.build()
+    state = dict(module.named_parameters()) | persistent_buffers(module)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = [name for name in shapes if not name.startswith(config.fresh)]
+    taken = model.module.pretrained_names(model.config, wanted, there)
     misfits = [
         f"'{name}' is {shapes[name]} in this model, and '{theirs}' is {there.get(theirs, 'missing')} there"
         for name, theirs in taken.items()
@@ -81,7 +101,7 @@ def warm(model: BoundModel, config: WarmStartConfig) -> WarmModel:
             f"The weights of {config.weights} do not fit: {'; '.join(misfits[:_SHOWN])}{more}. Set `model` and "
             "`task.tokenizer` to what they were trained with; name in warm_start.fresh what shall begin anew."
         )
-    unused = tuple(sorted(found.keys() - taken.values()))
+    unused = tuple(sorted(found.keys() - set(taken.values())))
     stored = {name: found[theirs] for name, theirs in taken.items()}
     return WarmModel(model.module, model.config, model.input, model.output, stored, unused)
 

@@ -57,6 +57,13 @@ def example_config(module: ModuleType, **settings: Any) -> Section:
 # --- models
 
 
+def example_model(module: ModuleType, input: Any, output: Any) -> Section | None:
+    """A small config of a model file for this input and output; None where the file has none."""
+    make = getattr(module, "example", None)
+    config: Section | None = example_config(module) if make is None else make(input, output)
+    return config
+
+
 @dataclass(frozen=True)
 class Case:
     """A model file with an input that it accepts and an output that it gives."""
@@ -76,7 +83,12 @@ def example_models() -> list[Case]:
         module = find_plugin("trainer.models", name)
         given = [shape for shape in INPUTS if isinstance(shape, module.ACCEPTS)]
         wanted = [shape for shape in OUTPUTS if isinstance(shape, module.GIVES)]
-        cases += [Case(name, input, output) for input in given for output in wanted]
+        cases += [
+            Case(name, input, output)
+            for input in given
+            for output in wanted
+            if example_model(module, input, output) is not None
+        ]
     return cases
 
 
@@ -127,7 +139,9 @@ def has_shape(output: Tensor, shape: Any, input: Any) -> bool:
 
 def bound_model(case: Case) -> BoundModel:
     module = find_plugin("trainer.models", case.name)
-    return BoundModel(module, example_config(module), case.input, case.output)
+    config = example_model(module, case.input, case.output)
+    assert config is not None
+    return BoundModel(module, config, case.input, case.output)
 
 
 def built(model: BoundModel, seed: int = 0) -> torch.nn.Module:
@@ -152,8 +166,9 @@ def fitting_model(task: BoundTask) -> BoundModel:
     given, wanted = task.io()
     for name in MODELS:
         module = find_plugin("trainer.models", name)
-        if isinstance(given, module.ACCEPTS) and isinstance(wanted, module.GIVES):
-            return BoundModel(module, example_config(module), given, wanted)
+        fits = isinstance(given, module.ACCEPTS) and isinstance(wanted, module.GIVES)
+        if fits and (config := example_model(module, given, wanted)) is not None:
+            return BoundModel(module, config, given, wanted)
     raise AssertionError(f"no model accepts {given} and gives {wanted}")
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_every_model_is_in_the_grid() -> None:
-    assert set(TASKS) == set(MODELS)
+    assert {name.partition("-")[0] for name in TASKS} == set(MODELS)
 
 
 @pytest.mark.parametrize("model", TASKS)

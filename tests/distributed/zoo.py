@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from configs.plugins import find_plugin
-from configs.schema import RunConfig
+from configs.schema import RunConfig, Section
 from data_pipelines.loader import MicroBatch
 from tests.configs.minimal import minimal
 from tests.contract.examples import batch_of, bound_task, example_config, example_rows
@@ -33,6 +34,17 @@ TASKS = {
     "seq2seq": "machine_translation",
     "detector": "object_detection",
     "unet": "medical_imaging",
+    "hf-llama": "language_modeling",
+    "hf-gpt2": "language_modeling",
+    "hf-bert": "masked_language_modeling",
+    "hf-vit": "image_classification",
+}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+ARCHITECTURES: dict[str, dict[str, float]] = {
+    "llama": _SIZES | {"num_key_value_heads": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.1},
+    "bert": _SIZES | {"hidden_dropout_prob": 0.1},
+    "vit": _SIZES | {"patch_size": 4},
 }
 STEPS = 20
 LR = {"rnn": 1e-2, "lstm": 1e-2}  # 1e-3 for the others; so that each learns enough to differ if it is wrong
@@ -73,8 +85,15 @@ class Cell:
         return bound_task(TASKS[self.model])
 
     def bound_model(self) -> BoundModel:
-        module = find_plugin("trainer.models", self.model)
-        return BoundModel(module, example_config(module), *self.task().io())
+        name, _, architecture = self.model.partition("-")
+        module = find_plugin("trainer.models", name)
+        config = example_config(module) if not architecture else _hf_config(module, architecture)
+        return BoundModel(module, config, *self.task().io())
+
+
+def _hf_config(module: ModuleType, architecture: str) -> Section:
+    config: Section = module.Config(architecture=architecture, settings=ARCHITECTURES[architecture])
+    return config
 
 
 def micro_batches(task: BoundTask) -> list[dict[str, Tensor]]:

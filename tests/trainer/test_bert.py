@@ -45,10 +45,17 @@ def theirs(kind: str) -> nn.Module:
     return model.eval()
 
 
+def by_their_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Our parameters, by the names that they have in a BertModel."""
+    ours = dict(model.named_parameters())
+    names = bert.pretrained_names(bert.Config(num_layers=1, hidden_size=2, num_heads=1), ours, ())
+    return {names[name]: parameter for name, parameter in ours.items()}
+
+
 def take_over(model: nn.Module, peer: nn.Module) -> None:
-    """Copy every weight of ours into the peer's, by the names that pretrained_name gives."""
+    """Copy every weight of ours into the peer's, by the names that pretrained_names gives."""
     found = {name.removeprefix("bert."): parameter for name, parameter in peer.named_parameters()}
-    ours = {bert.pretrained_name(name): parameter for name, parameter in model.named_parameters()}
+    ours = by_their_names(model)
     if missing := found.keys() - ours.keys():  # a module that the peer has beside those that are compared
         assert all(name.startswith("pooler.") for name in missing), missing
     assert ours.keys() <= found.keys()
@@ -81,7 +88,7 @@ def test_logits_are_those_of_transformers(output: Any, kind: str) -> None:
 
 def test_the_mean_is_over_the_last_states_of_transformers() -> None:
     model, peer = small(ClassLogits(3), pooling="mean"), theirs("BertModel")
-    found = {bert.pretrained_name(name): parameter for name, parameter in model.named_parameters()}
+    found = by_their_names(model)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
             if not name.startswith("pooler."):

@@ -50,6 +50,21 @@ def test_ignored_rows_are_exactly_zero_whatever_they_hold(smoothing: float) -> N
     assert (logits.grad[[0, 2]] != 0).all()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_rows_count_by_their_weight(smoothing: float) -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels, weights = torch.tensor([2, IGNORED, 5, 0, 0]), torch.tensor([0.5, 9.0, 2.0, 0.0, 1.0])
+    exact = logits.detach().double().requires_grad_()
+    each = F.cross_entropy(exact, labels, reduction="none", label_smoothing=smoothing)
+    (each * weights.double()).sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 2 * 7)
+        loss = summed_cross_entropy(logits, labels, smoothing, weights)
+        loss.backward()
+    assert loss.item() == pytest.approx(float((each * weights.double()).sum()), rel=1e-6)
+    torch.testing.assert_close(logits.grad, exact.grad.float(), atol=1e-6, rtol=1e-5)
+
+
 def test_low_precision_logits_are_summed_in_fp32() -> None:
     logits = torch.randn(300, 16).bfloat16().requires_grad_()
     labels = torch.randint(0, 16, (300,))

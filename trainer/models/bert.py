@@ -12,6 +12,7 @@ N = outputs.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 import torch
@@ -253,7 +254,6 @@ def _pooler_size(config: Config) -> int:
     return (config.hidden_size + 1) * config.hidden_size if config.pooling == "cls" else 0
 
 
-PRETRAINED_PREFIX = "bert."
 _PRETRAINED = {
     "embeddings.token": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
@@ -275,8 +275,17 @@ _PRETRAINED = {
 }
 
 
-def pretrained_name(name: str) -> str:
-    """What transformers (BertForMaskedLM, BertForSequenceClassification) calls a parameter, less the prefix."""
+def pretrained_names(
+    config: Config,  # noqa: ARG001 - the signature of every model
+    names: Iterable[str],
+    stored: Collection[str],
+) -> dict[str, str]:
+    """What transformers calls parameters: in a BertModel, or behind "bert." in a model that has a head on it."""
+    theirs = {name: _pretrained_name(name) for name in names}
+    return {name: f"bert.{other}" if f"bert.{other}" in stored else other for name, other in theirs.items()}
+
+
+def _pretrained_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if block is None:

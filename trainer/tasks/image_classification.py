@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs.errors import RunFailed, UsageError
 from configs.schema import Section
 from data_pipelines.images import pixels_of
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.labels import check_labels
+from trainer.labels import ClassWeights, check_class_weights, check_labels, weights_of
 from trainer.shapes import ClassLogits, Image
 
 if TYPE_CHECKING:
@@ -52,6 +52,15 @@ class Config(Section):
         lt=1,
         description="Share of a label's probability spread over all classes, in training alone (Szegedy et al. 2016).",
     )
+    class_weights: ClassWeights | None = Field(
+        default=None,
+        description="How often an example of each class counts in the loss, a mean by these weights; null is once.",
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_a_class(self) -> Config:
+        check_class_weights(self.class_weights, self.num_classes)
+        return self
 
 
 def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
@@ -145,15 +154,21 @@ def num_items(batch: Mapping[str, Tensor]) -> int:
     return int((batch["label"] != IGNORED).sum())
 
 
+def total_weight(batch: Mapping[str, Tensor], config: Config) -> float:
+    """Images that count, each by the weight of its class."""
+    weights = weights_of(batch["label"].to(torch.int64), config.class_weights)
+    return float(num_items(batch)) if weights is None else float(weights.double().sum())
+
+
 def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The batch with no label that counts: its loss is zero, and so is every gradient."""
     return {**batch, "label": torch.full_like(batch["label"], IGNORED)}
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:
-    """Sum of -log p(label) in nats, the label smoothed: an fp32 scalar."""
+    """Sum of -log p(label) in nats, the label smoothed and weighted: an fp32 scalar."""
     logits, labels = _logits(model, batch["image"], config), batch["label"].to(torch.int64)
-    return summed_cross_entropy(logits, labels, config.label_smoothing)
+    return summed_cross_entropy(logits, labels, config.label_smoothing, weights_of(labels, config.class_weights))
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig
 from trainer.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.labels import check_labels
+from trainer.labels import ClassWeights, check_class_weights, check_labels, weights_of
 from trainer.shapes import ClassLogits, Tokens
 
 
@@ -30,6 +30,15 @@ class Config(Section):
     seq_len: int = Field(ge=1, description="Tokens read of a text, its beginning.", examples=[128])
     num_classes: int = Field(default=2, ge=2, description="Classes; labels are 0 to num_classes - 1.")
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="How text becomes tokens.")
+    class_weights: ClassWeights | None = Field(
+        default=None,
+        description="How often an example of each class counts in the loss, a mean by these weights; null is once.",
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_a_class(self) -> Config:
+        check_class_weights(self.class_weights, self.num_classes)
+        return self
 
 
 def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
@@ -69,6 +78,12 @@ def num_items(batch: Mapping[str, Tensor]) -> int:
     return int((batch["label"] != IGNORED).sum())
 
 
+def total_weight(batch: Mapping[str, Tensor], config: Config) -> float:
+    """Texts that count, each by the weight of its class."""
+    weights = weights_of(batch["label"].to(torch.int64), config.class_weights)
+    return float(num_items(batch)) if weights is None else float(weights.double().sum())
+
+
 def num_tokens(batch: Mapping[str, Tensor]) -> int:
     """Tokens of the texts, also those behind seq_len."""
     return int(batch["tokens_length"].sum())
@@ -80,8 +95,9 @@ def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:
-    """Sum of -log p(label) in nats: an fp32 scalar."""
-    return summed_cross_entropy(_logits(model, batch, config), batch["label"].to(torch.int64))
+    """Sum of -log p(label) in nats, weighted: an fp32 scalar."""
+    labels = batch["label"].to(torch.int64)
+    return summed_cross_entropy(_logits(model, batch, config), labels, weights=weights_of(labels, config.class_weights))
 
 
 def evaluate(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> dict[str, float]:
