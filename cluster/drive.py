@@ -97,7 +97,8 @@ class Drive:
         try:
             if self._record.status() == "finished":
                 self.notices.put(f"Run '{self._record.name}' has finished already; there is nothing left to train.")
-                self.outcome = Outcome("finished", self._config.steps, 0)
+                ends = [event["step"] for event in self._record.events() if event["kind"] == "finished"]
+                self.outcome = Outcome("finished", ends[-1], 0)
                 return
             with self._group_of_workers():
                 self.outcome = self._train(copy)

@@ -1,8 +1,8 @@
-"""A GPT as a Hugging Face Llama folder, and back.
+"""Models as Hugging Face folders, and a GPT back from one.
 
-Every tensor of trainer/models/gpt.py has its counterpart in transformers' `LlamaForCausalLM`. Only the rows of query
-and key are in another order: here a rotary pair is two neighbouring rows of a head (Su et al. 2021), there row i of
-the head's first half and row i of its second.
+A model of the library itself (trainer/models/hf.py) is written by the library. Every tensor of trainer/models/gpt.py
+has its counterpart in its `LlamaForCausalLM`. Only the rows of query and key are in another order: here a rotary pair
+is two neighbouring rows of a head (Su et al. 2021), there row i of the head's first half and row i of its second.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from configs.errors import Damaged, NotFound, UsageError
 from data_pipelines.local_files import explain, sync_folder
-from trainer.models import gpt
+from trainer.models import gpt, hf
 from trainer.shapes import Logits, Tokens
 
 if TYPE_CHECKING:
@@ -52,14 +53,42 @@ def export_llama(
     """Write config, weights and tokenizer as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     weights: full tensors by the names of the GPT's parameters; read one after another, so a lazy mapping is fine.
-    The folder appears whole, by a rename, or not at all.
+
+    Raises what _whole_folder raises, and
+        Damaged: `weights` lacks a parameter.
+    """
+    with _whole_folder(Path(folder)) as temporary:
+        dtype = _write_weights(weights, config, temporary)
+        _write_json(temporary / "config.json", _llama_config(config, io, tokenizer, dtype))
+        _write_tokenizer(tokenizer, io[0].seq_len, temporary)
+
+
+def export_own(model: hf.Wrapped, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Write a model of transformers, and its tokenizer if it reads text, as a folder that from_pretrained loads.
+
+    Raises what _whole_folder raises.
+    """
+    inner = model.inner
+    if tokenizer is not None:
+        for mark in ("bos_token_id", "eos_token_id"):
+            setattr(inner.config, mark, tokenizer.eos_id)
+    with _whole_folder(Path(folder)) as temporary:
+        inner.save_pretrained(temporary)
+        for path in temporary.iterdir():
+            _sync_file(path)
+        if tokenizer is not None:
+            assert model.seq_len is not None
+            _write_tokenizer(tokenizer, model.seq_len, temporary)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which appears as `folder` at the end, by a rename; after an error nothing of it stays.
 
     Raises:
         UsageError: something is at `folder` already.
-        Damaged: `weights` lacks a parameter.
         ShardyardError: it cannot be written (disk full, no permission).
     """
-    folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} exists already, and an export never overwrites. Name a new folder, or remove it.")
     try:
@@ -67,9 +96,7 @@ def export_llama(
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
         try:
             temporary.chmod(0o755)
-            dtype = _write_weights(weights, config, temporary)
-            _write_json(temporary / "config.json", _llama_config(config, io, tokenizer, dtype))
-            _write_tokenizer(tokenizer, io[0].seq_len, temporary)
+            yield temporary
             sync_folder(temporary)
             temporary.replace(folder)
         except BaseException:

@@ -60,23 +60,31 @@ def load_module(reader: CheckpointReader) -> nn.Module:
     return module.eval()
 
 
-def export_checkpoint(reader: CheckpointReader, folder: Path) -> None:
-    """Write the weights and the tokenizer as a Hugging Face Llama folder; it appears whole or not at all.
+def export_checkpoint(reader: CheckpointReader, folder: Path) -> str:
+    """Write the weights and the tokenizer as a Hugging Face folder; it appears whole or not at all.
+
+    Returns the class of transformers that loads it.
 
     Raises:
-        UsageError: something is at `folder` already, or the model is not a GPT.
+        UsageError: something is at `folder` already, or transformers has no such model.
         Damaged: a block fails its digest. ShardyardError: it cannot be written.
     """
-    from trainer.huggingface import export_llama
-    from trainer.models import gpt
+    from trainer.huggingface import export_llama, export_own
+    from trainer.models import gpt, hf
 
     model = _bound_model(reader)
+    if isinstance(model.config, hf.Config):
+        module = load_module(reader)
+        assert isinstance(module, hf.Wrapped)
+        export_own(module, _tokenizer(reader) if "tokenizer" in reader.manifest else None, folder)
+        return hf.CLASSES[module.use]
     if not isinstance(model.config, gpt.Config):
         name = reader.manifest["config"]["model"]["name"]
         raise UsageError(
-            f"Only gpt has a counterpart at Hugging Face; checkpoint {reader.name} is of a model '{name}'."
+            f"Only gpt and hf have a counterpart at Hugging Face; checkpoint {reader.name} is of a model '{name}'."
         )
     export_llama(dict(reader.weights()), model.config, (model.input, model.output), _tokenizer(reader), folder)
+    return hf.CLASSES["causal"]
 
 
 def _bound_model(reader: CheckpointReader) -> BoundModel:

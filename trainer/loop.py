@@ -64,7 +64,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             last = last or ends_early
             save_due = save_due or best
             if last and not best and early.best_step:
-                session.return_to(early.best_step)
+                session.return_to_best(done)
         if last or (early is None and due(done, config.evaluation.every)):
             progress.phase = "evaluation"
             session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))

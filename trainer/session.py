@@ -149,22 +149,27 @@ class Session:
             best = self.early_stopping.best_step or None
         self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra, protected=best)
 
-    def return_to(self, step: int) -> None:
-        """Give the engine the state that was saved after `step` completed steps; the data's position stays.
+    def return_to_best(self, step: int) -> None:
+        """After `step` completed steps give the engine the state of the best evaluation; the data's position stays.
 
         Every rank calls it.
 
         Raises:
-            RunFailed: that checkpoint was not saved, or is damaged.
+            RunFailed: the checkpoint of that evaluation was not saved, or is damaged.
         """
-        self.wait_until_saved(step)
+        assert self.early_stopping is not None
+        found = self.early_stopping.state()
+        best = found["best_step"]
+        self.wait_until_saved(best)
         try:
-            checkpoint.load(self.engine, checkpoint.find(self.record.store.child("checkpoints"), step))
+            checkpoint.load(self.engine, checkpoint.find(self.record.store.child("checkpoints"), best))
         except (NotFound, Damaged) as error:
             raise RunFailed(
-                f"The best evaluation was after step {step}, and its checkpoint cannot be read: {error} With "
+                f"The best evaluation was after step {best}, and its checkpoint cannot be read: {error} With "
                 "early_stopping=null the same command ends with the newest checkpoint's weights."
             ) from error
+        if self.writes_record:
+            self.record.event("best_evaluation", step=step, **found)
 
     def wait_until_saved(self, step: int) -> None:
         """Wait for the save of `step`, the last one of this attempt; all ranks call it.

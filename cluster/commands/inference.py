@@ -50,11 +50,11 @@ def export(arguments: Namespace) -> dict[str, Any]:
 
     from trainer.inference import export_checkpoint
 
-    export_checkpoint(reader, Path(arguments.folder))
+    loads = export_checkpoint(reader, Path(arguments.folder))
     say(
         arguments,
         f"Wrote {arguments.folder} from {reader.store.path()}. Load it in Python: "
-        f"transformers.AutoModelForCausalLM.from_pretrained({arguments.folder!r})",
+        f"transformers.{loads}.from_pretrained({arguments.folder!r})",
     )
     return {"checkpoint": reader.store.path(), "folder": arguments.folder}
 

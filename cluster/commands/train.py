@@ -55,6 +55,10 @@ def _farewell(arguments: Namespace, run: Run, result: dict[str, Any]) -> None:
     found = {name: metrics[name] for name in ("loss", "validation/loss", "validation/bits_per_byte") if name in metrics}
     shown = "".join(f", {name} {value:.4g}" for name, value in found.items())
     say(arguments, f"\nRun '{run.name}' has {result['outcome']} after step {result['step']:,}{shown}.")
+    for event in run.record.events():
+        if event["kind"] == "best_evaluation" and event["step"] == result["step"]:
+            best = f"{event['metric']} {event['best']:.4g}"
+            say(arguments, f"Its weights are those of the best evaluation, after step {event['best_step']:,}: {best}.")
     say(arguments, f"  checkpoint  {result['checkpoint'] or 'none'}")
     say(arguments, f"  record      shardyard runs show {more}")
     if result["outcome"] == "stopped":

@@ -136,7 +136,7 @@ def test_commands_that_are_shown_can_be_pasted(tmp_path: Path, store: str, capsy
     from cluster.commands.train import _farewell
 
     config = load(tiny_config(tmp_path, store=store)).config
-    run: Any = SimpleNamespace(name="tiny", record=SimpleNamespace(config=config), resume_command="")
+    run: Any = SimpleNamespace(name="tiny", record=SimpleNamespace(config=config, events=list), resume_command="")
     result = {"outcome": "finished", "step": 4, "metrics": {}, "checkpoint": None}
     _farewell(Namespace(json=False), run, result)
     named = ["tiny"] if store == "runs" else ["tiny", "--store", store]

@@ -111,6 +111,8 @@ def test_it_ends_with_the_best_weights_and_keeps_their_checkpoint(tmp_path: Path
     best, last = best_of(record)
     assert best < last < STEPS and outcome == ("finished", last)
     assert saved_steps(record.store.child("checkpoints")) == [last, best]
+    (told,) = [event for event in record.events() if event["kind"] == "best_evaluation"]
+    assert (told["step"], told["best_step"]) == (last, best)
     kept, ended = state(record, best), state(record, last)
     assert kept.keys() == ended.keys()
     assert all(torch.equal(kept[name], values) for name, values in ended.items())

@@ -14,11 +14,13 @@ from configs.errors import UsageError
 from configs.load import load
 from configs.problems import ConfigError
 from configs.schema import WarmStartConfig
+from data_pipelines.tokenizer import TokenizerConfig, train_tokenizer
 from tests.tiny import tiny_config
 from tests.trainer.attempts import state, train
 from trainer.bound import BoundModel
 from trainer.checkpoint import find
 from trainer.generate import generate
+from trainer.huggingface import export_own
 from trainer.inference import load_model
 from trainer.initialization import materialize
 from trainer.models import hf
@@ -256,6 +258,32 @@ def test_a_run_goes_on_at_another_world_size_and_generates(tmp_path: Path) -> No
     module, tokenizer = load_model(find(record.store.child("checkpoints")))
     ids_ = list(generate(module, [], max_tokens=5, seed=3, eos_id=tokenizer.eos_id))
     assert ids_ == list(generate(module, [], max_tokens=5, seed=3, eos_id=tokenizer.eos_id))
+
+
+@pytest.mark.parametrize("kind", ["llama", "resnet"])
+def test_an_export_is_what_from_pretrained_loads(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    is_image = kind == "resnet"
+    model = (
+        bound("resnet", Image(3, 16, 16), ClassLogits(5), embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+        if is_image
+        else bound("llama", **SMALL)
+    )
+    module = filled(model)
+    example = torch.randn(2, 3, 16, 16) if is_image else ids(LENGTH)[0]
+    if is_image:
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.fill_(0.3)
+    tokenizer = None if is_image else train_tokenizer(TokenizerConfig(name="bytes"), [])
+    export_own(module, tokenizer, tmp_path / "out")
+    auto = transformers.AutoModelForImageClassification if is_image else transformers.AutoModelForCausalLM
+    with torch.no_grad():
+        torch.testing.assert_close(auto.from_pretrained(tmp_path / "out")(example).logits, module(example))
+    with pytest.raises(UsageError, match="never overwrites"):
+        export_own(module, tokenizer, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_check_names_the_key_and_the_remedy(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class FakeSession:
     done: list[Any] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     task: None = None
+    early_stopping: None = None
 
     def __post_init__(self) -> None:
         self.loader = SimpleNamespace(wait_s=0.0)

@@ -36,7 +36,7 @@ ACCEPTS = (Tokens, Image)
 GIVES = (Logits, MaskedLogits, ClassLogits, Values)
 
 # The library's class for each use of an architecture. Names of parameters begin with the use.
-_CLASSES = {
+CLASSES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "text": "AutoModelForSequenceClassification",
@@ -82,7 +82,7 @@ def example(input: Tokens | Image, output: object) -> Config | None:
 
 
 class Wrapped(nn.Module):
-    """A module of transformers that is called as trainer/shapes.py says. use: a key of _CLASSES."""
+    """A module of transformers that is called as trainer/shapes.py says. use: a key of CLASSES."""
 
     def __init__(self, model: nn.Module, use: str, seq_len: int | None) -> None:
         super().__init__()
@@ -168,11 +168,12 @@ def _built(config: Config, use: str, sizes: Mapping[str, int]) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()  # it would speak of its own ways to load and to generate
+    transformers.logging.disable_progress_bar()
     own = _own_config(config, use, sizes)
-    auto: Any = getattr(transformers, _CLASSES[use])
+    auto: Any = getattr(transformers, CLASSES[use])
     if type(own) not in auto._model_mapping:
         some = sorted({kind.model_type for kind in auto._model_mapping})[::20]
-        raise UsageError(f"{config.source} has no {_CLASSES[use]}, which the task needs. Some have: {', '.join(some)}.")
+        raise UsageError(f"{config.source} has no {CLASSES[use]}, which the task needs. Some have: {', '.join(some)}.")
     try:
         model = auto.from_config(own, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, TypeError, RuntimeError, AssertionError, ImportError, AttributeError, KeyError) as error:
