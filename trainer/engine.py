@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from configs.schema import RunConfig
 from trainer import engine_state, optimizers
-from trainer.batch_norm import RunningStatistics
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
 from trainer.distributed import World, all_gather_json, all_sum
 from trainer.engine_layout import parts_of
 from trainer.initialization import materialize
+from trainer.parts.batch_norm import RunningStatistics
 from trainer.progress import Progress
 from trainer.rng import seed_forward
 from trainer.upload import Uploads

@@ -89,7 +89,9 @@ def test_the_loss_is_pytorch_s_weighted_mean(stage: int, world_size: int) -> Non
 
 
 def test_a_weight_for_each_class_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="class_weights has 2 values for num_classes=4"):
+    with pytest.raises(ValueError, match="class_weights has 2 numbers for 4 classes"):
         image_classification.Config(num_classes=4, image_size=8, class_weights=(1.0, 2.0))
-    with pytest.raises(ValueError, match="greater than 0"):
-        image_classification.Config(num_classes=2, image_size=8, class_weights=(1.0, 0.0))
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        image_classification.Config(num_classes=2, image_size=8, class_weights=(1.0, -1.0))
+    with pytest.raises(ValueError, match="nothing would count"):
+        image_classification.Config(num_classes=2, image_size=8, class_weights=(0.0, 0.0))

@@ -18,11 +18,11 @@ from configs.schema import RunConfig
 from tests.configs.minimal import minimal
 from tests.distributed.image_batches import IMAGE_PX, NUM_CLASSES, global_micro_batches, rank_micro_batches
 from tests.pool import run_workers
-from trainer.batch_norm import BatchNorm2d
 from trainer.bound import BoundModel, BoundTask
 from trainer.distributed import World
 from trainer.initialization import materialize
 from trainer.models import cnn
+from trainer.parts.batch_norm import BatchNorm2d
 from trainer.rng import seed_forward
 from trainer.tasks import image_classification
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs.schema import Section
 from tests.trainer.ragged_model import Signal
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.shapes import ClassLogits
 
 PAD = 1e6  # who takes padding for a signal goes wrong by much

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from data_pipelines.columns import Column
 from trainer.bound import BoundTask
-from trainer.scan_motion import misfits, rotation
+from trainer.parts.scan_motion import misfits, rotation
 from trainer.tasks import autonomous_driving
 
 SETTINGS: dict[str, Any] = {"window": 3, "beams": 180, "sectors": 6, "shifts": 5, "turn_std": 0.5, "forward_mean": 1.0}

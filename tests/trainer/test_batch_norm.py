@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer.batch_norm import BatchNorm2d, RunningStatistics
+from trainer.parts.batch_norm import BatchNorm2d, RunningStatistics
 
 
 def pair(channels: int = 3) -> tuple[BatchNorm2d, nn.BatchNorm2d]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.boxes import generalized_iou, iou, suppress
+from trainer.parts.boxes import generalized_iou, iou, suppress
 
 
 def some_boxes(count: int, seed: int) -> Tensor:

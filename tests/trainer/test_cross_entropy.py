@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer import cross_entropy
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts import cross_entropy
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 
 
 @settings(max_examples=30, deadline=None)

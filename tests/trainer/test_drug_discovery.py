@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from configs.errors import RunFailed, UsageError
 from data_pipelines.columns import Column
 from trainer.bound import BoundTask
-from trainer.smiles import encode
+from trainer.parts.smiles import encode
 from trainer.tasks import drug_discovery
 
 STORED = [Column("smiles", "utf8"), Column("target", "float32")]

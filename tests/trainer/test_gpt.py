@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.trainer.models import SMALL, small_gpt
 from tests.trainer.packed import EOS_ID, Packed, batch_of
-from trainer.cross_entropy import summed_cross_entropy
 from trainer.models import gpt
+from trainer.parts.cross_entropy import summed_cross_entropy
 from trainer.shapes import Logits, Tokens
 from trainer.tasks import language_modeling
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_pipelines.columns import Column
-from trainer.cross_entropy import IGNORED
-from trainer.diffusion import denoise, signal_shares, with_noise
+from trainer.parts.cross_entropy import IGNORED
+from trainer.parts.diffusion import denoise, signal_shares, with_noise
 from trainer.tasks import image_generation as task
 
 CONFIG = task.Config(num_classes=3, image_size=8, channels=1, noise_steps=40, sampling_steps=5)

@@ -16,9 +16,9 @@ from tests.contract.examples import batch_of, built
 from tests.trainer.attempts import train
 from tests.trainer.test_recipes_run import shrunk
 from trainer.bound import BoundModel, BoundTask
-from trainer.cross_entropy import summed_cross_entropy
 from trainer.inference import load_model
 from trainer.models import seq2seq
+from trainer.parts.cross_entropy import summed_cross_entropy
 from trainer.pictures import heat_map
 from trainer.tasks import machine_translation as task
 

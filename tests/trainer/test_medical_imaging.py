@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_pipelines.columns import Column
-from trainer.cross_entropy import IGNORED
+from trainer.parts.cross_entropy import IGNORED
 from trainer.tasks import medical_imaging as task
 
 CONFIG = task.Config(classes=("other", "grey", "white"), height=8, width=10)
@@ -68,9 +68,13 @@ def test_class_weights_weigh_pixels() -> None:
     model = Fixed(torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(2)))
     batch = batch_of(2)
     nll = -model.logits.log_softmax(1)
-    wanted = 0.0
+    wanted = total = 0.0
     for number, weight in enumerate(weights):
-        wanted += weight * float(nll[:, number][batch["mask"] == number].detach().sum())
+        there = batch["mask"] == number
+        wanted += weight * float(nll[:, number][there].detach().sum())
+        total += weight * float(there.sum())
+    assert task.total_weight(batch, config(class_weights=weights)) == total
+    assert task.total_weight(batch, CONFIG) == task.num_items(batch)
     assert float(task.loss(model, batch, config(class_weights=weights))) == pytest.approx(wanted, rel=1e-5)
     assert float(task.loss(model, batch, config(class_weights=(1.0, 1.0, 1.0)))) == pytest.approx(
         float(task.loss(model, batch, CONFIG)), rel=1e-6

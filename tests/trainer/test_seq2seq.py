@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from trainer.beam_search import beam_search, penalty
 from trainer.initialization import materialize
 from trainer.models import seq2seq
+from trainer.parts.beam_search import beam_search, penalty
 from trainer.shapes import Logits, TokenPair
 
 VOCAB, SEQ_LEN, EOS = 30, 12, 0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UsageError
-from trainer.smiles import SYMBOLS, VOCAB_SIZE, Molecule, encode, parse, rewritten, write
+from trainer.parts.smiles import SYMBOLS, VOCAB_SIZE, Molecule, encode, parse, rewritten, write
 
 MOLECULES = [
     "C",

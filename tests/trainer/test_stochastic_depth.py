@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from trainer.bound import BoundModel
 from trainer.initialization import materialize
 from trainer.models import cnn, gpt
+from trainer.parts.stochastic_depth import DropBranch, rates
 from trainer.shapes import ClassLogits, Image, Logits, Tokens
-from trainer.stochastic_depth import DropBranch, rates
 
 
 def test_rates_rise_in_a_straight_line() -> None:

@@ -4,7 +4,7 @@ He et al. 2016 (Deep Residual Learning), with the strides on the 3 x 3 convoluti
 bottleneck, four times the width at its end. `block: bottleneck` with `blocks: [3, 4, 6, 3]` is ResNet-50, and
 `block: basic` with `blocks: [2, 2, 2, 2]` ResNet-18. Images below 128 pixels begin with one 3 x 3 convolution, as the
 paper's networks for CIFAR-10 do; a stage halves the map only while 4 x 4 are left, so that small images fit too.
-Normalisation is by batch (trainer/batch_norm.py) or by groups (Wu and He 2018), which needs no running statistics.
+Normalisation is by batch (trainer/parts/batch_norm.py), or by groups (Wu and He 2018) without running statistics.
 As an Embedding its end is a direction, and the cosines of it with directions that stand for the classes (Wang et al.
 2017, NormFace).
 
@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from configs.schema import Section
-from trainer.batch_norm import BatchNorm2d
+from trainer.parts.batch_norm import BatchNorm2d
+from trainer.parts.stochastic_depth import DropBranch, rates
 from trainer.shapes import ClassLogits, Embedding, Image, Values
-from trainer.stochastic_depth import DropBranch, rates
 
 ACCEPTS = (Image,)
 GIVES = (ClassLogits, Values, Embedding)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Section
-from trainer.kv_cache import Cache, LayerCache
+from trainer.parts.kv_cache import Cache, LayerCache
+from trainer.parts.stochastic_depth import DropBranch, rates
 from trainer.shapes import Logits, Tokens
-from trainer.stochastic_depth import DropBranch, rates
 
 ACCEPTS = (Tokens,)
 GIVES = (Logits,)

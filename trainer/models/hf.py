@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.batch_norm import BatchNorm2d
+from trainer.parts.batch_norm import BatchNorm2d
 from trainer.shapes import ClassLogits, Image, Logits, MaskedLogits, Tokens, Values
 
 ACCEPTS = (Tokens, Image)

@@ -1,7 +1,7 @@
 """LSTM: a recurrent network whose cell state is changed by gates, so that it can remember for long.
 
 Hochreiter and Schmidhuber 1997; Gers et al. 2000 (the forget gate); Schuster and Paliwal 1997 (bidirectional). How
-sequences of different lengths are read is told in trainer/recurrent.py.
+sequences of different lengths are read is told in trainer/parts/recurrent.py.
 
 B = examples, T = positions, H = hidden size, D = directions (2 if bidirectional); S = size of the output. On Tokens
 (B, T) or Frames (B, T, channels) it gives (B, T, S) from the states (B, T, D H), or (B, S) from what `pooling` makes
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer import recurrent
-from trainer.recurrent import Input, Output, Recurrent, Sizes
+from trainer.parts import recurrent
+from trainer.parts.recurrent import Input, Output, Recurrent, Sizes
 from trainer.shapes import ClassLogits, Frames, Logits, Tokens, Values
 
 ACCEPTS = (Tokens, Frames)
@@ -31,7 +31,7 @@ def build(config: Config, input: Input, output: Output) -> Recurrent:
 
 
 def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:  # noqa: ARG001
-    """As trainer/recurrent.py says."""
+    """As trainer/parts/recurrent.py says."""
     recurrent.init_parameter("lstm", name, tensor, generator)
 
 

@@ -2,7 +2,7 @@
 
 Elman 1990 (`cell: tanh`); Cho et al. 2014 (`cell: gru`, as torch and cuDNN compute it: the reset gate behind the
 recurrent matrix); Schuster and Paliwal 1997 (bidirectional). How sequences of different lengths are read is told in
-trainer/recurrent.py.
+trainer/parts/recurrent.py.
 
 B = examples, T = positions, H = hidden size, D = directions (2 if bidirectional); S = size of the output. On Tokens
 (B, T) or Frames (B, T, channels) it gives (B, T, S) from the states (B, T, D H), or (B, S) from what `pooling` makes
@@ -17,8 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer import recurrent
-from trainer.recurrent import Input, Output, Recurrent, Sizes
+from trainer.parts import recurrent
+from trainer.parts.recurrent import Input, Output, Recurrent, Sizes
 from trainer.shapes import ClassLogits, Frames, Logits, Tokens, Values
 
 ACCEPTS = (Tokens, Frames)
@@ -37,7 +37,7 @@ def build(config: Config, input: Input, output: Output) -> Recurrent:
 
 
 def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """As trainer/recurrent.py says."""
+    """As trainer/parts/recurrent.py says."""
     recurrent.init_parameter(config.cell, name, tensor, generator)
 
 

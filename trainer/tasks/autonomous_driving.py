@@ -7,8 +7,8 @@ again: the model does not read it. In training a row may be seen in a mirror: le
 
 A batch, B = examples: scan (B, T, beams) float32; pose (B, 3), turn (B,), forward (B,) float32, turn NaN where the
 example does not count. The model reads of each scan how near things are, by sector, and how the robot turned since the
-scan before it (trainer/scan_motion.py); it gives (B, 3): turn and forward, standardised, and the logit of a turn to
-the left.
+scan before it (trainer/parts/scan_motion.py); it gives (B, 3): turn and forward, standardised, and the logit of a turn
+to the left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.scan_motion import misfits, rotation
+from trainer.parts.scan_motion import misfits, rotation
 from trainer.shapes import Frames, Values
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.labels import check_labels
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.labels import check_labels
 from trainer.shapes import ClassLogits, Values, Vector
 
 

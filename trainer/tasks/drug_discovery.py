@@ -1,9 +1,9 @@
 """Drug discovery: a property of a molecule, a number, from its SMILES.
 
 A stored row has `smiles`, text, and `target`, a number. In training a molecule may be written in another order of its
-atoms each time (trainer/smiles.py), by the generator of its place in the order of the data.
+atoms each time (trainer/parts/smiles.py), by the generator of its place in the order of the data.
 
-A batch, B = examples, L = symbols of the longest SMILES: tokens (B, L) uint8, ids of trainer/smiles.py, then 0;
+A batch, B = examples, L = symbols of the longest SMILES: tokens (B, L) uint8, ids of trainer/parts/smiles.py, then 0;
 tokens_length (B,); target (B,) float32 in the units of the data, NaN where it does not count. The model reads
 standardised numbers and gives (B, 1), standardised.
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from configs.errors import RunFailed, UsageError
 from configs.schema import Section
+from trainer.parts.smiles import VOCAB_SIZE, encode, rewritten
 from trainer.shapes import Tokens, Values
-from trainer.smiles import VOCAB_SIZE, encode, rewritten
 
 if TYPE_CHECKING:
     from data_pipelines.columns import Column

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.pictures import coloured, grid, outline
 from trainer.shapes import Embedding, Image
 

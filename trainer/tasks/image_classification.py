@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from configs.errors import RunFailed, UsageError
 from configs.schema import Section
 from data_pipelines.images import pixels_of
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.labels import ClassWeights, check_class_weights, check_labels, weights_of
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.labels import ClassWeights, check_class_weights, check_labels, weights_of
 from trainer.shapes import ClassLogits, Image
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Image generation: images of a class, made from noise (denoising diffusion, trainer/diffusion.py).
+"""Image generation: images of a class, made from noise (denoising diffusion, trainer/parts/diffusion.py).
 
 A stored row has `image`, its pixels, uint8 (S, S, K), and `label`, the number of its class. The model sees an image
 with noise of a random strength, and tells the noise. Strength and noise are drawn when a row is made ready, by the
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.cross_entropy import IGNORED
-from trainer.diffusion import denoise, signal_shares, with_noise
+from trainer.parts.cross_entropy import IGNORED
+from trainer.parts.diffusion import denoise, signal_shares, with_noise
 from trainer.pictures import enlarged, grid
 from trainer.shapes import NoisyImage, Pixels
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.generate import generate_text
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.shapes import Logits, Tokens
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig
-from trainer.beam_search import beam_search
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.beam_search import beam_search
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.pictures import heat_map
 from trainer.shapes import Logits, TokenPair
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig
-from trainer.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.shapes import MaskedLogits, Tokens
 
 if TYPE_CHECKING:

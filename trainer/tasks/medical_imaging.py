@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.cross_entropy import IGNORED
+from trainer.parts.cross_entropy import IGNORED
+from trainer.parts.labels import ClassWeights, check_class_weights, weights_of
 from trainer.pictures import coloured, grid
 from trainer.shapes import Image, PixelLogits
 
@@ -47,8 +48,9 @@ class Config(Section):
     channels: int = Field(default=1, ge=1, description="Values a pixel.")
     mean: float = Field(default=0.5, description="Taken from each value, which is between 0 and 1.")
     std: float = Field(default=0.25, gt=0, description="What is left is divided by it.")
-    class_weights: tuple[float, ...] | None = Field(
-        default=None, description="What a pixel of each class weighs in the loss; null is 1 for all."
+    class_weights: ClassWeights | None = Field(
+        default=None,
+        description="How often a pixel of each class counts in the loss, a mean by these weights; null is once.",
     )
     flip: bool = Field(default=False, description="Mirror a training slice left to right with probability 1/2.")
     shift_px: int = Field(
@@ -63,14 +65,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Config:
-        if self.class_weights is not None:
-            if len(self.class_weights) != len(self.classes):
-                raise ValueError(
-                    f"class_weights has {len(self.class_weights)} numbers for {len(self.classes)} classes "
-                    f"({', '.join(self.classes)}). Give one for each"
-                )
-            if min(self.class_weights) < 0 or not any(self.class_weights):
-                raise ValueError(f"class_weights={list(self.class_weights)}: none may be negative, nor all be 0")
+        check_class_weights(self.class_weights, len(self.classes))
         if len(set(self.classes)) < len(self.classes):
             raise ValueError(f"classes={list(self.classes)} names one twice, and metrics carry the names")
         return self
@@ -160,6 +155,12 @@ def check(batch: Mapping[str, Tensor], config: Config) -> None:
 def num_items(batch: Mapping[str, Tensor]) -> int:
     """Pixels that count."""
     return int((batch["mask"] != IGNORED).sum())
+
+
+def total_weight(batch: Mapping[str, Tensor], config: Config) -> float:
+    """Pixels that count, each by the weight of its class."""
+    weights = weights_of(batch["mask"].to(torch.int64), config.class_weights)
+    return float(num_items(batch)) if weights is None else float(weights.double().sum())
 
 
 def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

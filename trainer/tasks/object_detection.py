@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
-from trainer.average_precision import MOST_FOUND, mean_average_precision
-from trainer.boxes import generalized_iou, suppress
+from trainer.parts.average_precision import MOST_FOUND, mean_average_precision
+from trainer.parts.boxes import generalized_iou, suppress
 from trainer.pictures import coloured, enlarged, grid, outline
 from trainer.shapes import Boxes, Image
 
@@ -264,7 +264,7 @@ def finds(output: Tensor, config: Config) -> list[list[float]]:
 
 
 def scores(predictions: Sequence[Mapping[str, Any]], config: Config) -> dict[str, float]:  # noqa: ARG001
-    """map_50 and map_50_95, as trainer/average_precision.py says; nothing where there is no true box."""
+    """map_50 and map_50_95, as trainer/parts/average_precision.py says; nothing where there is no true box."""
     return mean_average_precision([row["truth"] for row in predictions], [row["found"] for row in predictions])
 
 

@@ -9,17 +9,19 @@ from pydantic import Field
 from torch import Tensor
 
 from configs.errors import UsageError
-from trainer.cross_entropy import IGNORED
+from trainer.parts.cross_entropy import IGNORED
 
-ClassWeights = tuple[Annotated[float, Field(gt=0)], ...]
+ClassWeights = tuple[Annotated[float, Field(ge=0)], ...]
 
 
 def check_class_weights(weights: ClassWeights | None, num_classes: int) -> None:
-    """Raises ValueError where there is not one for each class."""
-    if weights is not None and len(weights) != num_classes:
-        raise ValueError(
-            f"class_weights has {len(weights)} values for num_classes={num_classes}; give one for each class"
-        )
+    """Raises ValueError where there is not one for each class, or no class counts."""
+    if weights is None:
+        return
+    if len(weights) != num_classes:
+        raise ValueError(f"class_weights has {len(weights)} numbers for {num_classes} classes: give one for each")
+    if not any(weights):
+        raise ValueError("class_weights are all 0, so nothing would count")
 
 
 def weights_of(labels: Tensor, weights: ClassWeights | None) -> Tensor | None:

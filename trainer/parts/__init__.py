@@ -1,0 +1,1 @@
+"""What models and tasks are built of, and share."""
