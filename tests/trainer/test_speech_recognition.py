@@ -210,6 +210,9 @@ def test_a_text_that_does_not_fit_and_one_without_letters_add_nothing() -> None:
     assert loss.item() == pytest.approx(alone.item())
     assert model.outputs.grad is not None and not model.outputs.grad[1:].any() and model.outputs.grad[0].any()
     assert len(bound.predict(model, batch, None)) == 2
+    assert bound.num_items(batch) == 1
+    twice = given_batch([2, 3], [[2, 2], [2, 2]])  # two that are alike need a blank between them
+    assert bound.num_items(twice) == 2
 
 
 def test_error_rates_count_letters_and_words_of_all_clips_together() -> None:

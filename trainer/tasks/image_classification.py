@@ -25,6 +25,7 @@ from configs.schema import Section
 from data_pipelines.images import pixels_of
 from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 from trainer.parts.labels import ClassWeights, check_class_weights, check_labels, weights_of
+from trainer.parts.pixels import check_pixels
 from trainer.shapes import ClassLogits, Image
 
 if TYPE_CHECKING:
@@ -98,12 +99,7 @@ def preparation(
     if encoded and config.channels not in (1, 3, 4):
         raise UsageError(f"task.channels={config.channels}: image files are decoded to 1, 3 or 4 values a pixel.")
     if not encoded:
-        wanted = (config.image_size, config.image_size, config.channels)
-        if image.dtype != "uint8" or tuple(image.shape) != wanted:
-            raise UsageError(
-                f"The data set's images are {image.dtype} of shape {tuple(image.shape)}; the task wants uint8 of shape "
-                f"{wanted}. Set task.image_size and task.channels to what is stored, or build the data at that size."
-            )
+        check_pixels(image, config.image_size, config.channels)
     if encoded or (training and (config.flip or config.shift_px or config.noise)):
         return partial(_prepare, config=config, encoded=encoded, training=training)
     return None

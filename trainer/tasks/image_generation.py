@@ -25,6 +25,7 @@ from configs.errors import UsageError
 from configs.schema import Section
 from trainer.parts.cross_entropy import IGNORED
 from trainer.parts.diffusion import denoise, signal_shares, with_noise
+from trainer.parts.pixels import check_pixels
 from trainer.pictures import enlarged, grid
 from trainer.shapes import NoisyImage, Pixels
 
@@ -102,13 +103,7 @@ def preparation(
         UsageError: the stored images are not pixels of the configured size.
     """
     image = next(column for column in stored if column.name == "image")
-    wanted = (config.image_size, config.image_size, config.channels)
-    if image.dtype != "uint8" or tuple(image.shape) != wanted:
-        raise UsageError(
-            f"The data set's images are {image.dtype} of shape {tuple(image.shape)}; the task wants uint8 of shape "
-            f"{wanted}. Set task.image_size and task.channels to what is stored, or build the data at that size "
-            "(image_folder: data.image_size)."
-        )
+    check_pixels(image, config.image_size, config.channels)
     return partial(_prepare, config=config, training=training)
 
 

@@ -12,49 +12,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import Section
-from data_pipelines.tokenizer import EOS_ID, Tokenizer, TokenizerConfig
+from data_pipelines.tokenizer import EOS_ID, Tokenizer
 from trainer.generate import generate_text
 from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.packed_text import PackedText, columns, example, packing  # noqa: F401 - parts of the task
 from trainer.shapes import Logits, Tokens
 
 if TYPE_CHECKING:
     from trainer.run_data import Totals
 
 
-class Config(Section):
+class Config(PackedText):
     """Length of a sequence, and what a token is."""
-
-    seq_len: int = Field(ge=1, description="Tokens a sequence: the most context the model sees.", examples=[256])
-    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="How text becomes tokens.")
-    packing: Literal["concat", "best_fit"] = Field(
-        default="concat",
-        description="How documents fill sequences: concat cuts one stream; best_fit splits none that fits in one.",
-    )
-
-
-def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
-    """What it reads of a stored row."""
-    return ("tokens",)
-
-
-def example(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A document of random ids, led by its end mark."""
-    tokens = rng.integers(1, config.tokenizer.vocab_size, int(rng.integers(2, 2 * config.seq_len))).astype(np.uint16)
-    tokens[0] = EOS_ID
-    return {"tokens": tokens}
-
-
-def packing(config: Config) -> int:
-    """Documents are packed to sequences of this length."""
-    return config.seq_len
 
 
 def io(config: Config) -> tuple[Tokens, Logits]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ import xxhash
 from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import Section
-from data_pipelines.tokenizer import EOS_ID, TokenizerConfig
+from data_pipelines.tokenizer import EOS_ID
 from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.packed_text import PackedText, columns, example, packing  # noqa: F401 - parts of the task
 from trainer.shapes import MaskedLogits, Tokens
 
 if TYPE_CHECKING:
@@ -38,33 +38,10 @@ if TYPE_CHECKING:
 REPLACED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest stays
 
 
-class Config(Section):
+class Config(PackedText):
     """Length of a sequence, what a token is, and how many are hidden."""
 
-    seq_len: int = Field(ge=1, description="Tokens a sequence: the most context the model sees.", examples=[128])
-    tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="How text becomes tokens.")
-    packing: Literal["concat", "best_fit"] = Field(
-        default="concat",
-        description="How documents fill sequences: concat cuts one stream; best_fit splits none that fits in one.",
-    )
     masked: float = Field(default=0.15, gt=0, lt=1, description="Share of the tokens that the model has to tell.")
-
-
-def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
-    """What it reads of a stored row."""
-    return ("tokens",)
-
-
-def example(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A document of random ids, led by its end mark."""
-    tokens = rng.integers(1, config.tokenizer.vocab_size, int(rng.integers(2, 2 * config.seq_len))).astype(np.uint16)
-    tokens[0] = EOS_ID
-    return {"tokens": tokens}
-
-
-def packing(config: Config) -> int:
-    """Documents are packed to sequences of this length."""
-    return config.seq_len
 
 
 def io(config: Config) -> tuple[Tokens, MaskedLogits]:

@@ -222,8 +222,8 @@ def greedy(logits: Tensor, length: Tensor) -> list[list[int]]:
 
 
 def num_items(batch: Mapping[str, Tensor]) -> int:
-    """Letters."""
-    return int(batch["target_length"].sum())
+    """Letters of the clips that count."""
+    return int(batch["target_length"][_reachable(batch)].sum())
 
 
 def num_tokens(batch: Mapping[str, Tensor]) -> int:
@@ -287,7 +287,7 @@ def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _summed_ctc(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """An fp32 scalar. A text with more letters than its clip has moments has no probability, and adds nothing."""
+    """An fp32 scalar."""
     length = batch["target_length"].to(torch.int64)
     each = F.ctc_loss(
         logits.float().log_softmax(-1).transpose(0, 1),  # (T, B, S)
@@ -298,4 +298,15 @@ def _summed_ctc(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         reduction="none",
         zero_infinity=True,
     )
-    return torch.where(length > 0, each, 0.0).sum()
+    return torch.where((length > 0) & _reachable(batch), each, 0.0).sum()
+
+
+def _reachable(batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,) bool: whether a clip has a moment for each letter and for the blank between two that are alike.
+
+    Else CTC gives its text no probability, and it can be neither learned nor judged.
+    """
+    letters, length = batch["target"], batch["target_length"]
+    place = torch.arange(1, letters.shape[1], device=letters.device)
+    twice = (letters[:, 1:] == letters[:, :-1]) & (place < length.unsqueeze(1))
+    return length + twice.sum(1) <= batch["features_length"]
