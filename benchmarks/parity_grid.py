@@ -85,7 +85,8 @@ def page(columns: list[tuple[str, int]], lines: list[str], reasons: dict[str, in
         [
             "# Sharded alike",
             "",
-            f"`python benchmarks/parity_grid.py`, {datetime.date.today()}, commit {commit}, on a CPU. A cell trains",
+            f"`{' '.join(['python benchmarks/parity_grid.py', *sys.argv[1:]])}`, {datetime.date.today()},",
+            f"commit {commit}, on a CPU. A cell trains",
             f"{STEPS} steps of three micro-batches, once by the engine at that ZeRO stage, precision and number of",
             "workers, once by a plain PyTorch loop in one process: the model in that precision; gradients, optimizer",
             "and masters in fp32; no update where the scaler of fp16 took it back. It shows the largest difference of",

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_recipe_commands(commands, command)
     _add_run_commands(commands, command)
+    _add_checkpoint_commands(commands, command)
     _add_data_commands(commands, command)
     doctor = command(commands, "doctor", "doctor:doctor", "check this machine: packages, devices, Ray, MLflow, disk")
     _add_store(doctor)
@@ -148,6 +149,27 @@ def _add_run_commands(commands: Any, command: Any) -> None:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     export = command(commands, "export", "inference:export", "write a checkpoint's weights as a Hugging Face folder")
+    _add_export(export)
+
+
+def _add_checkpoint_commands(commands: Any, command: Any) -> None:
+    ckpt = commands.add_parser("ckpt", help="list, verify, prune, export checkpoints").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    _add_run(command(ckpt, "ls", "checkpoints:ls", "list a run's checkpoints: size, workers, stage, evaluation"))
+    verify = command(ckpt, "verify", "checkpoints:verify", "read every byte against its digest; names what is damaged")
+    _add_run(verify, "RUN, for all of its checkpoints, or RUN@STEP")
+    prune = command(ckpt, "prune", "checkpoints:prune", "delete older checkpoints of a run that is not running")
+    _add_run(prune)
+    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="the newest good ones to keep")
+    prune.add_argument(
+        "--every", type=_positive, metavar="STEPS", help="keep those after a multiple of so many as well"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
+    _add_export(command(ckpt, "export", "inference:export", "as `shardyard export`"))
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
     _add_run(export, "RUN or RUN@STEP")
     export.add_argument("folder", help="folder to write; it must not exist yet")
 

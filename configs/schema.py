@@ -150,6 +150,16 @@ def _checked_interval(value: Any) -> Any:
     return value
 
 
+class KeepBestConfig(Section):
+    """Checkpoints that stay because their evaluation was good."""
+
+    metric: str = Field(
+        default="loss", min_length=1, description="What is compared: loss, accuracy, ... of the validation split."
+    )
+    goal: Literal["min", "max"] = Field(default="min", description="Whether less or more of it is better.")
+    count: int = Field(default=1, ge=1, description="How many stay, besides the newest.")
+
+
 class CheckpointConfig(Section):
     """Saving so that the run can go on."""
 
@@ -157,6 +167,12 @@ class CheckpointConfig(Section):
         default=100, description="Steps between checkpoints, or a time: 90s, 10m, 2h, 1h30m."
     )
     keep: int | None = Field(default=3, ge=1, description="Newest checkpoints kept; null keeps all.")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="Checkpoints after a multiple of so many steps stay as well; null: none do."
+    )
+    keep_best: KeepBestConfig | None = Field(
+        default=None, description="The best of those that were evaluated at their own step stay as well; null: none do."
+    )
 
     @property
     def interval(self) -> Interval:

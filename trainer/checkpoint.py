@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from configs.errors import ShardyardError, TimedOut, UsageError
+from configs.schema import CheckpointConfig
 from data_pipelines.local_files import sync_folder
 from data_pipelines.storage import Store
 from trainer import engine_state
@@ -62,7 +63,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointReader",
     "Checkpointer",
+    "Retention",
     "find",
+    "folder_name",
     "load",
     "load_weights",
     "newest",
@@ -138,12 +141,12 @@ class Checkpointer:
     Every rank makes one, and calls save() at the same steps. The host buffer that snapshots are copied to is kept: this
     rank's share of masters and optimizer state (12 bytes a parameter for Adam, over world_size).
 
-    keep: how many good checkpoints stay, None for all. record: None writes no events.
+    keep: which checkpoints stay. record: None writes no events.
     last_error: why the latest finished save failed; None if it did not.
     """
 
     def __init__(
-        self, store: Store, world: World, keep: int | None, progress: Progress, record: RunRecord | None = None
+        self, store: Store, world: World, keep: CheckpointConfig, progress: Progress, record: RunRecord | None = None
     ) -> None:
         self._store = store
         self._world = world
@@ -165,13 +168,11 @@ class Checkpointer:
         data_state: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         *,
-        protected: int | None = None,
         wait: bool = False,
     ) -> None:
         """Copy the state after `step` completed steps, and start to write it. Waits for the save before it, if any.
 
-        data_state, extra: plain values for the manifest, as its "data" and as keys of their own. protected: a step
-        whose checkpoint stays, however many there are.
+        data_state, extra: plain values for the manifest, as its "data" and as keys of their own.
         """
         self.wait()
         started = time.perf_counter()
@@ -183,7 +184,6 @@ class Checkpointer:
             tensors=tensors,
             ranges=ranges,
             header=self._header(step, engine, data_state, extra) if self._world.rank == 0 else {},
-            protected=protected,
             stall_s=time.perf_counter() - started,
         )
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -280,7 +280,7 @@ class Checkpointer:
             raise
         try:
             delete_unlisted(folder, manifest)
-            self._retention.apply(snapshot.protected)
+            self._retention.apply()
         except ShardyardError as error:
             _log.warning("Old checkpoints were not deleted: %s", error)
         return sum(entry["size"] for entry in manifest["files"])

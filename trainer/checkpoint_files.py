@@ -19,6 +19,8 @@ manifest.json: {
     scalars:    {optimizer, kinds, optimizer_scalars, loss_scaler; where there are: other_kinds ({name: kinds}),
                 ema ({num_updates})},
     data:       position in the data (examples_seen, fingerprint, exceptions),
+    evaluation: {metric: value} of an evaluation after this step; where there was one
+    early_stopping: {metric, best, best_step, waited}; where the run may end early
     run, attempt, config, ...                                 # what the run adds
 }
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import Damaged, NotFound, ShardyardError
+from configs.schema import CheckpointConfig, KeepBestConfig
 from data_pipelines.storage import Store
 from trainer.checkpoint_files import MANIFEST, CheckpointReader, is_later_save, read_manifest
 
@@ -136,30 +138,56 @@ def delete_unlisted(folder: Store, manifest: Mapping[str, Any]) -> None:
 
 
 class Retention:
-    """Keeps the newest `keep` checkpoints that verify (None: all), and deletes those older than them.
+    """Deletes the checkpoints that nothing keeps: those older than the newest `keep` that verify, less those that
+    `keep_every` and `keep_best` name, and that with which early stopping would end.
 
     Each is verified once: every byte on a local disk, sizes in a remote store. A damaged one does not count, and goes
     when it is older than `keep` good ones, so the last good one is never deleted.
     """
 
-    def __init__(self, checkpoints: Store, keep: int | None) -> None:
-        assert keep is None or keep >= 1
+    def __init__(self, checkpoints: Store, rule: CheckpointConfig) -> None:
         self._checkpoints = checkpoints
-        self._keep = keep
+        self._rule = rule
         self._good: set[str] = set()  # sha256 of manifests
 
-    def apply(self, protected: int | None = None) -> None:
-        """Delete what may go. protected: a step whose checkpoint stays, and is not counted."""
-        if self._keep is None:
-            return
-        num_good = 0
+    def apply(self) -> list[int]:
+        """Delete what may go. Returns the steps that went."""
+        going = self.going()
+        for step in going:
+            delete_checkpoint(self._checkpoints, step)
+        return going
+
+    def going(self) -> list[int]:
+        """Steps whose checkpoints nothing keeps, newest first."""
+        if self._rule.keep is None:
+            return []
+        good: list[int] = []
+        older = []
         for step in saved_steps(self._checkpoints):
-            if step == protected and num_good >= self._keep:
-                continue
-            if num_good >= self._keep:
-                delete_checkpoint(self._checkpoints, step)
+            if len(good) >= self._rule.keep:
+                older.append(step)
             elif self._is_good(step):
-                num_good += 1
+                good.append(step)
+        if not older:
+            return []
+        every = self._rule.keep_every
+        kept = {step for step in older if every is not None and step % every == 0}
+        kept.add(self._manifest(good[0]).get("early_stopping", {}).get("best_step"))
+        if self._rule.keep_best is not None:
+            kept |= self._best(self._rule.keep_best)
+        return [step for step in older if step not in kept]
+
+    def _best(self, rule: KeepBestConfig) -> set[int]:
+        values = {}
+        for step in saved_steps(self._checkpoints):
+            with contextlib.suppress(ShardyardError):  # damaged: it is no best one
+                found = self._manifest(step).get("evaluation", {})
+                if rule.metric in found:
+                    values[step] = found[rule.metric] if rule.goal == "min" else -found[rule.metric]
+        return set(sorted(values, key=lambda step: (values[step], step))[: rule.count])
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        return read_manifest(self._checkpoints.child(folder_name(step)))
 
     def _is_good(self, step: int) -> bool:
         try:

@@ -55,11 +55,12 @@ def train(session: Session, stop: threading.Event) -> Outcome:
         refuse_divergence(done, stats)
         if due(done, config.tracking.every) or last or stopping:
             session.log_metrics(done, meter.read(stats, lr))
+        evaluation: dict[str, float] = {}
         if early is not None and (due(done, config.evaluation.every) or last):
             progress.phase = "evaluation"
-            metrics = evaluate(session, config.evaluation.examples)
-            session.log_metrics(done, metrics)
-            best = early.add(done, of_rank_0(early.value_in(metrics)))
+            evaluation = evaluate(session, config.evaluation.examples)
+            session.log_metrics(done, evaluation)
+            best = early.add(done, of_rank_0(early.value_in(evaluation)))
             ends_early = early.ended
             last = last or ends_early
             save_due = save_due or best
@@ -67,10 +68,11 @@ def train(session: Session, stop: threading.Event) -> Outcome:
                 session.return_to_best(done)
         if last or (early is None and due(done, config.evaluation.every)):
             progress.phase = "evaluation"
-            session.log_metrics(done, evaluate(session, None if last else config.evaluation.examples))
+            evaluation = evaluate(session, None if last else config.evaluation.examples)
+            session.log_metrics(done, evaluation)
         if save_due or stopping or last:
             progress.phase = "checkpoint"
-            session.save(done)
+            session.save(done, evaluation)
             saves.saved()
         if stopping and not last:
             session.wait_until_saved(done)

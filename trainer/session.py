@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from configs.errors import Damaged, NotFound, PeerFailed, RunFailed, UsageError
@@ -139,15 +141,19 @@ class Session:
         """Where the run stands after `step` completed steps."""
         return Position(step, self.examples_seen(step), self.loader.exceptions)
 
-    def save(self, step: int) -> None:
-        """Start saving a checkpoint after `step` completed steps; it is written behind the next ones."""
+    def save(self, step: int, evaluation: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Start saving a checkpoint after `step` completed steps; it is written behind the next ones.
+
+        evaluation: metrics of the validation split after that step, if they were measured.
+        """
         tokenizer = self.data.datasets[0].tokenizer
         extra: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer.to_json()}
-        best = None
+        finite = {name: value for name, value in evaluation.items() if math.isfinite(value)}
+        if finite:
+            extra["evaluation"] = {name.removeprefix("validation/"): value for name, value in finite.items()}
         if self.early_stopping is not None:
             extra["early_stopping"] = self.early_stopping.state()
-            best = self.early_stopping.best_step or None
-        self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra, protected=best)
+        self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra)
 
     def return_to_best(self, step: int) -> None:
         """After `step` completed steps give the engine the state of the best evaluation; the data's position stays.
@@ -225,7 +231,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         model = plan.model if reader is not None or config.warm_start is None else _warmed(record, plan, world)
         engine = Engine(model, config, world, progress)
         checkpoints = record.store.child("checkpoints")
-        checkpointer = Checkpointer(checkpoints, world, config.checkpoint.keep, progress, record)
+        checkpointer = Checkpointer(checkpoints, world, config.checkpoint, progress, record)
         stack.callback(checkpointer.close)
         progress.phase = "restore"
         start = _restore(record, reader, engine, data)

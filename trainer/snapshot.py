@@ -20,8 +20,7 @@ class Snapshot:
     """What one save writes.
 
     tensors: by tensor_key, on the CPU. ranges: {name: [[start, stop], ...]} of what they hold. header: the manifest's
-    other fields, on rank 0. protected: the step of another checkpoint that must stay. stall_s: how long training waited
-    for the copy.
+    other fields, on rank 0. stall_s: how long training waited for the copy.
     """
 
     step: int
@@ -29,7 +28,6 @@ class Snapshot:
     tensors: dict[str, Tensor]
     ranges: Ranges
     header: dict[str, Any]
-    protected: int | None
     stall_s: float
 
 

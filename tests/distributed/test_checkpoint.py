@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.schema import RunConfig
+from configs.schema import CheckpointConfig, RunConfig
 from data_pipelines.storage import Store
 from tests.distributed.language_batches import rank_micro_batches
 from tests.distributed.test_parity import Case, task
@@ -160,7 +160,7 @@ def differences(left: dict[str, Tensor], right: dict[str, Tensor], *, skip: tupl
 
 
 def make_checkpointer(folder: str, world: Any) -> Checkpointer:
-    return Checkpointer(Store(folder), world, None, Progress())
+    return Checkpointer(Store(folder), world, CheckpointConfig(keep=None), Progress())
 
 
 # --- the same stage and world size: as if never stopped

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from configs.schema import CheckpointConfig
 from data_pipelines.storage import Store
 from tests.distributed.language_batches import rank_micro_batches
 from tests.distributed.small_runs import Case, task
@@ -71,7 +72,7 @@ def average_worker(world: Any, folder: str, cases: list[Case]) -> list[dict[str,
         with engine.inference():
             shown = full_weights(engine)
         dtype = next(iter(shown.values())).dtype
-        saver = Checkpointer(Store(f"{folder}/{number}"), world, None, Progress())
+        saver = Checkpointer(Store(f"{folder}/{number}"), world, CheckpointConfig(keep=None), Progress())
         saver.save(5, engine, {}, wait=True)
         torch.distributed.barrier()
         after = [step(engine, each).loss for each in (5, 6)]

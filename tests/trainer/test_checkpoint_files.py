@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import nn
 
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from configs.schema import CheckpointConfig, KeepBestConfig
 from data_pipelines.storage import Store
 from trainer import checkpoint, engine_state, tensor_files
-from trainer.checkpoint import Checkpointer
+from trainer.checkpoint import Checkpointer, Retention
 from trainer.checkpoint_files import (
     MANIFEST,
     CheckpointReader,
@@ -99,8 +100,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "run" / "checkpoints")
 
 
-def save(store: Store, engine: Any, *steps: int, keep: int | None = None) -> Checkpointer:
-    checkpointer = Checkpointer(store, WORLD, keep, Progress())  # type: ignore[arg-type]
+def save(store: Store, engine: Any, *steps: int, keep: int | None = None, **rule: Any) -> Checkpointer:
+    checkpointer = Checkpointer(store, WORLD, CheckpointConfig(keep=keep, **rule), Progress())  # type: ignore[arg-type]
     for step in steps:
         checkpointer.save(step, engine, {"examples_seen": step * 8}, wait=True)
         assert checkpointer.last_error is None
@@ -168,7 +169,7 @@ def test_a_snapshot_is_not_changed_by_training_on(store: Store) -> None:
     engine = make_engine()
     train(engine, range(2))
     saved = state(engine)
-    checkpointer = Checkpointer(store, WORLD, None, Progress())  # type: ignore[arg-type]
+    checkpointer = Checkpointer(store, WORLD, CheckpointConfig(keep=None), Progress())  # type: ignore[arg-type]
     checkpointer.save(2, engine, {})
     train(engine, range(2, 6))
     checkpointer.close()
@@ -462,7 +463,7 @@ def test_events_reach_the_record(store: Store) -> None:
         event=lambda kind, **fields: events.append((kind, fields)),
         flush=lambda: flushed.append(files(store)),
     )
-    checkpointer = Checkpointer(store, WORLD, None, Progress(), record)  # type: ignore[arg-type]
+    checkpointer = Checkpointer(store, WORLD, CheckpointConfig(keep=None), Progress(), record)  # type: ignore[arg-type]
     checkpointer.save(1, make_engine(), {"examples_seen": 8}, {"tokenizer": "{}"}, wait=True)
     # A run that is killed now goes on from here, so the metrics of the steps before must be on disk first.
     assert len(flushed) == 1 and f"step-00000001/{MANIFEST}" not in flushed[0]
@@ -483,6 +484,27 @@ def test_retention_counts_only_what_verifies(store: Store) -> None:
     assert checkpoint.saved_steps(store) == [4, 3, 2]  # 3 is damaged, so 2 is the second good one
     save(store, engine, 5, keep=2)
     assert checkpoint.saved_steps(store) == [5, 4]
+
+
+def test_retention_keeps_every_nth_the_best_and_what_is_protected(store: Store) -> None:
+    engine = make_engine()
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 9.0, 5: 2.5, 6: 2.0}
+    checkpointer = Checkpointer(
+        store,
+        WORLD,  # type: ignore[arg-type]
+        CheckpointConfig(keep=1, keep_every=4, keep_best=KeepBestConfig(metric="loss", count=2)),
+        Progress(),
+    )
+    there = []
+    for step, loss in losses.items():
+        extra = {"evaluation": {"loss": loss}} if step != 3 else {}  # 3 was saved without one
+        if step < 4:
+            extra |= {"early_stopping": {"best_step": 1}}
+        checkpointer.save(step, engine, {}, extra, wait=True)
+        there.append(checkpoint.saved_steps(store))
+    assert there == [[1], [2, 1], [3, 2, 1], [4, 2, 1], [5, 4, 2], [6, 4, 2]]
+    most = CheckpointConfig(keep=1, keep_best=KeepBestConfig(metric="loss", goal="max"))
+    assert Retention(store, most).going() == [2]
 
 
 def test_the_last_good_one_is_kept(store: Store) -> None:

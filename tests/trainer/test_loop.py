@@ -57,7 +57,7 @@ class FakeSession:
     def log_pictures(self, step: int) -> None:
         self.done.append(("pictures", step))
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, evaluation: dict[str, float]) -> None:
         self.done.append(("save", step))
 
     def wait_until_saved(self, step: int) -> None:
