@@ -125,6 +125,32 @@ def _one_beginning(weights: str, checkpoint: str) -> str:
     )
 
 
+def _exact_is_shown(determinism: str, precision: str, offload: bool, gpus: int, name: str) -> str | None:
+    if determinism != "exact":
+        return None
+    if precision == "fp16":
+        return (
+            "determinism=exact with precision=fp16: the loss scale follows overflows, which depend on the cluster. "
+            "Use precision=bf16 or fp32."
+        )
+    if offload:
+        return (
+            "determinism=exact with zero.offload_optimizer=true is not shown to give the same bits. "
+            "Use zero.offload_optimizer=false, or determinism=cluster."
+        )
+    if gpus:
+        return (
+            "determinism=exact with resources.gpus_per_worker=1: kernels of GPUs are not shown to give the same bits. "
+            "Use CPUs, or determinism=cluster."
+        )
+    if name not in ("adamw", "adam", "sgd"):
+        return (
+            f"determinism=exact with optimizer.name={name}: its last bits show where ZeRO cuts. Use adamw, adam or "
+            "sgd, or determinism=cluster."
+        )
+    return None
+
+
 def _early_stopping_has_evaluations(patience: int, every: int | None) -> str | None:
     if every is not None:
         return None
@@ -146,4 +172,8 @@ RULES = (
     Rule(("optimizer.name", "zero.stage"), _muon_sees_whole_matrices),
     Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
     Rule(("early_stopping.patience", "evaluation.every"), _early_stopping_has_evaluations),
+    Rule(
+        ("determinism", "precision", "zero.offload_optimizer", "resources.gpus_per_worker", "optimizer.name"),
+        _exact_is_shown,
+    ),
 )

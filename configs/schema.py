@@ -260,6 +260,10 @@ class RunConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Number format of the forward and backward passes; master weights are fp32."
     )
+    determinism: Literal["cluster", "exact"] = Field(
+        default="cluster",
+        description="cluster: the same bits on the same cluster; exact: at any ZeRO stage and number of workers.",
+    )
     zero: ZeroConfig = Field(default=ZeroConfig(), description="What ZeRO divides among the workers.")
     resources: ResourcesConfig = Field(default=ResourcesConfig(), description="What the run asks of the cluster.")
     evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="Measuring on the validation split.")

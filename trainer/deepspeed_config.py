@@ -14,9 +14,10 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int, *,
 
     train_micro_batch_size_per_gpu, gradient_accumulation_steps: ours; the last only says when a step is complete, since
         losses arrive divided by the global count of items.
-    gradient_allreduce_op: the ranks' gradients are summed, for the same reason. Stage 3 knows only the mean: there the
-        loss is multiplied by the world size (trainer/engine.py).
-    gradient_clipping: stage 0 clips in fp32 without telling the norm, so there the engine does it.
+    gradient_allreduce_op: the ranks' gradients are summed, for the same reason. Stage 3 knows only the mean, which
+        trainer/engine.py undoes.
+    gradient_clipping: stage 0 clips in fp32 without telling the norm, so there the engine does it; also in exact mode,
+        since DeepSpeed's norm depends on how parameters are cut.
     data_types, communication_data_type: micro-batches and ranks are added in fp32. By default bf16 is added in bf16.
     zero_allow_untested_optimizer: torch's SGD and RMSprop are right, but not on DeepSpeed's list.
     zero_force_ds_cpu_optimizer: offloading works with torch's optimizers; DeepSpeed's own needs a compiler.
@@ -27,7 +28,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int, *,
     check_grad_overflow: a NaN never reaches the weights in bf16 either.
     timers.throughput: waits for the device twice a micro-batch.
     """
-    stage = config.zero.stage
+    stage, exact = config.zero.stage, config.determinism == "exact"
     bucket = min(LARGEST_BUCKET, num_parameters + num_parameters % 2)  # must be even
     zero: dict[str, Any] = {
         "stage": stage,
@@ -43,7 +44,7 @@ def deepspeed_config(config: RunConfig, world_size: int, num_parameters: int, *,
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation(world_size),
-        "gradient_clipping": (config.optimizer.clip_grad_norm or 0.0) if stage > 0 else 0.0,
+        "gradient_clipping": (config.optimizer.clip_grad_norm or 0.0) if stage > 0 and not exact else 0.0,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,

@@ -25,7 +25,8 @@ from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
 from trainer.distributed import World, all_gather_json, all_sum
-from trainer.engine_layout import parts_of
+from trainer.engine_layout import gradients_of, parts_of
+from trainer.exact import ExactGradients, add_nodes
 from trainer.initialization import materialize
 from trainer.parts.batch_norm import RunningStatistics
 from trainer.progress import Progress
@@ -64,7 +65,7 @@ class Engine:
     """A model with its optimizer, as one of `world.size` workers.
 
     module: the model. deepspeed: DeepSpeed's engine around it. zero_stage: what ZeRO divides. average: of the weights
-    over the steps, where the config asks for it.
+    over the steps, exact: what makes gradients' sums exact, where the config asks for them.
 
     Initial weights depend on the seed and each parameter's name alone. At ZeRO-3 they are cut module by module as
     they are made, so that no process ever holds the whole.
@@ -106,10 +107,28 @@ class Engine:
                 partition=partition if self.zero_stage == 3 else None,
             )
             tables = optimizers.tables(self.module)
-            optimizer = optimizers.build(config.optimizer, self.module.named_parameters(), shapes, tables)
+            optimizer = optimizers.build(
+                config.optimizer,
+                self.module.named_parameters(),
+                shapes,
+                tables,
+                exact=config.determinism == "exact",
+            )
             self.deepspeed = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)[0]
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else WeightAverage([part.flat for part in parts_of(self)], decay)
+        self.exact: ExactGradients | None = None
+        if config.determinism == "exact":
+            if world.size > 4 * config.num_micro_batches:
+                raise UsageError(
+                    f"determinism=exact: {world.size} workers are more than four for each of the "
+                    f"{config.num_micro_batches} micro-batches of a step. Use fewer, or set a smaller "
+                    "batch.micro_batch_size."
+                )
+            self.exact = ExactGradients(self.module, config.num_micro_batches, world.size)
+            if self.zero_stage < 3:
+                add_nodes(self.module)
+        self._num_parameters = num_parameters
         self._statistics = RunningStatistics(self.module)
         self._uploads = Uploads(world.device)
 
@@ -121,7 +140,7 @@ class Engine:
         The result is that of one process running all global micro-batches: the gradient of sum(losses) / number of
         valid items over all ranks. Every rank calls it with as many micro-batches; idle ones contribute exactly zero.
         """
-        engine, progress = self.deepspeed, self._progress
+        progress = self._progress
         for each in micro_batches:
             task.check(each.tensors)
         batches = [replace(each, tensors=task.idle(each.tensors)) if each.idle else each for each in micro_batches]
@@ -129,33 +148,18 @@ class Engine:
         weight = sum(task.total_weight(each.tensors) for each in batches)
         items = sum(task.num_items(each.tensors) for each in batches)
         counts = _Sum([weight, items, tokens, *votes], torch.device("cpu"))
-        for group in engine.optimizer.param_groups:
+        for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        forward_s = backward_s = 0.0
-        started = time.perf_counter()
-        for number, (batch, tensors) in enumerate(self._uploads.each(batches), start=1):
-            progress.phase = "forward"
-            seed_forward(self.config.seed, step, batch.index)
-            loss = task.loss(engine, tensors)
-            loss_sum += loss.detach()
-            if not batch.idle:
-                self._statistics.add(batch.index)
-            forward_done = time.perf_counter()
-            progress.phase = "backward"
-            self._backward(loss, counts.wait()[0])
-            backward_done = time.perf_counter()
-            if number < len(batches):
-                engine.step()  # not yet an update: counts the micro-batch
-            forward_s += forward_done - started
-            backward_s += backward_done - forward_done
-            started = time.perf_counter()
+        loss_sum, forward_s, backward_s = self._forward_backward(task, batches, counts, step)
+        while self.exact is not None and not self.exact.settle():  # once more with larger quanta: rarely, and once
+            self._drop_gradients()
+            loss_sum, *_ = self._forward_backward(task, batches, counts, step)
         progress.phase = "optimizer"
         started = time.perf_counter()
         loss_total = _Sum(loss_sum, self.world.device)
         self._statistics.fold(self.config.num_micro_batches)
         grad_norm = self._update()
-        skipped = self.config.precision == "fp16" and not engine.was_step_applied()
+        skipped = self.config.precision == "fp16" and not self.deepspeed.was_step_applied()
         if self.average is not None and _finite(grad_norm) and not skipped:
             self.average.update()
         weight, num_items, num_tokens, *ayes = counts.wait()
@@ -218,18 +222,40 @@ class Engine:
             with torch.no_grad():
                 engine_state.publish(self)
 
-    def _backward(self, loss: Tensor, weight: float) -> None:
-        """Add this micro-batch's gradients of its part of the global mean. weight: of all items; 0 if none counts."""
-        weight = weight or 1.0
-        if self.zero_stage == 3 and self.world.size > 1:  # its mean over the ranks cannot be turned off
-            loss = loss * (self.world.size / weight)
-        else:
-            loss = loss / weight
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+    def _forward_backward(
+        self, task: BoundTask, batches: Sequence[MicroBatch], counts: _Sum, step: int
+    ) -> tuple[Tensor, float, float]:
+        """All micro-batches of the step: the sum of their losses, seconds forward and seconds backward.
+
+        counts: the first of them is the weight of all items; 0 where none counts.
+        """
+        engine, progress = self.deepspeed, self._progress
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        forward_s = backward_s = 0.0
+        started = time.perf_counter()
+        for number, (batch, tensors) in enumerate(self._uploads.each(batches), start=1):
+            progress.phase = "forward"
+            seed_forward(self.config.seed, step, batch.index)
+            loss = task.loss(engine, tensors)
+            loss_sum += loss.detach()
+            if not batch.idle:
+                self._statistics.add(batch.index)
+            forward_done = time.perf_counter()
+            progress.phase = "backward"
+            engine.backward(loss / (counts.wait()[0] or 1.0), scale_wrt_gas=False)
+            backward_done = time.perf_counter()
+            if number < len(batches):
+                engine.step()  # not yet an update: counts the micro-batch
+            forward_s += forward_done - started
+            backward_s += backward_done - forward_done
+            started = time.perf_counter()
+        return loss_sum, forward_s, backward_s
 
     def _update(self) -> float:
         """Clip and update; returns the global gradient norm before clipping. Non-finite gradients leave the weights."""
         engine = self.deepspeed
+        if self.exact is not None:
+            return self._update_exactly(self.exact)
         if self.zero_stage > 0:
             engine.step()
             return float(engine.get_global_grad_norm())
@@ -237,14 +263,40 @@ class Engine:
         norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
         grad_norm = norm.item()
         if not _finite(grad_norm):
-            engine.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient
-            engine.step()
+            self._drop_gradients()
             return float("inf")
         clip = self.config.optimizer.clip_grad_norm
         if clip is not None and grad_norm > clip:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         engine.step()
         return grad_norm
+
+    def _update_exactly(self, exact: ExactGradients) -> float:
+        gradients = gradients_of(self)
+        norm = exact.norm(gradients, self._num_parameters, replicated=self.zero_stage == 0)
+        if not _finite(norm):
+            self._drop_gradients()
+            return float("inf")
+        clip = self.config.optimizer.clip_grad_norm
+        if clip is not None and norm > clip:
+            for gradient in gradients:
+                gradient.mul_(clip / norm)
+        self.deepspeed.step()
+        return norm
+
+    def _drop_gradients(self) -> None:
+        """End the step without an update."""
+        if self.zero_stage == 0:
+            self.deepspeed.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient
+        gradients = gradients_of(self)
+        for gradient in gradients:
+            gradient.fill_(float("inf"))  # DeepSpeed takes such a step back, and warns of it
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.ERROR)
+        self.deepspeed.step()
+        logger.setLevel(logging.WARNING)
+        for gradient in gradients:
+            gradient.zero_()  # stage 3 uses them again, and writes no padding
 
     def _evaluated(self, task: BoundTask, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """Those that an evaluation runs: the idle ones where it has no other, and where weights are gathered."""
@@ -270,6 +322,27 @@ class _Sum:
         return self._values
 
 
+def _sum_in_stage_3() -> None:
+    """Have stage 3 sum the ranks' gradients, as the others do: it divides by their number before it adds them.
+
+    So they are multiplied by it first. Exact sums (trainer/exact.py) stay so, since they have bits to spare.
+    """
+    from deepspeed.runtime.zero import stage3
+
+    divided = stage3.reduce_scatter_coalesced
+    if getattr(divided, "sums", False):
+        return
+
+    def summed(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+        for tensor in tensors:
+            tensor.mul_(dist.get_world_size(group))
+        found: list[Tensor] = divided(tensors, group)
+        return found
+
+    summed.sums = True  # type: ignore[attr-defined]
+    stage3.reduce_scatter_coalesced = summed
+
+
 def _finite(value: float) -> bool:
     return value - value == 0
 
@@ -284,6 +357,7 @@ def _import_deepspeed() -> ModuleType:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
+    _sum_in_stage_3()
     # Renamed in torch 2.13; one warning for each collective.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")

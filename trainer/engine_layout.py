@@ -110,6 +110,19 @@ def _stage_3_range(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(length, parameter.ds_numel - start))
 
 
+def gradients_of(engine: Engine) -> list[Tensor]:
+    """What this rank holds of the reduced gradients, fp32, between the last backward pass and the update.
+
+    At stage 0 all of them; above that its share, with zeros where a share is padded.
+    """
+    zero = engine.deepspeed.optimizer
+    if isinstance(zero, torch.optim.Optimizer):
+        return [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):
+        return list(zero.fp32_groups_gradient_flat_partition)
+    return [gradient for group in zero.averaged_gradients.values() for gradient in group]
+
+
 def share(offset: int, numel: int, total: int, rank: int, size: int) -> tuple[int, int]:
     """[start, stop) of a tensor lying at `offset` of `total` replicated elements that falls in this rank's share."""
     first, last = total * rank // size, total * (rank + 1) // size

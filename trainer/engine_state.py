@@ -102,7 +102,8 @@ def scalars(engine: Engine) -> dict[str, Any]:
 
     kinds: of a parameter's state. other_kinds: by name, of those parameters that have other kinds and no scalars, which
     only stage 0 has (Muon's matrices); elsewhere every element is treated alike.
-    ema: how often the average of the weights was updated, where there is one.
+    ema: how often the average of the weights was updated, where there is one. exact: exponents of the gradients' quanta
+    (trainer/exact.py), in exact mode.
     The optimizer's `step` differs from the run's after an fp16 overflow; before its first step `kinds` is empty.
     """
     optimizer, parts = _torch_optimizer(engine), parts_of(engine)
@@ -125,6 +126,7 @@ def scalars(engine: Engine) -> dict[str, Any]:
         "optimizer_scalars": values,
         **({"other_kinds": other_kinds} if other_kinds else {}),
         **({} if engine.average is None else {"ema": {"num_updates": engine.average.num_updates}}),
+        **({} if engine.exact is None else {"exact": dict(engine.exact.exponents)}),
         "loss_scaler": _read_scaler(engine),
     }
 
@@ -155,6 +157,8 @@ def restore(engine: Engine, read: Read, scalars: dict[str, Any]) -> None:
             for part in parts_of(engine):
                 _write(engine.average.of(part.flat), part, read(part.name, "ema", part.start, part.start + part.numel))
             engine.average.num_updates = scalars["ema"]["num_updates"]
+    if engine.exact is not None:
+        engine.exact.exponents.update(scalars.get("exact", {}))
     zero = engine.deepspeed.optimizer
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False  # DeepSpeed's links point to the state before the load

@@ -104,7 +104,9 @@ def make_engine(world: Any, cell: Cell, seed: int = 0) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    return SimpleNamespace(deepspeed=engine, module=engine.module, world=world, zero_stage=cell.stage, average=None)
+    return SimpleNamespace(
+        deepspeed=engine, module=engine.module, world=world, zero_stage=cell.stage, average=None, exact=None
+    )
 
 
 def train(engine: Any, steps: range, *, same_data: bool = False) -> list[float]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from configs.schema import OptimizerConfig
+from trainer.optimizers import plain
 from trainer.optimizers.adagrad import Adagrad
 from trainer.optimizers.muon import MuonWithAdamW
 
@@ -24,8 +25,12 @@ def build(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     shapes: Mapping[str, torch.Size],
     tables: Collection[str] = (),
+    *,
+    exact: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters.
+
+    exact: one whose bits do not show where ZeRO cuts (trainer/optimizers/plain.py).
 
     shapes: full shape by name; that of a parameter itself is empty once ZeRO-3 has cut it.
     tables: names of embeddings and heads, which Muon leaves to AdamW.
@@ -45,7 +50,11 @@ def build(
         )
     groups = parameter_groups(config, named_parameters, shapes)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum or 0.0, nesterov=config.nesterov, weight_decay=decay)
+        rule_of_sgd = plain.SGD if exact else torch.optim.SGD
+        return rule_of_sgd(groups, lr=lr, momentum=momentum or 0.0, nesterov=config.nesterov, weight_decay=decay)
+    if exact:
+        plain_rule = plain.AdamW if config.name == "adamw" else plain.Adam
+        return plain_rule(groups, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay)
     if config.name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=lr, eps=config.eps, momentum=momentum or 0.0, weight_decay=decay)
     if config.name == "adagrad":

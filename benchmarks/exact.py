@@ -1,0 +1,169 @@
+"""What exact mode costs: the step of determinism=exact beside that of determinism=cluster.
+
+    python benchmarks/exact.py [--rounds 8] [--steps 10] [--out benchmarks/results]
+
+Both engines live in one process (one worker, one thread) and take turns, some steps each; the ratio is that of their
+medians, of all steps. Models and batches are those of a recipe's size, rows are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from configs.plugins import find_plugin  # noqa: E402
+from configs.schema import RunConfig  # noqa: E402
+from data_pipelines.loader import MicroBatch  # noqa: E402
+from tests.configs.minimal import minimal  # noqa: E402
+from tests.contract.examples import batch_of, example_rows  # noqa: E402
+from trainer.bound import BoundModel, BoundTask  # noqa: E402
+
+LANGUAGE = {"seq_len": 256, "tokenizer": {"name": "bpe", "vocab_size": 4096}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batch; the optimizer is AdamW."""
+
+    name: str
+    task: tuple[str, dict[str, Any]]
+    model: tuple[str, dict[str, Any]]
+    examples: int
+    micro_batch: int
+
+
+CASES = (
+    Case(
+        "GPT, 4.2 M parameters, 8 x 256 tokens",
+        ("language_modeling", LANGUAGE),
+        ("gpt", {"num_layers": 4, "hidden_size": 256, "num_heads": 8}),
+        8,
+        4,
+    ),
+    Case(
+        "LSTM, 2.1 M parameters, 8 x 256 tokens",
+        ("language_modeling", LANGUAGE),
+        ("lstm", {"num_layers": 2, "hidden_size": 256}),
+        8,
+        4,
+    ),
+    Case(
+        "CNN, 0.7 M parameters, 64 images of 32 x 32",
+        ("image_classification", {"num_classes": 10, "image_size": 32}),
+        ("cnn", {"blocks": (2, 2, 2), "width": 32}),
+        64,
+        32,
+    ),
+)
+
+
+def main() -> int:
+    """Measure all cases and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+
+    from trainer.distributed import init_world
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        world = init_world(0, 1, 0, f"file://{folder}/meet", use_gpu=False, threads=1, timeout_s=60)
+        rows = [
+            measured(case, stage, world, arguments.rounds, arguments.steps)
+            for case in CASES
+            for stage in arguments.stages
+        ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "exact.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (arguments.out / "exact.md").write_text(page(rows))
+    return 0
+
+
+def measured(case: Case, stage: int, world: Any, rounds: int, steps: int) -> dict[str, Any]:
+    """Seconds a step of both modes, in turns."""
+    from trainer.engine import Engine
+
+    task_module, model_module = find_plugin("trainer.tasks", case.task[0]), find_plugin("trainer.models", case.model[0])
+    task = BoundTask(task_module, task_module.Config.model_validate(case.task[1]))
+    model = BoundModel(model_module, model_module.Config(**case.model[1]), *task.io())
+    lines = example_rows(task, case.examples)
+    batches = [
+        MicroBatch(number, False, np.arange(case.micro_batch), batch_of(task, lines[start : start + case.micro_batch]))
+        for number, start in enumerate(range(0, case.examples, case.micro_batch))
+    ]
+    engines, seconds = {}, dict[str, list[float]]()
+    for mode in ("cluster", "exact"):
+        config = RunConfig.model_validate(
+            minimal(
+                batch={"global_batch_size": case.examples, "micro_batch_size": case.micro_batch},
+                zero={"stage": stage},
+                determinism=mode,
+                optimizer={"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+            )
+        )
+        engines[mode], seconds[mode] = Engine(model, config, world), []
+    step = 0
+    for round_ in range(rounds + 1):
+        order = ["cluster", "exact"] if round_ % 2 else ["exact", "cluster"]
+        for mode in order:
+            for number in range(steps):
+                started = time.perf_counter()
+                engines[mode].train_step(task, batches, lr=1e-3, step=step + number)
+                if round_:  # the first warms up
+                    seconds[mode].append(time.perf_counter() - started)
+        step += steps
+    exact = engines["exact"].exact
+    assert exact is not None
+    medians = {mode: statistics.median(found) for mode, found in seconds.items()}
+    row = {"case": case.name, "stage": stage, "seconds": seconds, "medians": medians}
+    row |= {"ratio": medians["exact"] / medians["cluster"], "repeats": exact.repeats, "steps": step}
+    print(f"{case.name}, stage {stage}: {row['ratio']:.3f}, {exact.repeats} of {step} steps repeated", flush=True)
+    return row
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """benchmarks/results/exact.md."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return "\n".join(
+        [
+            "# What exact mode costs",
+            "",
+            f"`{' '.join(['python benchmarks/exact.py', *sys.argv[1:]])}`, {datetime.date.today()}, commit {commit},",
+            "one worker, one thread of a CPU, fp32, AdamW; medians of the steps of both, in turns.",
+            "",
+            "| | stage | cluster, ms a step | exact, ms a step | ratio | steps repeated |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {row['case']} | {row['stage']} | {1e3 * row['medians']['cluster']:.1f} | "
+                f"{1e3 * row['medians']['exact']:.1f} | {row['ratio']:.3f} | {row['repeats']} of {row['steps']} |"
+                for row in rows
+            ),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
