@@ -188,7 +188,7 @@ def test_what_it_copies_is_mixed_with_what_it_generates() -> None:
             p_gen = float(given["gate"][row, step].sigmoid())
             expected = p_gen * given["head"][row, step].softmax(0)
             for place in range(int(length[row])):
-                weight = float(cache.layers[1].weights[row, :, step, place].mean())
+                weight = float(cache.layers[1].weights[row, 0, step, place])
                 expected[source[row, place]] += (1 - p_gen) * weight
             torch.testing.assert_close(output[row, step].exp(), expected, atol=1e-6, rtol=1e-5)
             torch.testing.assert_close(output[row, step].softmax(0), expected, atol=1e-6, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_mixtures_and_their_gradients_stay_finite(gate: float, dtype: torch.dtyp
     attention = torch.tensor([[[1.0, 0.0, 0.0]]], requires_grad=True)
     mixed = seq2seq.mixture(logits, gates, attention, torch.tensor([[3, 1, 1]]))
     assert mixed.dtype == torch.float32 and mixed.isfinite().all()
-    assert mixed.exp().sum().item() == pytest.approx(1)
+    assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-3)  # what fp32 resolves of 1e4
     assert mixed.argmax() == (3 if gate < 0 else 2)
     mixed.sum().backward()
     for each in (logits, gates, attention):

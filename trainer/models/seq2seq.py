@@ -3,8 +3,8 @@
 Sources: Vaswani et al. 2017 (Transformer: sinusoidal positions, ReLU, embeddings times sqrt(C)); Press & Wolf 2017 (one
 matrix for both embeddings and the output); Xiong et al. 2020 (each branch normalised before it, which trains without a
 long warmup). No biases. With `copies` each id is either generated or copied from the source (See et al. 2017,
-https://arxiv.org/abs/1704.04368): p = p_gen softmax(logits) + (1 - p_gen) (what the last decoder layer's attention to
-the source, a mean over heads, gives to each id of it).
+https://arxiv.org/abs/1704.04368): p = p_gen softmax(logits) + (1 - p_gen) copied. An id is copied with the weight that
+one head of the last decoder layer's attention to the source gives to it; the other heads may look elsewhere.
 
 Shapes: B = batch, S = positions read, T = positions written, V = vocabulary, C = hidden size, H = heads, D = C / H,
 F = intermediate size, E and L = layers of the encoder and the decoder.
@@ -255,7 +255,7 @@ class Seq2Seq(nn.Module):
             return self.head(x)
         weights = cache.layers[-1].weights
         assert weights is not None
-        return mixture(self.head(x), self.gate(x), weights.mean(1), source)
+        return mixture(self.head(x), self.gate(x), weights[:, 0], source)
 
     def _read(self, source: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C), and what is added to scores: (B, 1, 1, S), -inf for padding."""
@@ -276,12 +276,16 @@ def mixture(logits: Tensor, gate: Tensor, attention: Tensor, source: Tensor) -> 
     """log(p_gen softmax(logits) + (1 - p_gen) copied) in fp32, p_gen = sigmoid(gate): (B, T, V).
 
     logits (B, T, V); gate (B, T, 1); attention (B, T, S) fp32, which sums to 1; source (B, S) the ids it is to.
+    Only ids of the source have more than what is generated, so little else is as large as the logits.
     """
     gate = gate.float()
-    generated = logits.float().log_softmax(2) + F.logsigmoid(gate)
-    places = source.unsqueeze(1).expand_as(attention)
-    copied = torch.zeros_like(generated).scatter_add(2, places, attention * torch.sigmoid(-gate))
-    return torch.logaddexp(generated, copied.clamp(min=torch.finfo(torch.float32).tiny).log())  # no log of 0
+    generated = logits.float().log_softmax(2) + F.logsigmoid(gate)  # (B, T, V)
+    first = (source.unsqueeze(2) == source.unsqueeze(1)).int().argmax(2)  # (B, S), where each id stands first
+    copied = torch.zeros_like(attention).scatter_add(2, first.unsqueeze(1).expand_as(attention), attention)
+    ids = source.unsqueeze(1).expand_as(attention)
+    log_copied = copied.clamp(min=torch.finfo(torch.float32).tiny).log() + F.logsigmoid(-gate)  # (B, T, S)
+    gain = F.softplus(log_copied - generated.gather(2, ids))  # log(1 + copied / generated)
+    return generated.scatter_add(2, ids, gain.masked_fill(copied == 0, 0.0))
 
 
 def build(config: Config, input: TokenPair, output: Logits) -> Seq2Seq:
