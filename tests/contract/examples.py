@@ -66,28 +66,37 @@ def example_model(module: ModuleType, input: Any, output: Any) -> Section | None
 
 @dataclass(frozen=True)
 class Case:
-    """A model file with an input that it accepts and an output that it gives."""
+    """A model file with an input that it accepts and an output that it gives; setting: one beside the example's."""
 
     name: str
     input: Any
     output: Any
+    setting: tuple[str, Any] | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}-{type(self.input).__name__}-{type(self.output).__name__}"
+        setting = "" if self.setting is None else "-{}={}".format(*self.setting)
+        return f"{self.name}-{type(self.input).__name__}-{type(self.output).__name__}{setting}"
 
 
 def example_models() -> list[Case]:
-    """Every pair of input and output of every model."""
+    """Every pair of input and output of every model; once more with each example of a setting that has a default."""
     cases = []
     for name in MODELS:
         module = find_plugin("trainer.models", name)
         given = [shape for shape in INPUTS if isinstance(shape, module.ACCEPTS)]
         wanted = [shape for shape in OUTPUTS if isinstance(shape, module.GIVES)]
+        settings = [
+            (key, value)
+            for key, field in module.Config.model_fields.items()
+            if not field.is_required()
+            for value in field.examples or ()
+        ]
         cases += [
-            Case(name, input, output)
+            Case(name, input, output, setting)
             for input in given
             for output in wanted
             if example_model(module, input, output) is not None
+            for setting in (None, *settings)
         ]
     return cases
 
@@ -141,6 +150,8 @@ def bound_model(case: Case) -> BoundModel:
     module = find_plugin("trainer.models", case.name)
     config = example_model(module, case.input, case.output)
     assert config is not None
+    if case.setting is not None:
+        config = module.Config(**(config.model_dump() | dict([case.setting])))
     return BoundModel(module, config, case.input, case.output)
 
 

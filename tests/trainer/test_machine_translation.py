@@ -64,6 +64,19 @@ def test_what_is_too_long_is_cut_but_not_the_reference() -> None:
     assert evaluation["reference"].tolist() == [[EOS_ID, *long]]
 
 
+def test_a_share_of_the_texts_is_copied_in_training() -> None:
+    pair = row([1, 2], [3, 4, 5])
+    sources = {}
+    for training in (True, False):
+        prepare = bound(copied_share=0.25).preparation([], training=training)
+        assert prepare is not None
+        rng = np.random.default_rng(0)
+        prepared = [prepare(pair, rng) for _ in range(400)]
+        sources[training] = sum(each["source"].tolist() == pair["target"].tolist() for each in prepared)
+        assert all(each["target"].tolist() == [*pair["target"], EOS_ID] for each in prepared)
+    assert 70 < sources[True] < 130 and not sources[False]
+
+
 def test_predictions_are_texts_and_their_references() -> None:
     tokenizer = train_tokenizer(TOKENIZER, [])
     texts = [("ab", "naïve text"), ("c", "x")]
@@ -144,6 +157,8 @@ def test_weights_cut_over_ranks_translate_as_whole_ones(tmp_path: Path) -> None:
     for stage in (1, 3):
         config = shrunk("machine_translation-seq2seq-small", tmp_path / str(stage)) | {"zero": {"stage": stage}}
         config["task"]["seq_len"] = config["data"]["task"]["seq_len"] = 12
+        config["optimizer"]["name"] = "adamw"  # muon takes whole matrices alone
+        config["model"]["copies"] = True
         record = train(config, world_size=2)
         found.append({key: value for key, value in record.stitched()[-1].items() if key.startswith("validation/")})
         assert [path.name for path in (tmp_path / str(stage)).rglob("*.png")]

@@ -9,6 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from tests.contract.examples import built
+from trainer.bound import BoundModel
 from trainer.initialization import materialize
 from trainer.models import seq2seq
 from trainer.parts.beam_search import beam_search, penalty
@@ -97,14 +99,18 @@ def _counterpart(part: str, module: str, leaf: str) -> str:
     return f"{attention}.out_proj.weight" if leaf == "output.weight" else f"{attention}.{leaf.removesuffix('.weight')}"
 
 
+both = pytest.mark.parametrize("copies", [False, True])
+
+
 def test_it_computes_what_torchs_own_transformer_does() -> None:
     model = small()
     with torch.no_grad():
         torch.testing.assert_close(model(*inputs()), plain(model, *inputs()), atol=1e-4, rtol=1e-4)
 
 
-def test_no_position_sees_what_follows_it_and_none_sees_padding() -> None:
-    model = small()
+@both
+def test_no_position_sees_what_follows_it_and_none_sees_padding(copies: bool) -> None:
+    model = small(copies=copies)
     source, length, target = inputs()
     with torch.no_grad():
         output = model(source, length, target)
@@ -122,8 +128,9 @@ def test_no_position_sees_what_follows_it_and_none_sees_padding() -> None:
         assert (model(read, length, target) - output).abs().amax(2).min() > 1e-4  # every position reads the source
 
 
-def test_written_step_by_step_it_gives_the_same_logits() -> None:
-    model = small()
+@both
+def test_written_step_by_step_it_gives_the_same_logits(copies: bool) -> None:
+    model = small(copies=copies)
     source, length, target = inputs()
     cache = model.new_cache()
     with torch.no_grad():
@@ -138,13 +145,14 @@ def test_written_step_by_step_it_gives_the_same_logits() -> None:
     torch.testing.assert_close(after[:, 0], whole[order, 4], atol=1e-4, rtol=1e-4)
 
 
-def test_the_weights_of_its_attention_are_those_it_uses() -> None:
-    model = small()
+@both
+def test_the_weights_of_its_attention_are_those_it_uses(copies: bool) -> None:
+    model = small(copies=copies)
     source, length, target = inputs()
     with torch.no_grad():
         cache = model.new_cache(keeps_weights=True)
         output = model(source, length, target, cache=cache)
-        assert torch.equal(output, model(source, length, target))
+        torch.testing.assert_close(output, model(source, length, target), atol=1e-5, rtol=1e-4)
         seen = [layer.weights for layer in cache.layers]
         assert [each.shape for each in seen] == [(3, 4, 9, 9)] * 2
         for weights in seen:
@@ -157,6 +165,76 @@ def test_the_weights_of_its_attention_are_those_it_uses() -> None:
         handle.remove()
     mixed = (seen[0] @ cache.layers[0].read[1]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(taken[0], mixed, atol=1e-5, rtol=1e-4)
+
+
+# --- copying
+
+
+def test_what_it_copies_is_mixed_with_what_it_generates() -> None:
+    """Position by position, id by id (See et al. 2017, equation 9)."""
+    model = small(copies=True)
+    source, length, target = inputs()
+    source[:, 3] = source[:, 1]  # an id that stands there twice counts twice
+    given: dict[str, Tensor] = {}
+    for name in ("head", "gate"):
+        module = getattr(model, name)
+        module.register_forward_hook(lambda _, __, output, name=name: given.update({name: output}))
+    with torch.no_grad():
+        cache = model.new_cache()
+        output = model(source, length, target, cache=cache)
+    assert cache.layers[0].weights is None and cache.layers[1].weights is not None
+    for row in range(3):
+        for step in range(9):
+            p_gen = float(given["gate"][row, step].sigmoid())
+            expected = p_gen * given["head"][row, step].softmax(0)
+            for place in range(int(length[row])):
+                weight = float(cache.layers[1].weights[row, 0, step, place])
+                expected[source[row, place]] += (1 - p_gen) * weight
+            torch.testing.assert_close(output[row, step].exp(), expected, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(output[row, step].softmax(0), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", [-200.0, 0.0, 200.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixtures_and_their_gradients_stay_finite(gate: float, dtype: torch.dtype) -> None:
+    """Also where an id is neither generated nor copied by any probability that fp32 can hold."""
+    logits = torch.tensor([[[0.0, -1e4, 1e4, 3.0]]], dtype=dtype, requires_grad=True)
+    gates = torch.full((1, 1, 1), gate, dtype=dtype, requires_grad=True)
+    attention = torch.tensor([[[1.0, 0.0, 0.0]]], requires_grad=True)
+    mixed = seq2seq.mixture(logits, gates, attention, torch.tensor([[3, 1, 1]]))
+    assert mixed.dtype == torch.float32 and mixed.isfinite().all()
+    assert mixed.exp().sum().item() == pytest.approx(1, abs=1e-3)  # what fp32 resolves of 1e4
+    assert mixed.argmax() == (3 if gate < 0 else 2)
+    mixed.sum().backward()
+    for each in (logits, gates, attention):
+        assert each.grad is not None and each.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_copies_with_weights_of_16_bits(dtype: torch.dtype) -> None:
+    model = small(copies=True)
+    with torch.no_grad():
+        whole = model(*inputs())
+        torch.testing.assert_close(model.to(dtype)(*inputs()).exp(), whole.exp(), atol=0.05, rtol=0)
+
+
+def test_it_learns_to_copy_from_fewer_texts() -> None:
+    """Texts of random ids, to be written as they are read."""
+    losses = {}
+    for copies in (False, True):
+        config = seq2seq.Config(encoder_layers=1, decoder_layers=1, hidden_size=32, num_heads=2, copies=copies)
+        model = built(BoundModel(seq2seq, config, TokenPair(VOCAB, SEQ_LEN), Logits(VOCAB)))
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            text = torch.randint(1, VOCAB, (32, 6), generator=generator)
+            before = nn.functional.pad(text[:, :-1], (1, 0), value=EOS)
+            loss = nn.functional.cross_entropy(model(text, torch.full((32,), 6), before).flatten(0, 1), text.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[copies] = loss.item()
+    assert losses[True] < 0.1 * losses[False], losses
 
 
 # --- beam search
@@ -211,8 +289,9 @@ def test_with_enough_beams_it_finds_the_best_of_all_sequences(seed: int) -> None
     assert tuple(found) == expected
 
 
-def test_one_beam_takes_the_likeliest_id_each_time_as_without_a_cache() -> None:
-    model = small()
+@both
+def test_one_beam_takes_the_likeliest_id_each_time_as_without_a_cache(copies: bool) -> None:
+    model = small(copies=copies)
     source, length, _ = inputs()
     found = beam_search(model, source, length, beam_size=1, eos_id=EOS)
     for number, ids in enumerate(found):
@@ -228,9 +307,10 @@ def test_one_beam_takes_the_likeliest_id_each_time_as_without_a_cache() -> None:
         assert ids == written
 
 
+@both
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_translation_does_not_depend_on_the_others_of_its_batch(beams: int) -> None:
-    model = small(seed=3)
+def test_a_translation_does_not_depend_on_the_others_of_its_batch(beams: int, copies: bool) -> None:
+    model = small(seed=3, copies=copies)
     source, length, _ = inputs()
     together = beam_search(model, source, length, beam_size=beams, eos_id=EOS)
     for number, ids in enumerate(together):

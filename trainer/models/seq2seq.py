@@ -2,7 +2,9 @@
 
 Sources: Vaswani et al. 2017 (Transformer: sinusoidal positions, ReLU, embeddings times sqrt(C)); Press & Wolf 2017 (one
 matrix for both embeddings and the output); Xiong et al. 2020 (each branch normalised before it, which trains without a
-long warmup). No biases.
+long warmup). No biases. With `copies` each id is either generated or copied from the source (See et al. 2017,
+https://arxiv.org/abs/1704.04368): p = p_gen softmax(logits) + (1 - p_gen) copied. An id is copied with the weight that
+one head of the last decoder layer's attention to the source gives to it; the other heads may look elsewhere.
 
 Shapes: B = batch, S = positions read, T = positions written, V = vocabulary, C = hidden size, H = heads, D = C / H,
 F = intermediate size, E and L = layers of the encoder and the decoder.
@@ -38,6 +40,11 @@ class Config(Section):
     )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Share of values dropped from the embeddings and from each branch."
+    )
+    copies: bool = Field(
+        default=False,
+        description="Ids of the source may also be copied to where the decoder looks at them.",
+        examples=[True],
     )
     norm_eps: float = Field(default=1e-5, gt=0, description="Added to the variance in LayerNorm.")
 
@@ -135,8 +142,10 @@ class Attention(nn.Module):
         q, (k, v) = self._split(self.query(x)), keys_and_values
         if kept is not None and kept.keeps_weights:
             scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
-            kept.weights = (scores if mask is None else scores + mask).softmax(3)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
+            kept.weights = (scores if mask is None else scores + mask).softmax(3, dtype=torch.float32)
+            y = kept.weights.to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # (B, H, T, D)
         return self.output(y.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -219,13 +228,16 @@ class Seq2Seq(nn.Module):
         self.decoder_norm = norm(config)
         self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
+        self.gate = nn.Linear(config.hidden_size, 1) if config.copies else None
 
     def new_cache(self, *, keeps_weights: bool = False) -> Cache:
         """An empty one; with keeps_weights each layer's `weights` are those of its attention to the source."""
-        return Cache([LayerCache(keeps_weights) for _ in self.decoder])
+        cache = Cache([LayerCache(keeps_weights) for _ in self.decoder])
+        cache.layers[-1].keeps_weights |= self.gate is not None
+        return cache
 
     def forward(self, source: Tensor, source_length: Tensor, target: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) of what follows each position of target.
+        """Logits (B, T, V) of what follows each position of target; where it copies, log-probabilities in fp32.
 
         source: (B, S) int64; source_length: (B,); target: (B, T) int64; S and T at most seq_len.
         cache: with it target is only what follows what was written before, and the source is read at the first call.
@@ -238,7 +250,12 @@ class Seq2Seq(nn.Module):
         cache.length += target.shape[1]
         for block, kept in zip(self.decoder, cache.layers, strict=True):
             x = block(x, memory, cache.mask, kept)
-        return self.head(self.decoder_norm(x))
+        x = self.decoder_norm(x)
+        if self.gate is None:
+            return self.head(x)
+        weights = cache.layers[-1].weights
+        assert weights is not None
+        return mixture(self.head(x), self.gate(x), weights[:, 0], source)
 
     def _read(self, source: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, C), and what is added to scores: (B, 1, 1, S), -inf for padding."""
@@ -255,6 +272,22 @@ class Seq2Seq(nn.Module):
         return self.dropout(x + self.positions(start, start + tokens.shape[1]).to(x.dtype))
 
 
+def mixture(logits: Tensor, gate: Tensor, attention: Tensor, source: Tensor) -> Tensor:
+    """log(p_gen softmax(logits) + (1 - p_gen) copied) in fp32, p_gen = sigmoid(gate): (B, T, V).
+
+    logits (B, T, V); gate (B, T, 1); attention (B, T, S) fp32, which sums to 1; source (B, S) the ids it is to.
+    Only ids of the source have more than what is generated, so little else is as large as the logits.
+    """
+    gate = gate.float()
+    generated = logits.float().log_softmax(2) + F.logsigmoid(gate)  # (B, T, V)
+    first = (source.unsqueeze(2) == source.unsqueeze(1)).int().argmax(2)  # (B, S), where each id stands first
+    copied = torch.zeros_like(attention).scatter_add(2, first.unsqueeze(1).expand_as(attention), attention)
+    ids = source.unsqueeze(1).expand_as(attention)
+    log_copied = copied.clamp(min=torch.finfo(torch.float32).tiny).log() + F.logsigmoid(-gate)  # (B, T, S)
+    gain = F.softplus(log_copied - generated.gather(2, ids))  # log(1 + copied / generated)
+    return generated.scatter_add(2, ids, gain.masked_fill(copied == 0, 0.0))
+
+
 def build(config: Config, input: TokenPair, output: Logits) -> Seq2Seq:
     """A model that reads and writes sequences of up to `input.seq_len`."""
     assert input.vocab_size == output.size, "it writes the ids that it reads"
@@ -264,10 +297,12 @@ def build(config: Config, input: TokenPair, output: Logits) -> Seq2Seq:
 def init_parameter(config: Config, name: str, tensor: Tensor, generator: torch.Generator) -> None:
     """Norms 1; the embedding normal with std C^-0.5, so that what enters, and the logits, have unit variance.
 
-    Matrices uniform with the variance 2 / (rows + columns) (Glorot & Bengio 2010).
+    Matrices uniform with the variance 2 / (rows + columns) (Glorot & Bengio 2010). The gate's bias 0: p_gen is a half.
     """
     if "norm" in name:
         tensor.fill_(1.0)
+    elif name == "gate.bias":
+        tensor.zero_()
     elif name in ("embedding.weight", "head.weight"):
         tensor.normal_(0.0, config.hidden_size**-0.5, generator=generator)
     else:
@@ -280,7 +315,8 @@ def num_parameters(config: Config, input: TokenPair, output: Logits) -> int:  # 
     width, attention, mlp = config.hidden_size, 4 * config.hidden_size**2, 2 * config.hidden_size * config.mlp_size
     encoder = config.encoder_layers * (attention + mlp + 2 * width)
     decoder = config.decoder_layers * (2 * attention + mlp + 3 * width)
-    return input.vocab_size * width + encoder + decoder + 2 * width
+    gate = width + 1 if config.copies else 0
+    return input.vocab_size * width + encoder + decoder + 2 * width + gate
 
 
 def flops_per_example(config: Config, input: TokenPair, output: Logits) -> float:
@@ -292,4 +328,5 @@ def flops_per_example(config: Config, input: TokenPair, output: Logits) -> float
     attention = 4 * width**2 + 2 * length * width  # a position's, with its scores and the sum over values
     mlp = 2 * width * config.mlp_size
     layers = config.encoder_layers * (attention + mlp) + config.decoder_layers * (2 * attention + mlp)
-    return 3.0 * 2.0 * length * (layers + output.size * width)
+    gate = width if config.copies else 0
+    return 3.0 * 2.0 * length * (layers + output.size * width + gate)

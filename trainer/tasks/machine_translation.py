@@ -46,6 +46,12 @@ class Config(Section):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Share of a label's probability that is spread over all ids, in training."
     )
+    copied_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of examples, in training, that read the text they shall write instead of its source.",
+    )
     beam_size: int = Field(default=1, ge=1, description="Beginnings kept while translating; 1 is greedy.")
 
 
@@ -86,10 +92,17 @@ def preparation(
     *,
     training: bool,
 ) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, np.ndarray]]:
-    """The target ended, both cut to what the model takes; beside them, where it is evaluated, the whole target."""
+    """The target ended, both cut to what the model takes; beside them, where it is evaluated, the whole target.
 
-    def prepare(row: Mapping[str, Any], _: np.random.Generator) -> dict[str, np.ndarray]:
+    In training copied_share of the sources are their targets (Currey et al. 2017): where to look is learned sooner, and
+    the language that is written from more.
+    """
+    copied_share = config.copied_share if training else 0.0
+
+    def prepare(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
         source, target = np.asarray(row["source"]), np.asarray(row["target"])
+        if copied_share and rng.random() < copied_share:
+            source = target
         ended = np.append(target, target.dtype.type(EOS_ID))
         prepared = {"source": source[: config.seq_len], "target": ended[: config.seq_len + 1]}
         return prepared if training else prepared | {"reference": target}
