@@ -62,7 +62,12 @@ def make_engine(seed: int = 0, optimizer: str = "AdamW") -> Any:
     options = {"lr": 0.05} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     torch_optimizer = getattr(torch.optim, optimizer)(trained, **options)
     return SimpleNamespace(
-        module=module, world=WORLD, zero_stage=0, average=None, deepspeed=SimpleNamespace(optimizer=torch_optimizer)
+        module=module,
+        world=WORLD,
+        zero_stage=0,
+        average=None,
+        exact=None,
+        deepspeed=SimpleNamespace(optimizer=torch_optimizer),
     )
 
 
