@@ -30,8 +30,7 @@ class WeightAverage:
         """Take in the masters as they are after an update."""
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
         for flat, average in self._pairs.values():
-            # Two roundings, not one: a fused kernel's last bit would show where in its tensor an element lies.
-            average.mul_(decay).add_(flat * (1 - decay))
+            average.lerp_(flat, 1 - decay)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ import pytest
 from cluster import train
 from configs.errors import UsageError
 from data_pipelines.storage import Store
+from tests.trainer.attempts import launched
 from trainer.record import RunRecord
 
 pytestmark = pytest.mark.ray
@@ -105,6 +106,15 @@ def test_a_run_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     again = train(config, body="tests.cluster.bodies:steps")
     assert again.wait()["outcome"] == "finished"
     assert "finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_ended_early_tells_its_own_last_step(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    record = launched(config)
+    record.event("finished", step=7)
+    record.close()
+    result = train(config, body="tests.cluster.bodies:steps").wait()
+    assert (result["outcome"], result["step"]) == ("finished", 7)
 
 
 def test_the_first_interrupt_saves_and_the_command_to_resume_is_named(tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ def test_retention_keeps_every_nth_the_best_and_what_is_protected(store: Store) 
     checkpointer = Checkpointer(
         store,
         WORLD,  # type: ignore[arg-type]
-        CheckpointConfig(keep=1, keep_every=4, keep_best=KeepBestConfig(metric="loss", count=2)),
+        CheckpointConfig(keep=1, keep_every=4, keep_best=KeepBestConfig(metric="loss")),
         Progress(),
     )
     there = []
@@ -507,7 +507,7 @@ def test_retention_keeps_every_nth_the_best_and_what_is_protected(store: Store) 
             extra |= {"early_stopping": {"best_step": 1}}
         checkpointer.save(step, engine, {}, extra, wait=True)
         there.append(checkpoint.saved_steps(store))
-    assert there == [[1], [2, 1], [3, 2, 1], [4, 2, 1], [5, 4, 2], [6, 4, 2]]
+    assert there == [[1], [2, 1], [3, 2, 1], [4, 2], [5, 4, 2], [6, 4, 2]]
     most = CheckpointConfig(keep=1, keep_best=KeepBestConfig(metric="loss", goal="max"))
     assert Retention(store, most).going() == [2]
 

@@ -24,6 +24,7 @@ from trainer.huggingface import export_own
 from trainer.inference import load_model
 from trainer.initialization import materialize
 from trainer.models import hf
+from trainer.parts.batch_norm import RunningStatistics
 from trainer.record import RunRecord
 from trainer.shapes import ClassLogits, Image, Logits, MaskedLogits, Tokens
 from trainer.validate import validate
@@ -171,6 +172,7 @@ def test_first_values_are_the_library_s_own() -> None:
     [
         ("llama", SMALL, "LlamaForCausalLM"),
         ("bert", SMALL, "BertForMaskedLM"),
+        ("roberta", SMALL, "RobertaForMaskedLM"),
         ("vit", SMALL | {"patch_size": 4}, "ViTForImageClassification"),
         (
             "resnet",
@@ -186,11 +188,11 @@ def test_warm_started_it_computes_what_the_library_does(
 
     is_image = architecture in ("vit", "resnet")
     input: Any = Image(3, 16, 16) if is_image else TEXT
-    output: Any = ClassLogits(5) if is_image else (MaskedLogits if architecture == "bert" else Logits)(VOCAB)
+    output: Any = ClassLogits(5) if is_image else (Logits if architecture == "llama" else MaskedLogits)(VOCAB)
     sizes: dict[str, Any] = (
         {"num_channels": 3, "num_labels": 5} | ({"image_size": 16} if architecture == "vit" else {})
         if is_image
-        else {"vocab_size": VOCAB, "max_position_embeddings": LENGTH}
+        else {"vocab_size": VOCAB, "max_position_embeddings": LENGTH + 2 * (architecture == "roberta")}
     )
     torch.manual_seed(0)
     own = transformers.AutoConfig.for_model(architecture, **settings, **sizes)
@@ -207,6 +209,19 @@ def test_warm_started_it_computes_what_the_library_does(
         module = filled(model)
         with torch.no_grad():
             torch.testing.assert_close(module(example), peer(example).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_running_statistics_are_moved_by_the_engine_alone() -> None:
+    """So that they do not depend on how micro-batches are spread over workers (trainer/parts/batch_norm.py)."""
+    settings = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    module = filled(bound("resnet", Image(3, 16, 16), ClassLogits(5), **settings)).train()
+    before = {name: buffer.clone() for name, buffer in module.named_buffers() if "running" in name}
+    module(torch.randn(4, 3, 16, 16) + 3)
+    assert before and all(torch.equal(module.get_buffer(name), values) for name, values in before.items())
+    statistics = RunningStatistics(module)
+    statistics.add(0)
+    statistics.fold(1)
+    assert not any(torch.equal(module.get_buffer(name), values) for name, values in before.items())
 
 
 def test_weights_below_a_head_are_found_and_the_head_is_new(tmp_path: Path) -> None:

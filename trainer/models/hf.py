@@ -12,13 +12,10 @@ B = examples, T = tokens, V = vocabulary, N = outputs, S = height and width of a
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.errors import UsageError
 from configs.schema import Section
 from trainer.parts.batch_norm import BatchNorm2d
+from trainer.parts.library_config import brief, library_config
 from trainer.shapes import ClassLogits, Image, Logits, MaskedLogits, Tokens, Values
 
 ACCEPTS = (Tokens, Image)
@@ -169,7 +167,7 @@ def _built(config: Config, use: str, sizes: Mapping[str, int]) -> Any:
 
     transformers.logging.set_verbosity_error()  # it would speak of its own ways to load and to generate
     transformers.logging.disable_progress_bar()
-    own = _own_config(config, use, sizes)
+    own = library_config(config, use, sizes)
     auto: Any = getattr(transformers, CLASSES[use])
     if type(own) not in auto._model_mapping:
         some = sorted({kind.model_type for kind in auto._model_mapping})[::20]
@@ -177,9 +175,7 @@ def _built(config: Config, use: str, sizes: Mapping[str, int]) -> Any:
     try:
         model = auto.from_config(own, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, TypeError, RuntimeError, AssertionError, ImportError, AttributeError, KeyError) as error:
-        raise UsageError(
-            f"transformers cannot build {config.source}: {_brief(error)} Change model.settings."
-        ) from error
+        raise UsageError(f"transformers cannot build {config.source}: {brief(error)} Change model.settings.") from error
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _replace_batch_norm(config, model, name, module)
@@ -200,71 +196,6 @@ def _replace_batch_norm(config: Config, model: nn.Module, name: str, theirs: Any
     setattr(model.get_submodule(parent), attribute, BatchNorm2d(theirs.num_features, theirs.momentum, theirs.eps))
 
 
-# --- its config
-
-
-def _own_config(config: Config, use: str, sizes: Mapping[str, int]) -> Any:
-    """What transformers calls a config. sizes: what the task says of the architecture, where it has such a setting.
-
-    Raises:
-        UsageError: there is no such architecture, folder or setting, or a setting cannot have its value.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    described = _described(config)
-    kind = described.pop("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise UsageError(f"transformers knows no architecture '{kind}'.{_near(kind, CONFIG_MAPPING.keys())}")
-    try:
-        usual = CONFIG_MAPPING[kind]()
-        for key in config.settings:
-            if not hasattr(usual, key):
-                raise UsageError(f"{config.source} has no setting '{key}'.{_near(key, usual.to_dict())}")
-        changes = {key: value for key, value in sizes.items() if hasattr(usual, key)}
-        padding = described.get("pad_token_id", getattr(usual, "pad_token_id", None))
-        if "max_position_embeddings" in changes:
-            if config.folder is not None or "max_position_embeddings" in config.settings:
-                del changes["max_position_embeddings"]
-            elif padding:
-                changes["max_position_embeddings"] += padding + 1  # see _first_position
-        if use == "text" and padding is None:
-            changes["pad_token_id"] = 0  # as texts are padded: a decoder looks for the last token before it
-        if use != "image":
-            changes |= {"use_cache": False} if hasattr(usual, "use_cache") else {}
-        return CONFIG_MAPPING[kind].from_dict(described | changes)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"transformers refuses {config.source}: {_brief(error)} Change model.settings.") from error
-
-
-def _described(config: Config) -> dict[str, Any]:
-    """The architecture's name and settings, those of a folder below the user's own."""
-    if config.folder is None:
-        return {"model_type": config.architecture, **config.settings}
-    path = Path(config.folder) / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {_brief(error)} Check model.folder.") from error
-    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
-        raise UsageError(f"{path} names no model_type, so it describes no model. Check model.folder.")
-    if "quantization_config" in found:
-        raise UsageError(
-            f"{path} describes quantized weights, which cannot be trained. Use the model that they are of."
-        )
-    return {**found, **config.settings}
-
-
-def _near(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 3)
-    return f" Near to it: {', '.join(near)}." if near else ""
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{text[:300].rstrip('.')}."
-
-
 # --- whether it can do the task
 
 
@@ -279,7 +210,7 @@ def misfit(config: Config, input: Tokens | Image, output: Any) -> str | None:
     except UsageError as error:
         return str(error)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
-        return f"{config.source} cannot compute what the task asks: {_brief(error)} Change model.settings."
+        return f"{config.source} cannot compute what the task asks: {brief(error)} Change model.settings."
     return None
 
 

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from configs.errors import UsageError
+from configs.schema import Section
 from trainer.parts.cross_entropy import IGNORED
 
 ClassWeights = tuple[Annotated[float, Field(ge=0)], ...]
+
+
+class Classes(Section):
+    """What a task's config says of classes of which each example has one, `label` in a batch."""
+
+    num_classes: int = Field(ge=2, description="Classes; labels are 0 to num_classes - 1.", examples=[10])
+    class_weights: ClassWeights | None = Field(
+        default=None,
+        description="How often an example of each class counts in the loss, a mean by these weights; null is once.",
+    )
+
+    @model_validator(mode="after")
+    def _one_weight_a_class(self) -> Classes:
+        check_class_weights(self.class_weights, self.num_classes)
+        return self
+
+
+def total_weight(batch: Mapping[str, Tensor], config: Classes) -> float:
+    """Examples that count, each by the weight of its class."""
+    labels = batch["label"].to(torch.int64)
+    weights = weights_of(labels, config.class_weights)
+    return float((labels != IGNORED).sum() if weights is None else weights.double().sum())
 
 
 def check_class_weights(weights: ClassWeights | None, num_classes: int) -> None:

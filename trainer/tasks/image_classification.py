@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from configs.errors import RunFailed, UsageError
-from configs.schema import Section
 from data_pipelines.images import pixels_of
 from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.parts.labels import ClassWeights, check_class_weights, check_labels, weights_of
+from trainer.parts.labels import Classes, check_labels, total_weight, weights_of  # noqa: F401 - parts of the task
 from trainer.parts.pixels import check_pixels
 from trainer.shapes import ClassLogits, Image
 
@@ -32,10 +31,9 @@ if TYPE_CHECKING:
     from data_pipelines.columns import Column
 
 
-class Config(Section):
+class Config(Classes):
     """What images look like to the model, and how many classes there are."""
 
-    num_classes: int = Field(ge=2, description="Classes; labels are 0 to num_classes - 1.", examples=[10])
     image_size: int = Field(ge=8, description="Height and width that the model sees, in pixels.", examples=[32])
     channels: int = Field(default=3, ge=1, description="Values a pixel: 3 for colour, 1 for grey.")
     mean: float = Field(default=0.5, description="Taken from each value, which is between 0 and 1.")
@@ -53,15 +51,6 @@ class Config(Section):
         lt=1,
         description="Share of a label's probability spread over all classes, in training alone (Szegedy et al. 2016).",
     )
-    class_weights: ClassWeights | None = Field(
-        default=None,
-        description="How often an example of each class counts in the loss, a mean by these weights; null is once.",
-    )
-
-    @model_validator(mode="after")
-    def _one_weight_a_class(self) -> Config:
-        check_class_weights(self.class_weights, self.num_classes)
-        return self
 
 
 def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
@@ -148,12 +137,6 @@ def check(batch: Mapping[str, Tensor], config: Config) -> None:
 def num_items(batch: Mapping[str, Tensor]) -> int:
     """Images that count."""
     return int((batch["label"] != IGNORED).sum())
-
-
-def total_weight(batch: Mapping[str, Tensor], config: Config) -> float:
-    """Images that count, each by the weight of its class."""
-    weights = weights_of(batch["label"].to(torch.int64), config.class_weights)
-    return float(num_items(batch)) if weights is None else float(weights.double().sum())
 
 
 def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,31 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from configs.schema import Section
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig
 from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
-from trainer.parts.labels import ClassWeights, check_class_weights, check_labels, weights_of
+from trainer.parts.labels import Classes, check_labels, total_weight, weights_of  # noqa: F401 - parts of the task
 from trainer.shapes import ClassLogits, Tokens
 
 
-class Config(Section):
+class Config(Classes):
     """How long a text may be, what a token is, and how many classes there are."""
 
     seq_len: int = Field(ge=1, description="Tokens read of a text, its beginning.", examples=[128])
     num_classes: int = Field(default=2, ge=2, description="Classes; labels are 0 to num_classes - 1.")
     tokenizer: TokenizerConfig = Field(default=TokenizerConfig(), description="How text becomes tokens.")
-    class_weights: ClassWeights | None = Field(
-        default=None,
-        description="How often an example of each class counts in the loss, a mean by these weights; null is once.",
-    )
-
-    @model_validator(mode="after")
-    def _one_weight_a_class(self) -> Config:
-        check_class_weights(self.class_weights, self.num_classes)
-        return self
 
 
 def columns(config: Config) -> tuple[str, ...]:  # noqa: ARG001 - the signature of every task
@@ -76,12 +66,6 @@ def check(batch: Mapping[str, Tensor], config: Config) -> None:
 def num_items(batch: Mapping[str, Tensor]) -> int:
     """Texts that count."""
     return int((batch["label"] != IGNORED).sum())
-
-
-def total_weight(batch: Mapping[str, Tensor], config: Config) -> float:
-    """Texts that count, each by the weight of its class."""
-    weights = weights_of(batch["label"].to(torch.int64), config.class_weights)
-    return float(num_items(batch)) if weights is None else float(weights.double().sum())
 
 
 def num_tokens(batch: Mapping[str, Tensor]) -> int:
