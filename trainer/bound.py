@@ -92,10 +92,11 @@ class BoundTask:
         """How many terms `loss` sums."""
         return self.module.num_items(batch)
 
-    def total_weight(self, batch: Mapping[str, Tensor]) -> float:
-        """The loss's denominator: of how many items its sum is, each counted by its weight where the task has such."""
+    def items_and_weight(self, batch: Mapping[str, Tensor]) -> tuple[int, float]:
+        """num_items, and the loss's denominator: the same, or the sum of the items' weights where the task has such."""
+        items = self.num_items(batch)
         weigh = getattr(self.module, "total_weight", None)
-        return float(self.num_items(batch)) if weigh is None else weigh(batch, self.config)
+        return items, float(items) if weigh is None else weigh(batch, self.config)
 
     def num_tokens(self, batch: Mapping[str, Tensor]) -> int:
         """How many tokens the model reads in this batch, the measure of its speed; 0 for a task that has none."""

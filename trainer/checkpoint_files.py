@@ -17,7 +17,7 @@ manifest.json: {
     aliases:    {name: [other names of the same tied parameter]},
     ranges:     {name: [[index of file, start, stop], ...]}   # sorted; together every element exactly once
     scalars:    {optimizer, kinds, optimizer_scalars, loss_scaler; where there are: other_kinds ({name: kinds}),
-                ema ({num_updates})},
+                ema ({num_updates}), exact ({name: exponent})},
     data:       position in the data (examples_seen, fingerprint, exceptions),
     evaluation: {metric: value} of an evaluation after this step; where there was one
     early_stopping: {metric, best, best_step, waited}; where the run may end early

@@ -145,9 +145,8 @@ class Engine:
             task.check(each.tensors)
         batches = [replace(each, tensors=task.idle(each.tensors)) if each.idle else each for each in micro_batches]
         tokens = sum(task.num_tokens(each.tensors) for each in micro_batches if not each.idle)
-        weight = sum(task.total_weight(each.tensors) for each in batches)
-        items = sum(task.num_items(each.tensors) for each in batches)
-        counts = _Sum([weight, items, tokens, *votes], torch.device("cpu"))
+        items, weights = zip(*(task.items_and_weight(each.tensors) for each in batches), strict=True)
+        counts = _Sum([sum(weights), sum(items), tokens, *votes], torch.device("cpu"))
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         loss_sum, forward_s, backward_s = self._forward_backward(task, batches, counts, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from cluster.commands.output import run_arguments, say, table
+from cluster.commands.output import run_and_step, run_arguments, say, table
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from configs.schema import CheckpointConfig
 from data_pipelines.storage import Store
@@ -53,7 +53,7 @@ def verify(arguments: Namespace) -> list[dict[str, Any]]:
     """
     from trainer.checkpoint import saved_steps
 
-    name, step = _named(arguments.run)
+    name, step = run_and_step(arguments.run)
     checkpoints = _checkpoints(arguments.store, name)
     there = saved_steps(checkpoints)
     if step is not None and step not in there:
@@ -95,13 +95,6 @@ def prune(arguments: Namespace) -> dict[str, Any]:
     what = "would go" if arguments.dry_run else "deleted"
     say(arguments, f"{len(steps)} {what}" + (f": {', '.join(f'{step:,}' for step in sorted(steps))}" if steps else ""))
     return {"deleted": [] if arguments.dry_run else sorted(steps), "would_go": sorted(steps)}
-
-
-def _named(run: str) -> tuple[str, int | None]:
-    name, at, step = run.partition("@")
-    if at and not step.isdecimal():
-        raise UsageError(f"'{run}' names no checkpoint: after '@' stands a step, as in {name}@100.")
-    return name, int(step) if at else None
 
 
 def _checkpoints(store: str, run: str) -> Store:

@@ -7,8 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.commands.output import say
-from configs.errors import UsageError
+from cluster.commands.output import run_and_step, say
 
 if TYPE_CHECKING:
     from trainer.checkpoint_files import CheckpointReader
@@ -67,15 +66,13 @@ def find_checkpoint(source: str, store: str) -> CheckpointReader:
     """
     from trainer.record import RunRecord
 
-    name, at, step = source.partition("@")
-    if at and not step.isdecimal():
-        raise UsageError(f"'{source}' names no checkpoint: after '@' stands a step, as in {name}@100.")
+    name, step = run_and_step(source)
     checkpoints = RunRecord.open(store, name).store.child("checkpoints")
 
     from trainer import checkpoint
 
-    if not step:
+    if step is None:
         found = checkpoint.newest(checkpoints, lambda message: print(message, file=sys.stderr))
         if found is not None:
             return found[1]
-    return checkpoint.find(checkpoints, int(step) if step else None)
+    return checkpoint.find(checkpoints, step)

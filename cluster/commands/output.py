@@ -8,12 +8,22 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from configs.errors import UsageError
+
 DEFAULT_STORE = "runs"
 
 
 def run_arguments(run: str, store: str) -> str:
     """A run and its store as a command takes them, quoted for the shell."""
     return shlex.join([run, *([] if store == DEFAULT_STORE else ["--store", store])])
+
+
+def run_and_step(source: str) -> tuple[str, int | None]:
+    """What RUN or RUN@STEP names. Raises UsageError where no step stands after '@'."""
+    name, at, step = source.partition("@")
+    if at and not step.isdecimal():
+        raise UsageError(f"'{source}' names no checkpoint: after '@' stands a step, as in {name}@100.")
+    return name, int(step) if at else None
 
 
 def say(arguments: Namespace, text: str = "") -> None:
