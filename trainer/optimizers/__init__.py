@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from configs.schema import OptimizerConfig
+from trainer.optimizers import whole_vectors
 from trainer.optimizers.adagrad import Adagrad
 from trainer.optimizers.muon import MuonWithAdamW
 
@@ -54,10 +55,10 @@ def build(
         return torch.optim.RMSprop(groups, lr=lr, eps=config.eps, momentum=momentum or 0.0, weight_decay=decay)
     if config.name == "adagrad":
         return Adagrad(groups, lr=lr, eps=config.eps, weight_decay=decay)
-    rule = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    # Fused is one pass over memory, several times faster on a CPU; but an element's last bit may then show where in
-    # its tensor it lies, which ZeRO decides.
-    return rule(groups, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=not exact)
+    rules: Any = whole_vectors if exact else torch.optim
+    rule = rules.AdamW if config.name == "adamw" else rules.Adam
+    # Fused is one pass over memory, several times faster on a CPU.
+    return rule(groups, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)  # type: ignore[no-any-return]
 
 
 def tables(module: nn.Module) -> set[str]:
