@@ -1,9 +1,11 @@
-"""What exact mode costs: the step of determinism=exact beside that of determinism=cluster.
+"""What exact mode costs: the step of determinism=exact beside that of determinism=cluster, and its losses beside those.
 
     python benchmarks/exact.py [--rounds 8] [--steps 10] [--out benchmarks/results]
+    python benchmarks/exact.py --curve    # 500 steps of a recipe in both modes, three seeds each
 
 Both engines live in one process (one worker, one thread) and take turns, some steps each; the ratio is that of their
-medians, of all steps. Models and batches are those of a recipe's size, rows are made up.
+medians, of all steps. Models and batches are those of a recipe's size, rows are made up. The losses are those of
+language_modeling-gpt-tiny: means of the last 50 steps, and the validation loss at the end.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from tests.configs.minimal import minimal  # noqa: E402
 from tests.contract.examples import batch_of, example_rows  # noqa: E402
 from trainer.bound import BoundModel, BoundTask  # noqa: E402
 
+RECIPE, CURVE_STEPS, SEEDS = "language_modeling-gpt-tiny", 500, (1337, 1338, 1339)
 LANGUAGE = {"seq_len": 256, "tokenizer": {"name": "bpe", "vocab_size": 4096}}
 
 
@@ -80,8 +83,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--curve", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
+    if arguments.curve:
+        curves(arguments.out)
+        return 0
 
     from trainer.distributed import init_world
 
@@ -141,17 +148,64 @@ def measured(case: Case, stage: int, world: Any, rounds: int, steps: int) -> dic
     return row
 
 
+def curves(out: Path) -> None:
+    """Train in both modes and write the losses beside each other."""
+    from trainer.record import RunRecord
+
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in SEEDS:
+            for mode in ("cluster", "exact"):
+                settings = {"seed": seed, "steps": CURVE_STEPS, "determinism": mode, "store": f"{folder}/runs"}
+                settings |= {"name": f"{mode}-{seed}", "tracking.mlflow": "null", "resources.workers": 1}
+                command = [
+                    sys.executable,
+                    "-m",
+                    "trainer",
+                    RECIPE,
+                    *(f"{key}={value}" for key, value in settings.items()),
+                ]
+                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                rows = RunRecord.open(f"{folder}/runs", f"{mode}-{seed}").stitched()
+                losses = [row["loss"] for row in rows if "loss" in row]
+                values = {"loss": statistics.mean(losses[-50:]), "validation/loss": rows[-1]["validation/loss"]}
+                for name, value in values.items():
+                    found.setdefault(name, {}).setdefault(mode, []).append(value)
+                print(seed, mode, values, flush=True)
+    lines = [
+        "# The losses of exact mode",
+        "",
+        f"`python benchmarks/exact.py --curve`, {datetime.date.today()}, commit {_commit()}:",
+        f"`{RECIPE}`, {CURVE_STEPS} steps, seeds {', '.join(map(str, SEEDS))}, one worker on a CPU.",
+        "",
+        "| | ordinary, by seed | exact, by seed | most between seeds | most between modes | within the seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in found.items():
+        plain, exact = values["cluster"], values["exact"]
+        between = max(abs(ours - theirs) for ours, theirs in zip(exact, plain, strict=True))
+        shown = [", ".join(f"{value:.4f}" for value in each) for each in (plain, exact)]
+        spread = max(plain) - min(plain)
+        middle = min(plain) <= statistics.median(exact) <= max(plain)
+        lines.append(
+            f"| {name} | {shown[0]} | {shown[1]} | {spread:.4f} | {between:.4f} | {'yes' if middle else 'no'} |"
+        )
+    (out / "exact_curve.md").write_text("\n".join([*lines, ""]))
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """benchmarks/results/exact.md."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     return "\n".join(
         [
             "# What exact mode costs",
             "",
-            f"`{' '.join(['python benchmarks/exact.py', *sys.argv[1:]])}`, {datetime.date.today()}, commit {commit},",
-            "one worker, one thread of a CPU, fp32, AdamW; medians of the steps of both, in turns.",
+            f"`{' '.join(['python benchmarks/exact.py', *sys.argv[1:]])}`, {datetime.date.today()},",
+            f"commit {_commit()}, one worker, one thread of a CPU, fp32, AdamW; medians of the steps of both, in turns.",
             "",
             "| | stage | cluster, ms a step | exact, ms a step | ratio | steps repeated |",
             "|---|---|---|---|---|---|",

@@ -101,7 +101,7 @@ def slots(config: RunConfig, task: BoundTask, world: World) -> list[MicroBatch]:
 
 def digests(cells: list[Cell], world_size: int) -> dict[Cell, tuple[str, list[Any]]]:
     """Of masters, optimizer state and buffers, joined over the ranks; and losses and norms."""
-    ranks = run_workers(work, world_size, cells)
+    ranks = run_workers(work, world_size, cells, timeout_s=60.0 + 60.0 * len(cells))
     found = {}
     for number, cell in enumerate(cells):
         joined: dict[str, list[tuple[int, bytes]]] = {}
