@@ -275,7 +275,8 @@ def page(gaps: dict[str, list[float]], parts: dict[str, list[dict[str, float]]])
             "# From a killed worker to the next optimizer step",
             "",
             f"`{' '.join(['python benchmarks/recovery.py', *sys.argv[1:]])}`, {datetime.date.today()},",
-            f"commit {commit}, Ray {ray.__version__}, DeepSpeed {deepspeed.__version__}, {os.cpu_count()} CPUs, two workers, in turns.",
+            f"commit {commit}, Ray {ray.__version__}, DeepSpeed {deepspeed.__version__}, {os.cpu_count()} CPUs,",
+            "two workers, in turns.",
             "",
             "| | median, s | least to most, s | times as fast | steps repeated |",
             "|---|---|---|---|---|",
@@ -287,7 +288,7 @@ def page(gaps: dict[str, list[float]], parts: dict[str, list[dict[str, float]]])
             ),
             "",
             '"The whole actor": Ray\'s process is killed together with the training process that it forks, so that a',
-            "new one has to be started and to import. Ray Train's checkpoints are DeepSpeed's, saved as training waits.",
+            "new one has to be started and to import. Ray Train's checkpoints are DeepSpeed's; training waits.",
             "",
         ]
     )

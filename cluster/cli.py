@@ -39,9 +39,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report_error(error: Exception, arguments: argparse.Namespace) -> int:
-    """One paragraph on stderr, with -v also the traceback, with --json also an object on stdout; the exit code."""
+    """One paragraph on stderr, with -v also the traceback, with --json also an object on stdout; the exit code.
+
+    Secrets that libraries put into their errors are taken out of all three.
+    """
+    from trainer.redact import Redactor
+
+    redactor = Redactor(os.environ)
     if arguments.verbose:
-        traceback.print_exception(error)
+        print(redactor.text("".join(traceback.format_exception(error))), file=sys.stderr)
     text, exit_code = str(error), 1
     if isinstance(error, ShardyardError):
         exit_code = error.exit_code
@@ -53,10 +59,11 @@ def report_error(error: Exception, arguments: argparse.Namespace) -> int:
             f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno}). This is an error in the program, not "
             "in what you asked; -v shows all of it."
         )
+    text = redactor.text(text)
     print(f"shardyard: {text}", file=sys.stderr)
     if arguments.json:
         described = {"error": text, "kind": type(error).__name__, "exit_code": exit_code}
-        print(json.dumps(described | vars(error), default=_plain))
+        print(json.dumps(redactor.value(json.loads(json.dumps(described | vars(error), default=_plain)))))
     return exit_code
 
 

@@ -45,9 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         if outcome.outcome == "stopped":
             raise Interrupted(f"Stopped and saved after step {outcome.step}. Go on with the same command: {command}")
     except ShardyardError as error:
+        from trainer.redact import Redactor
+
+        redactor = Redactor(os.environ)  # libraries put what they were called with into their errors
         if parsed.verbose:
-            traceback.print_exception(error)
-        print(f"trainer: {error}", file=sys.stderr, flush=True)
+            print(redactor.text("".join(traceback.format_exception(error))), file=sys.stderr)
+        print(redactor.text(f"trainer: {error}"), file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:  # while the imports run: later a signal is no exception
         print("trainer: Interrupted before training began.", file=sys.stderr, flush=True)

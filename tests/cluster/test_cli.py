@@ -18,10 +18,12 @@ import pytest
 
 from cluster import embedded_ray, train
 from cluster.cli import build_parser, main, parse
+from configs.errors import RunFailed
 from configs.load import load
 from configs.schema import RunConfig
 from tests.main_process import run_main
 from tests.tiny import tiny_config, write_recipe
+from trainer.__main__ import main as trainer_main
 from trainer.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +67,26 @@ def test_help_is_instant() -> None:
     assert float(cpu.split()[1]) < 0.3
     for command in ("init", "check", "train", "runs", "logs", "generate", "export", "data", "doctor"):
         assert any(line.strip().startswith(command) for line in help_text)
+
+
+@pytest.mark.parametrize("asked", [[], ["--json"], ["-v"]])
+def test_no_secret_is_in_an_error(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries put what they were called with into their errors: a token from the environment, a password in a URL."""
+    monkeypatch.setenv("SERVICE_TOKEN", "canary-of-the-environment")
+    said = "401 for canary-of-the-environment at https://me:canary-password@host/, Authorization: Bearer canary-bearer"
+    for module, leaking in (("cluster.commands.runs.ls", main), ("trainer.__main__.train", trainer_main)):
+        failing = RunFailed(said) if leaking is trainer_main else OSError(said)
+
+        def fail(*_: Any, error: Exception = failing) -> None:
+            raise error
+
+        monkeypatch.setattr(module, fail)
+        assert leaking(["runs", "ls", *asked] if leaking is main else ["recipe", *set(asked) - {"--json"}]) == 1
+        output = capsys.readouterr()
+        assert "canary" not in output.out + output.err
+        assert "401 for [redacted] at https://[redacted]@host/" in output.err
 
 
 def test_every_command_has_a_function() -> None:
