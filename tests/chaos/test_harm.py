@@ -1,4 +1,4 @@
-"""Kill workers at random; the weights must be those of a run that nobody disturbed, bit for bit."""
+"""Harm a run at random; the weights must be those of a run that nobody disturbed, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from cluster import train
+from configs.errors import RunFailed
 from configs.load import load
 from data_pipelines.storage import Store
-from tests.chaos.killer import make_schedule, write_schedule
+from tests.chaos.harm import Harm, make_schedule, mend_shards, write_schedule
 from tests.pool import run_workers
 from trainer import checkpoint
 from trainer.distributed import World
@@ -24,7 +25,8 @@ from trainer.validate import validate
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
-STEPS, SAVE_EVERY, WORKERS, KILLS = 36, 4, 2, 3
+STEPS, SAVE_EVERY, WORKERS = 56, 4, 2
+KINDS = ["kill", "stop", "raise_error", "corrupt_newest", "full_disk", "corrupt_shard"]
 
 
 def recipe(folder: Path) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "evaluation": {"sample_tokens": 0},
         "checkpoint": {"every": SAVE_EVERY, "keep": None},
         "tracking": {"mlflow": None},
-        "recovery": {"max_restarts": KILLS},
+        "recovery": {"max_restarts": len(KINDS), "silence_s": 5.0},
     }
 
 
@@ -80,33 +82,47 @@ def state_of(store: str, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_three_kills_leave_no_trace_in_the_weights(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[int, float]]:
+    """The state and the losses of the run that nobody disturbs."""
+    settings = recipe(tmp_path_factory.mktemp("undisturbed"))
+    run_workers(undisturbed, WORKERS, settings)
+    return state_of(settings["store"], STEPS), losses(settings["store"])
+
+
+def test_no_harm_leaves_a_trace_in_the_weights(
+    request: pytest.FixtureRequest, tmp_path: Path, expected: tuple[dict[str, torch.Tensor], dict[int, float]]
+) -> None:
     first = request.config.getoption("--first-seed")
-    expected = recipe(tmp_path / "undisturbed")
-    run_workers(undisturbed, WORKERS, expected)
-    expected_state = state_of(expected["store"], STEPS)
-    expected_losses = losses(expected["store"])
     for seed in range(first, first + request.config.getoption("--schedules")):
-        folder = tmp_path / f"seed-{seed}"
-        settings = recipe(folder)
-        Path(settings["store"]).mkdir(parents=True)
-        schedule = make_schedule(seed, kills=KILLS, workers=WORKERS, steps=STEPS, save_every=SAVE_EVERY, step_s=0.05)
-        write_schedule(Path(settings["store"]), schedule)
+        settings = recipe(tmp_path / f"seed-{seed}")
+        store = Path(settings["store"])
+        store.mkdir(parents=True)
+        schedule = make_schedule(seed, KINDS, workers=WORKERS, steps=STEPS, save_every=SAVE_EVERY, step_s=0.05)
+        write_schedule(store, schedule)
         before = {child.pid for child in psutil.Process().children(recursive=True)}
 
-        run = train(settings, quiet=True, body="tests.chaos.killer:train_until_killed")
-        summary = run.wait()
+        summary = trained(settings, schedule)
 
         assert summary["outcome"] == "finished", f"seed {seed}"
-        assert summary["restarts"] == KILLS, f"seed {seed}"
-        prove_kills(settings["store"], seed)
+        prove_harms(settings["store"], schedule, seed)
         left = {child.pid for child in psutil.Process().children(recursive=True)} - before
         assert not left, f"seed {seed}: processes {left} outlive the run"
-        state = state_of(settings["store"], STEPS)
+        state, expected_state = state_of(settings["store"], STEPS), expected[0]
         assert state.keys() == expected_state.keys()
         differing = [key for key in state if not torch.equal(state[key], expected_state[key])]
         assert not differing, f"seed {seed}: {differing}"
-        assert losses(settings["store"]) == expected_losses, f"seed {seed}"
+        assert losses(settings["store"]) == expected[1], f"seed {seed}"
+
+
+def trained(settings: dict[str, Any], schedule: list[Harm]) -> dict[str, Any]:
+    """The run to its end; launched anew once its data is mended, where a harm makes it unreadable."""
+    body = "tests.chaos.harm:train_until_harmed"
+    if any(harm.kind == "corrupt_shard" for harm in schedule):
+        with pytest.raises(RunFailed, match=r"\.arrow.* fails its (digest|checksum)"):
+            train(settings, quiet=True, body=body).wait()
+        assert mend_shards(Path(settings["store"])) > 0
+    return train(settings, quiet=True, body=body).wait()
 
 
 def losses(store: str) -> dict[int, float]:
@@ -116,14 +132,18 @@ def losses(store: str) -> dict[int, float]:
     return curve
 
 
-def prove_kills(store: str, seed: int) -> None:
-    """Each kill fell between two steps of its attempt, and made the next attempt repeat some."""
-    record = RunRecord.open(store, "chaos")
-    starts = {event["attempt"]: event["step"] for event in record.events() if event["kind"] == "started"}
-    failures = {event["attempt"]: event for event in record.events() if event["kind"] == "failed"}
-    for attempt in range(1, KILLS + 1):
-        landed = json.loads((Path(store) / f"landed-{attempt}.json").read_text())
-        resumed_at = starts[attempt + 1]
-        assert starts[attempt] < landed["step"] < STEPS, f"seed {seed}: {landed} is not inside attempt {attempt}"
+def prove_harms(store: str, schedule: list[Harm], seed: int) -> None:
+    """Each harm fell between two steps of its attempt, made the next repeat some, and was blamed on its rank."""
+    events = RunRecord.open(store, "chaos").events()
+    starts = {event["attempt"]: event["step"] for event in events if event["kind"] == "started"}
+    failures = {event["attempt"]: event for event in events if event["kind"] == "failed"}
+    for harm in schedule:
+        landed = json.loads((Path(store) / f"landed-{harm.attempt}.json").read_text())
+        resumed_at = min(starts[attempt] for attempt in starts if attempt > harm.attempt)
+        assert starts[harm.attempt] < landed["step"] < STEPS, f"seed {seed}: {landed} is not inside its attempt"
         assert resumed_at < landed["step"], f"seed {seed}: {landed}, resumed at {resumed_at}, repeats nothing"
-        assert failures[attempt]["rank"] == landed["rank"], f"seed {seed}: {failures[attempt]} blames another rank"
+        blamed = failures[harm.attempt]
+        assert blamed["rank"] == landed["rank"], f"seed {seed}: {blamed} blames another rank than {landed}"
+        assert blamed["cause"] == {"stop": "silent", "raise_error": "raised"}.get(harm.kind, "died"), blamed
+    kinds = {event["kind"] for event in events}
+    assert {"checkpoint_damaged", "checkpoint_failed"} <= kinds, f"seed {seed}: {kinds}"

@@ -1,0 +1,167 @@
+"""A worker body that harms its own run where a schedule says, in the middle of real training."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.progress import Progress
+from trainer.worker import run_worker
+
+SCHEDULE = "schedule.json"
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What befalls `rank` in attempt `attempt`, `delay_s` after it has completed `step` steps.
+
+    kind: a function of this file. Each ends the attempt.
+    """
+
+    kind: str
+    attempt: int
+    rank: int
+    step: int
+    delay_s: float
+
+
+def make_schedule(
+    seed: int, kinds: list[str], *, workers: int, steps: int, save_every: int, step_s: float
+) -> list[Harm]:
+    """One harm of each kind, in an order of the seed's, spread over the run, each after a checkpoint to go back to.
+
+    And between two checkpoints, so that what follows has steps to repeat.
+    """
+    rng = random.Random(seed)
+    kinds = rng.sample(kinds, len(kinds))
+    part = (steps - 2 * save_every) // len(kinds)
+    schedule: list[Harm] = []
+    attempt = 1
+    for index, kind in enumerate(kinds):
+        first = 2 * save_every + index * part
+        candidates = [step for step in range(first + 1, first + part) if step % save_every not in (0, save_every - 1)]
+        rank = workers - 1 if kind == "full_disk" else rng.randrange(workers)  # rank 0 writes the record as well
+        schedule.append(Harm(kind, attempt, rank, rng.choice(candidates), rng.uniform(0, step_s)))
+        attempt += 2 if kind == "corrupt_shard" else 1  # the next one ends at once, and its launch with it
+    return schedule
+
+
+def write_schedule(store: Path, schedule: list[Harm]) -> None:
+    (store / SCHEDULE).write_text(json.dumps([asdict(harm) for harm in schedule]))
+
+
+def train_until_harmed(
+    store_uri: str, run: str, attempt: int, rank: int, progress: Progress, **rest: Any
+) -> dict[str, Any]:
+    """trainer.worker.run_worker, with a thread that carries out this rank's harm and writes down where it landed."""
+    folder = Path(store_uri)
+    for entry in json.loads((folder / SCHEDULE).read_text()):
+        harm = Harm(**entry)
+        if (harm.attempt, harm.rank) == (attempt, rank):
+            arguments = (harm, progress, folder, folder / run, threading.get_ident())
+            threading.Thread(target=_carry_out, args=arguments, daemon=True).start()
+    return run_worker(store_uri, run, attempt, rank, progress=progress, **rest)
+
+
+def _carry_out(harm: Harm, progress: Progress, folder: Path, run: Path, thread: int) -> None:
+    while progress.step < harm.step:
+        time.sleep(0.0005)
+    time.sleep(harm.delay_s)
+
+    def landed() -> None:
+        where = {**asdict(harm), "step": progress.step, "phase": progress.phase}
+        descriptor = os.open(folder / f"landed-{harm.attempt}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        os.write(descriptor, json.dumps(where).encode())
+        os.fsync(descriptor)
+
+    HARMS[harm.kind](landed, run, thread)
+
+
+def kill(landed: Callable[[], None], _run: Path, _thread: int) -> None:
+    """SIGKILL."""
+    landed()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop(landed: Callable[[], None], _run: Path, _thread: int) -> None:
+    """SIGSTOP: it answers nothing, and nothing tells that it is gone."""
+    landed()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def raise_error(landed: Callable[[], None], _run: Path, thread: int) -> None:
+    """An exception in the training thread, at whatever it does."""
+    landed()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(RuntimeError))
+
+
+def corrupt_newest(landed: Callable[[], None], run: Path, _thread: int) -> None:
+    """One bit of the newest checkpoint flips, and the worker dies."""
+    newest = max(path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").exists())
+    _flip_bits(min(newest.glob("*.safetensors")), 1)
+    landed()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full_disk(landed: Callable[[], None], run: Path, _thread: int) -> None:
+    """This worker's next save finds no room, and then it dies.
+
+    By the limit of a file's size, which the kernel enforces at the same calls as a full disk.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    events, deadline = run / "events", time.monotonic() + WAIT_S
+    while time.monotonic() < deadline and not _mentions(events, "checkpoint_failed"):
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    landed()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def corrupt_shard(landed: Callable[[], None], run: Path, _thread: int) -> None:
+    """One bit of each of the data's shards flips, and the worker dies: what starts again cannot read them."""
+    for shard in (run.parent / "datasets").rglob("*.arrow"):
+        if shard.name != "blocks.arrow":
+            shutil.copy(shard, shard.with_suffix(".whole"))
+            _flip_bits(shard, 8)
+    landed()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mend_shards(store: Path) -> int:
+    """Undo corrupt_shard; how many shards it had harmed."""
+    whole = list((store / "datasets").rglob("*.whole"))
+    for copy in whole:
+        copy.replace(copy.with_suffix(".arrow"))
+    return len(whole)
+
+
+def _flip_bits(path: Path, count: int) -> None:
+    """In place, so that a process that has the file mapped does not lose it."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        for number in range(count):
+            place = size * (2 * number + 1) // (2 * count)
+            file.seek(place)
+            (byte,) = file.read(1)
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
+
+
+def _mentions(folder: Path, kind: str) -> bool:
+    return any(f'"{kind}"' in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+
+
+HARMS = {each.__name__: each for each in (kill, stop, raise_error, corrupt_newest, full_disk, corrupt_shard)}
