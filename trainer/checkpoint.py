@@ -2,9 +2,10 @@
 
 The order of a save, and what a crash leaves at each point (durable: fsync on a local disk, a finished put elsewhere):
 
-    1. training thread, every rank: copy the rank's fragments to host memory. Training goes on.
-    2. background thread, every rank: write the tensors, make them durable; write the part that lists them, make it and
-       both names durable.                      -- a crash leaves a folder without a manifest: skipped, later deleted
+    1. training thread, every rank: copy buffers and scalars. Training goes on, up to its next change of the weights.
+    2. background thread, every rank: copy masters and optimizer state to host memory; the next update waits for it.
+       Write the tensors, make them durable; write the part that lists them, make it and both names durable.
+                                                -- a crash leaves a folder without a manifest: skipped, later deleted
     3. rank 0's thread: wait until it sees every rank's part (by polling: no collective outside the training thread);
        make the folder's own name durable; write the metrics of the steps before, which are not repeated; write the
        manifest and make it durable.            -- from here the checkpoint exists
@@ -170,20 +171,23 @@ class Checkpointer:
         *,
         wait: bool = False,
     ) -> None:
-        """Copy the state after `step` completed steps, and start to write it. Waits for the save before it, if any.
+        """Start to copy and write the state after `step` completed steps. Waits for the save before it, if any.
 
+        Until the copy is made `engine.reading` holds up whatever changes the weights or the optimizer's state.
         data_state, extra: plain values for the manifest, as its "data" and as keys of their own.
         """
-        self.wait()
         started = time.perf_counter()
+        self.wait()
         self._num_saves += 1
-        tensors, ranges = self._buffer.copy(engine_state.fragments(engine))
+        header = self._header(step, engine, data_state, extra) if self._world.rank == 0 else {}
+        fragments = self._buffer.begin(engine_state.fragments(engine))
+        engine.reading.begin()
         snapshot = Snapshot(
             step=step,
             save=save_id(self._attempt_id, self._num_saves),
-            tensors=tensors,
-            ranges=ranges,
-            header=self._header(step, engine, data_state, extra) if self._world.rank == 0 else {},
+            fragments=fragments,
+            reading=engine.reading,
+            header=header,
             stall_s=time.perf_counter() - started,
         )
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -238,7 +242,7 @@ class Checkpointer:
                     step=snapshot.step,
                     path=folder.path(),
                     size_bytes=size_bytes,
-                    stall_s=round(snapshot.stall_s, 4),
+                    stall_s=round(snapshot.stall_s + snapshot.reading.waited_s, 4),
                     write_s=round(write_s, 4),
                 )
             elif own_error is not None:
@@ -251,10 +255,14 @@ class Checkpointer:
                 self._event("checkpoint_failed", step=snapshot.step, error=_cause(error))
 
     def _write_part(self, folder: Store, snapshot: Snapshot) -> Exception | None:
-        """Write this rank's files; after an error none of them stays, and rank 0 is told of it."""
+        """Copy and write what this rank holds; after an error none of it stays, and rank 0 is told of it."""
         rank, save = self._world.rank, snapshot.save
         try:
-            write_part(folder, rank, save, snapshot.tensors, snapshot.ranges)
+            try:
+                tensors, ranges = self._buffer.copy(snapshot.fragments)
+            finally:
+                snapshot.reading.end()
+            write_part(folder, rank, save, tensors, ranges)
             return None
         except Exception as error:
             folder.delete(file_name(rank, save))

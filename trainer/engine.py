@@ -31,6 +31,7 @@ from trainer.initialization import materialize
 from trainer.parts.batch_norm import RunningStatistics
 from trainer.progress import Progress
 from trainer.rng import seed_forward
+from trainer.snapshot import Reading
 from trainer.upload import Uploads
 from trainer.weight_average import WeightAverage
 
@@ -65,7 +66,8 @@ class Engine:
     """A model with its optimizer, as one of `world.size` workers.
 
     module: the model. deepspeed: DeepSpeed's engine around it. zero_stage: what ZeRO divides. average: of the weights
-    over the steps, exact: what makes gradients' sums exact, where the config asks for them.
+    over the steps, exact: what makes gradients' sums exact, where the config asks for them. reading: of a snapshot;
+    what changes weights or optimizer state waits for its end.
 
     Initial weights depend on the seed and each parameter's name alone. At ZeRO-3 they are cut module by module as
     they are made, so that no process ever holds the whole.
@@ -86,6 +88,7 @@ class Engine:
             parameter.data = parameter.data.to(_DTYPES[config.precision])
         self.config = config
         self.world = world
+        self.reading = Reading()
         self.zero_stage = config.zero.stage
         self._progress = progress or Progress()
         shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
@@ -217,6 +220,7 @@ class Engine:
 
     def _swap_average(self) -> None:
         if self.average is not None:
+            self.reading.wait()
             self.average.swap()
             with torch.no_grad():
                 engine_state.publish(self)
@@ -253,6 +257,7 @@ class Engine:
     def _update(self) -> float:
         """Clip and update; returns the global gradient norm before clipping. Non-finite gradients leave the weights."""
         engine = self.deepspeed
+        self.reading.wait()
         if self.exact is not None:
             return self._update_exactly(self.exact)
         if self.zero_stage > 0:
@@ -285,6 +290,7 @@ class Engine:
 
     def _drop_gradients(self) -> None:
         """End the step without an update."""
+        self.reading.wait()
         if self.zero_stage == 0:
             self.deepspeed.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient
         gradients = gradients_of(self)

@@ -173,6 +173,7 @@ def restore_weights(engine: Engine, read: Read) -> None:
     Raises:
         ShardyardError: a parameter was not set.
     """
+    engine.reading.wait()
     parts = parts_of(engine)
     with torch.no_grad():
         for part in parts:

@@ -29,6 +29,7 @@ from trainer.checkpoint_files import file_name, save_id
 from trainer.device import unsupported
 from trainer.engine import Engine, _import_deepspeed
 from trainer.progress import Progress
+from trainer.snapshot import Reading
 
 pytestmark = pytest.mark.distributed
 
@@ -105,7 +106,13 @@ def make_engine(world: Any, cell: Cell, seed: int = 0) -> Any:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return SimpleNamespace(
-        deepspeed=engine, module=engine.module, world=world, zero_stage=cell.stage, average=None, exact=None
+        deepspeed=engine,
+        module=engine.module,
+        world=world,
+        zero_stage=cell.stage,
+        average=None,
+        exact=None,
+        reading=Reading(),
     )
 
 
@@ -116,6 +123,7 @@ def train(engine: Any, steps: range, *, same_data: bool = False) -> list[float]:
         tokens = torch.randint(0, 13, (6,), generator=generator)
         loss = nn.functional.cross_entropy(engine.deepspeed(tokens).float(), tokens.flip(0))
         engine.deepspeed.backward(loss)
+        engine.reading.wait()
         engine.deepspeed.step()
         losses.append(loss.item())
     return losses

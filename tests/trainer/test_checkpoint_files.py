@@ -32,6 +32,7 @@ from trainer.checkpoint_files import (
     write_part,
 )
 from trainer.progress import Progress
+from trainer.snapshot import Reading
 
 WORLD = SimpleNamespace(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -67,6 +68,7 @@ def make_engine(seed: int = 0, optimizer: str = "AdamW") -> Any:
         zero_stage=0,
         average=None,
         exact=None,
+        reading=Reading(),
         deepspeed=SimpleNamespace(optimizer=torch_optimizer),
     )
 
@@ -77,6 +79,7 @@ def train(engine: Any, steps: range) -> list[float]:
         tokens = torch.randint(0, 13, (5,), generator=torch.Generator().manual_seed(step))
         loss = nn.functional.cross_entropy(engine.module(tokens), tokens.flip(0))
         loss.backward()
+        engine.reading.wait()
         engine.deepspeed.optimizer.step()
         engine.deepspeed.optimizer.zero_grad()
         losses.append(loss.item())
