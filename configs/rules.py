@@ -160,6 +160,15 @@ def _early_stopping_has_evaluations(patience: int, every: int | None) -> str | N
     )
 
 
+def _skip_reaches_gradients(divergence: str, offload: bool) -> str | None:
+    if divergence != "skip" or not offload:
+        return None
+    return (
+        "recovery.divergence=skip with zero.offload_optimizer=true: gradients in CPU memory cannot be taken back. "
+        "Use recovery.divergence=rollback, or zero.offload_optimizer=false."
+    )
+
+
 RULES = (
     Rule(("batch.micro_batch_size", "batch.global_batch_size"), _micro_batch_fits),
     Rule(("zero.stage", "precision"), _low_precision_needs_masters),
@@ -172,6 +181,7 @@ RULES = (
     Rule(("optimizer.name", "zero.stage"), _muon_sees_whole_matrices),
     Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
     Rule(("early_stopping.patience", "evaluation.every"), _early_stopping_has_evaluations),
+    Rule(("recovery.divergence", "zero.offload_optimizer"), _skip_reaches_gradients),
     Rule(
         ("determinism", "precision", "zero.offload_optimizer", "resources.gpus_per_worker", "optimizer.name"),
         _exact_is_shown,

@@ -193,11 +193,21 @@ class TrackingConfig(Section):
 
 
 class RecoveryConfig(Section):
-    """What happens when a worker dies or hangs."""
+    """What happens when a worker dies or hangs, or training diverges."""
 
     max_restarts: int = Field(default=3, ge=0, description="Restarts from the last checkpoint before giving up.")
     silence_s: float = Field(default=60.0, gt=0, description="Seconds without progress after which a worker is hung.")
     collective_timeout_s: float = Field(default=600.0, gt=0, description="Seconds a worker waits for the others.")
+    divergence: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description="After a loss or gradient that is no number, or a spike: stop ends the run, skip makes no update, "
+        "rollback returns to the last checkpoint and leaves the examples out.",
+    )
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A loss or gradient norm above so many times its median of the last 64 steps is a spike; null: none.",
+    )
 
 
 class ParentConfig(Section):
@@ -272,7 +282,9 @@ class RunConfig(Section):
     )
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Saving so that the run can go on.")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="Metrics and where they go.")
-    recovery: RecoveryConfig = Field(default=RecoveryConfig(), description="When a worker dies or hangs.")
+    recovery: RecoveryConfig = Field(
+        default=RecoveryConfig(), description="When a worker dies or hangs, or training diverges."
+    )
     parent: ParentConfig | None = Field(default=None, description="Where the first weights come from; null is nowhere.")
     warm_start: WarmStartConfig | None = Field(
         default=None, description="Weights of transformers to begin with; null begins with new ones."

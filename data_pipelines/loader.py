@@ -9,7 +9,8 @@ ceil(K / w) of them. Say G = 10, m = 4, w = 2, at step 0 with ids i0 i1 ... i9:
 
 An idle slot keeps the collectives of the ranks in step; whoever runs it must let it contribute nothing. Position runs
 on across epochs, so a batch may hold the end of one and the start of the next. Examples of skipped blocks
-(data_state.py) are left out of their micro-batch; one that loses all of them becomes idle.
+(data_state.py) are left out of their micro-batch; one that loses all of them becomes idle. Examples that are passed
+over, because training went wrong with them, are left out of the order itself: those after them move up.
 
 A thread makes *hand-overs* of several steps at once: one gather into buffers that are used again and again, so that a
 step costs a few microseconds of Python. The first hand-over is one step, the next ones double, up to some megabytes. A
@@ -162,8 +163,19 @@ class Loader:
 
     def positions(self, step: int) -> np.ndarray:
         """Global positions of a step's examples, (G,) int64."""
-        first = self._first_position(step)
-        return np.arange(first, first + self._global_batch_size, dtype=np.int64)
+        return self._positions_of(range(step, step + 1), np.arange(self._global_batch_size, dtype=np.int64))
+
+    def position(self, step: int) -> int:
+        """Where the run stands in the global order when `step` steps are completed."""
+        taken = (step - self._start_step) * self._global_batch_size
+        if taken == 0:
+            return self._examples_seen
+        return int(self.exceptions.positions(self._examples_seen, np.array([taken - 1]))[0]) + 1
+
+    def examples(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and sample ids, (n,) int64 each, of what all ranks together train on in a step."""
+        positions = self.positions(step)
+        return self._omissions.without(positions, self._order.sample_ids(positions))
 
     def found_damage(self) -> list[tuple[str, int]]:
         """Damaged blocks (split, number) that were found while reading and are not skipped yet; takes no time."""
@@ -175,6 +187,16 @@ class Loader:
         Raises Damaged where nothing would be left.
         """
         self._omissions.skip(blocks, position)
+        self._forget()
+
+    def go_back(self, step: int, position: int, without: np.ndarray) -> None:
+        """Stand at `position` of the order with `step` steps completed, and pass over the positions `without` (n,).
+
+        All ranks must do the same.
+        """
+        with self._planning:
+            self._omissions.exceptions = self.exceptions.pass_over(without)
+            self._start_step, self._examples_seen = step, position
         self._forget()
 
     def close(self) -> None:
@@ -342,7 +364,9 @@ class Loader:
             plan = _Plan(range(steps.start, steps.start), *_NO_PLAN[1:])
             more = 0  # the first step comes as soon as it can
         if self._order.end is not None:
-            left = (self._order.end - self._first_position(steps.stop)) // self._global_batch_size
+            end = self._order.end - self.exceptions.num_passed(self._examples_seen)
+            taken = (steps.stop - self._start_step) * self._global_batch_size
+            left = (end - self._examples_seen - taken) // self._global_batch_size
             more = max(0, min(more, left))
         stop = max(plan.steps.stop, steps.stop + more)
         if stop == plan.steps.stop:
@@ -360,12 +384,13 @@ class Loader:
         return extended
 
     def _located(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        firsts = self._first_position(np.arange(steps.start, steps.stop, dtype=np.int64))
-        positions = (firsts[:, None] + self._offsets).reshape(-1)
+        positions = self._positions_of(steps, self._offsets)
         return positions, self._order.sample_ids(positions)
 
-    def _first_position(self, step: Any) -> Any:
-        return self._examples_seen + (step - self._start_step) * self._global_batch_size
+    def _positions_of(self, steps: range, offsets: np.ndarray) -> np.ndarray:
+        """Positions of the examples at (n,) `offsets` of each step, (steps * n,) int64."""
+        firsts = (np.arange(steps.start, steps.stop, dtype=np.int64) - self._start_step) * self._global_batch_size
+        return self.exceptions.positions(self._examples_seen, (firsts[:, None] + offsets).reshape(-1))
 
 
 def _one_thread() -> ThreadPoolExecutor:

@@ -78,6 +78,11 @@ class Omissions:
         new_sizes = np.array([len(part) for part in new_ids])
         return np.concatenate(new_positions), np.concatenate(new_ids), new_sizes, new_slots
 
+    def without(self, positions: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and ids (n,) less those of skipped and damaged blocks."""
+        kept = self._kept(positions, ids)
+        return positions[kept], ids[kept]
+
     def _next_kept(self, position: int) -> int:
         """The first position from here on whose example is not left out."""
         for start in range(position, position + 4 * len(self._examples) + _AT_ONCE, _AT_ONCE):

@@ -69,3 +69,8 @@ class EarlyStopping:
         if state is None or state["metric"] != config.metric:
             return cls(config)
         return cls(config, state["best"], state["best_step"], state["waited"])
+
+    def return_to(self, state: Mapping[str, Any] | None) -> None:
+        """Know what a checkpoint does, and no more."""
+        before = EarlyStopping.of(self.config, state)
+        self.best, self.best_step, self.waited = before.best, before.best_step, before.waited

@@ -6,12 +6,13 @@ import contextlib
 import io
 import itertools
 import logging
+import math
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
 from trainer.distributed import World, all_gather_json, all_sum
+from trainer.divergence import Limits, exceeds
 from trainer.engine_layout import gradients_of, parts_of
 from trainer.exact import ExactGradients, add_nodes
 from trainer.initialization import materialize
@@ -46,8 +48,9 @@ class StepStats:
     """What one step did, the same on every rank but for the times.
 
     loss: mean over all valid items of the global batch. grad_norm: before clipping, infinite where a gradient is not
-    finite (then the weights stay as they were). num_items, num_tokens: over all ranks.
-    skipped: fp16 overflowed and its scaler took the update back. votes: whether any rank said yes to each.
+    finite (then the weights stay as they were), None where the update was refused for its loss. num_items, num_tokens:
+    over all ranks. skipped: fp16 overflowed and its scaler took the update back. votes: whether any rank said yes to
+    each.
     forward_s, backward_s, optimizer_s: this rank's, by the host's clock; a GPU may still be working.
     """
 
@@ -136,12 +139,22 @@ class Engine:
         self._uploads = Uploads(world.device)
 
     def train_step(
-        self, task: BoundTask, micro_batches: Sequence[MicroBatch], *, lr: float, step: int, votes: Sequence[bool] = ()
+        self,
+        task: BoundTask,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
+        step: int,
+        votes: Sequence[bool] = (),
+        limits: Limits | None = None,
     ) -> StepStats:
         """Forward and backward over this rank's micro-batches of `step`, then one update with learning rate `lr`.
 
         The result is that of one process running all global micro-batches: the gradient of sum(losses) / number of
         valid items over all ranks. Every rank calls it with as many micro-batches; idle ones contribute exactly zero.
+
+        limits: a step whose loss or gradient norm exceeds them leaves everything as it was. None refuses none but
+        gradients that are not finite.
         """
         progress = self._progress
         for each in micro_batches:
@@ -152,6 +165,7 @@ class Engine:
         counts = _Sum([sum(weights), sum(items), tokens, *votes], torch.device("cpu"))
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        quanta = {} if self.exact is None else dict(self.exact.exponents)
         loss_sum, forward_s, backward_s = self._forward_backward(task, batches, counts, step)
         while self.exact is not None and not self.exact.settle():  # once more with larger quanta: rarely, and once
             self._drop_gradients()
@@ -159,11 +173,24 @@ class Engine:
         progress.phase = "optimizer"
         started = time.perf_counter()
         loss_total = _Sum(loss_sum, self.world.device)
-        self._statistics.fold(self.config.num_micro_batches)
-        grad_norm = self._update()
-        skipped = self.config.precision == "fp16" and not self.deepspeed.was_step_applied()
-        if self.average is not None and _finite(grad_norm) and not skipped:
-            self.average.update()
+        refused, grad_norm, skipped = False, None, False
+        if limits is not None:
+            refused, grad_norm = self._refused(limits, loss_total.wait()[0] / (counts.wait()[0] or 1.0))
+        if refused:
+            self._drop_gradients()
+        else:
+            norm = self._update()
+            skipped = self.config.precision == "fp16" and not self.deepspeed.was_step_applied()
+            refused = not _finite(norm) and not skipped
+            grad_norm = norm if grad_norm is None else grad_norm
+        if refused:
+            self._statistics.forget()
+            if self.exact is not None:
+                self.exact.exponents.update(quanta)  # the next step is not to be rounded by this one's peaks
+        else:
+            self._statistics.fold(self.config.num_micro_batches)
+            if self.average is not None and not skipped:
+                self.average.update()
         weight, num_items, num_tokens, *ayes = counts.wait()
         loss_mean = loss_total.wait()[0] / (weight or 1.0)
         return StepStats(
@@ -254,6 +281,31 @@ class Engine:
             started = time.perf_counter()
         return loss_sum, forward_s, backward_s
 
+    def _refused(self, limits: Limits, loss: float) -> tuple[bool, float | None]:
+        """Whether a step of this loss is to make no update, and its gradient norm where that had to be known."""
+        fp16 = self.config.precision == "fp16"
+        strange = exceeds(loss, limits.loss)
+        if strange and not fp16:
+            return True, None
+        if not (strange or limits.has_norm):
+            return False, None
+        norm = self._norm()
+        if not _finite(norm):
+            # In fp16 an overflow is its scaler's business, whatever the loss; elsewhere _update sees it as well.
+            return False, None
+        return strange or exceeds(norm, limits.grad_norm), norm
+
+    def _norm(self) -> float:
+        """The global gradient norm before clipping. Every rank calls it."""
+        gradients = gradients_of(self)
+        if self.exact is not None:
+            return self.exact.norm(gradients, self._num_parameters, replicated=self.zero_stage == 0)
+        squares = sum(gradient.double().square().sum().item() for gradient in gradients)
+        if self.zero_stage > 0:
+            squares = all_sum([squares])[0]
+        scaler = getattr(self.deepspeed.optimizer, "loss_scaler", None)
+        return math.sqrt(squares) / (1.0 if scaler is None else scaler.loss_scale) if _finite(squares) else math.inf
+
     def _update(self) -> float:
         """Clip and update; returns the global gradient norm before clipping. Non-finite gradients leave the weights."""
         engine = self.deepspeed
@@ -296,10 +348,13 @@ class Engine:
         gradients = gradients_of(self)
         for gradient in gradients:
             gradient.fill_(float("inf"))  # DeepSpeed takes such a step back, and warns of it
+        scaler = vars(getattr(self.deepspeed.optimizer, "loss_scaler", None) or SimpleNamespace())
+        scaler_before = dict(scaler)
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)
         self.deepspeed.step()
         logger.setLevel(logging.WARNING)
+        scaler.update(scaler_before)  # there was no overflow
         for gradient in gradients:
             gradient.zero_()  # stage 3 uses them again, and writes no padding
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 Status = Literal["queued", "running", "finished", "stopped", "failed", "lost"]
@@ -31,22 +32,28 @@ def status(events: Sequence[Row], *, lease: Literal["live", "stale"] | None) -> 
 
 
 def stitched(rows: Iterable[Row]) -> list[Row]:
-    """One row a step, in order: what later attempts rolled back is gone, as the weights that it describes are.
+    """One row a step, in order: what was rolled back is gone, as the weights that it describes are.
 
     rows: {attempt, step, time, <metric>: value, ...}; several of a step (training and evaluation) are merged.
-    An attempt supersedes everything that earlier ones recorded from its own first step on.
+    An attempt, or within one what follows a rollback, supersedes everything recorded before from its own first step on.
     """
     by_attempt: dict[int, list[Row]] = {}
     for row in rows:
         by_attempt.setdefault(row["attempt"], []).append(row)
     kept: dict[int, Row] = {}
     superseded_from: float = float("inf")
-    for attempt in sorted(by_attempt, reverse=True):
-        for row in by_attempt[attempt]:
+    for take in reversed([take for attempt in sorted(by_attempt) for take in _takes(by_attempt[attempt])]):
+        for row in take:
             if row["step"] < superseded_from:
                 kept[row["step"]] = kept.get(row["step"], {}) | row
-        superseded_from = min(superseded_from, *(row["step"] for row in by_attempt[attempt]))
+        superseded_from = min(superseded_from, take[0]["step"])
     return [kept[step] for step in sorted(kept)]
+
+
+def _takes(rows: Sequence[Row]) -> list[list[Row]]:
+    """An attempt's rows, cut where its steps fall: there it was rolled back."""
+    cuts = [place for place in range(1, len(rows)) if rows[place]["step"] < rows[place - 1]["step"]]
+    return [list(rows[start:stop]) for start, stop in pairwise([0, *cuts, len(rows)])]
 
 
 def attempts(events: Iterable[Row]) -> list[Row]:

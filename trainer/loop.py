@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
 
 from configs.duration import Interval
-from configs.errors import RunFailed
 from data_pipelines.loader import evaluation_batches
 from trainer.distributed import of_rank_0
 from trainer.engine import StepStats
@@ -34,25 +32,35 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     text, pictures.
 
     Raises:
-        RunFailed: the loss is not a finite number, or the last checkpoint could not be saved.
+        RunFailed: training diverged, and is not to go on, or the last checkpoint could not be saved.
     """
     config, engine, progress, early = session.config, session.engine, session.progress, session.early_stopping
+    divergence, policy = session.divergence, session.config.recovery.divergence
     meter = Meter(session)
     saves = SaveClock(config.checkpoint.interval)
     done = session.start_step
     ends_early = early is not None and early.ended
+    if policy == "rollback" and not session.resumed:
+        session.save(done)  # there must be something to return to
     while done < config.steps and not ends_early:
         step, done = done, done + 1
         progress.phase = "data"
         micro_batches = session.micro_batches(step)
         lr = lr_at(config.schedule, config.optimizer.lr, step, config.steps)
         votes = (stop.is_set(), saves.due(done))
-        stats = engine.train_step(session.task, micro_batches, lr=lr, step=step, votes=votes)
+        limits = divergence.limits() if policy == "skip" else None  # the others give the weights up afterwards
+        stats = engine.train_step(session.task, micro_batches, lr=lr, step=step, votes=votes, limits=limits)
         stopping, save_due = stats.votes
         last = done == config.steps
         meter.add(stats)
         progress.step, progress.loss, progress.tokens_per_s = done, stats.loss, meter.tokens_per_s
-        refuse_divergence(done, stats)
+        if (finding := divergence.judge(done, stats)) is not None:
+            session.log_divergence(finding)
+            divergence.count(finding)
+            if policy == "rollback":
+                done = session.roll_back(done)
+                meter.pause()
+                continue
         if due(done, config.tracking.every) or last or stopping:
             session.log_metrics(done, meter.read(stats, lr))
         evaluation: dict[str, float] = {}
@@ -111,18 +119,6 @@ def evaluate(session: Session, num_examples: int | None) -> dict[str, float]:
     return {f"validation/{name}": value for name, value in metrics.items()} | {
         "validation/seconds": time.perf_counter() - started
     }
-
-
-def refuse_divergence(done: int, stats: StepStats) -> None:
-    """Stop at the first loss or gradient that is no number: training would be lost to it, or go on without updates."""
-    if stats.skipped:  # fp16's scaler has taken the update back, and tries again with a smaller scale
-        return
-    for what, value in (("loss", stats.loss), ("gradient's norm", stats.grad_norm)):
-        if value is not None and not math.isfinite(value):
-            raise RunFailed(
-                f"The {what} of step {done} is {value}. The last checkpoint is from before it. "
-                "Lower optimizer.lr, set optimizer.clip_grad_norm, or use precision=fp32 or bf16."
-            )
 
 
 class SaveClock:

@@ -141,15 +141,13 @@ class RunData:
         Raises:
             UsageError: a mixture's sources end before the run does.
         """
-        size = config.batch.global_batch_size
-        if self.mixture is not None:
-            _check_length(self.mixture.schedule, start.examples + (config.steps - start.step) * size)
+        self.check_end(config, start)
         return Loader(
             self.train,
             self.order,
             self.prepare,
             seed=config.seed,
-            global_batch_size=size,
+            global_batch_size=config.batch.global_batch_size,
             micro_batch_size=config.batch.micro_batch_size,
             rank=world.rank,
             world_size=world.size,
@@ -162,6 +160,20 @@ class RunData:
             ragged=self.ragged,
             damage="skip" if self.skips_damage else "stop",
         )
+
+    def check_end(self, config: RunConfig, position: Position) -> None:
+        """Refuse to go on from a position where the order ends before the run does.
+
+        Raises:
+            UsageError: a mixture's sources end before.
+        """
+        if self.mixture is not None:
+            _check_length(self.mixture.schedule, self._end(config, position))
+
+    @staticmethod
+    def _end(config: RunConfig, position: Position) -> int:
+        taken = (config.steps - position.step) * config.batch.global_batch_size
+        return position.examples + taken + position.exceptions.num_passed(position.examples)
 
     def state(self, position: Position) -> dict[str, Any]:
         """For a checkpoint: where the run stands, and in which data."""
@@ -193,7 +205,8 @@ class RunData:
         found = {"data/skipped_blocks": float(skipped)} if skipped else {}
         if self.mixture is not None:
             start = max(0, stop - SLOTS)
-            given = self._given(start, position) if skipped or self.order is not self.mixture else None
+            whole = not skipped and not position.exceptions.passed and self.order is self.mixture
+            given = None if whole else self._given(start, position)
             found |= self.mixture.metrics(self.source_names, start, stop, given)
         prefixes = ["data"] if len(self.datasets) == 1 else [f"data/{name}" for name in self.source_names]
         return found | reading_metrics(dict(zip(prefixes, self.datasets, strict=True)))
@@ -201,6 +214,8 @@ class RunData:
     def _given(self, start: int, position: Position) -> np.ndarray:
         """How many examples of each source of a mixture were given from a position on, (sources,) int64."""
         positions = np.arange(start, position.examples)
+        for passed in position.exceptions.passed:
+            positions = positions[(positions < passed.start) | (positions >= passed.stop)]
         ids = self.order.sample_ids(positions)
         blocks = owners(np.cumsum(self.train.block_examples), ids)
         ids = ids[position.exceptions.kept(self.train.name, blocks, positions)]

@@ -19,7 +19,8 @@ from data_pipelines.tokenizer_file import same_ids
 from trainer import checkpoint, device
 from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
-from trainer.distributed import World, all_sum
+from trainer.distributed import World, all_sum, of_rank_0
+from trainer.divergence import Divergence, Finding
 from trainer.early_stopping import EarlyStopping
 from trainer.engine import Engine
 from trainer.generate import distinct
@@ -32,6 +33,8 @@ from trainer.run_datasets import open_recorded
 from trainer.skipping import NumberedBlock, agreed, unreadable, without_skipped
 from trainer.validate import Plan, validate
 from trainer.warm_start import WarmModel, warm
+
+_NAMED_EXAMPLES = 256  # of a step that diverged, in its event
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Session:
     checkpointer: Checkpointer
     start: Position
     early_stopping: EarlyStopping | None
+    divergence: Divergence
+    resumed: bool  # from a checkpoint of this run
 
     @property
     def start_step(self) -> int:
@@ -153,7 +158,63 @@ class Session:
             extra["evaluation"] = {name.removeprefix("validation/"): value for name, value in finite.items()}
         if self.early_stopping is not None:
             extra["early_stopping"] = self.early_stopping.state()
+        if self.config.recovery.divergence != "stop" or self.config.recovery.spike_factor is not None:
+            extra["divergence"] = self.divergence.state()
         self.checkpointer.save(step, self.engine, self.data.state(self.position(step)), extra)
+
+    def log_divergence(self, finding: Finding) -> None:
+        """Say that a step diverged, and on which examples."""
+        if not self.writes_record:
+            return
+        positions, ids = self.loader.examples(finding.done - 1)
+        policy = self.config.recovery.divergence
+        self.record.event(
+            "diverged",
+            step=finding.done,
+            what=finding.what,
+            value=finding.value,
+            limit=finding.limit if math.isfinite(finding.limit) else None,
+            loss=finding.loss,
+            grad_norm=finding.grad_norm,
+            policy=policy,
+            positions=[int(positions[0]), int(positions[-1]) + 1],
+            examples=len(ids),
+            sample_ids=ids[:_NAMED_EXAMPLES].tolist(),
+        )
+        then = {"skip": " It makes no update.", "rollback": " Its examples are left out."}.get(policy, "")
+        print(f"{finding}.{then}", file=sys.stderr, flush=True)
+
+    def roll_back(self, step: int) -> int:
+        """Return to the newest good checkpoint, and leave the examples of `step` (completed steps with it) out.
+
+        Returns its step. Every rank calls it. Killed before the next checkpoint, a run resumes from this one without
+        what it left out, diverges at the same step again, and comes here again: so it need not be kept elsewhere.
+
+        Raises:
+            RunFailed: no checkpoint is good, or the data ends too soon without these examples.
+        """
+        self.progress.phase = "restore"
+        without = self.loader.positions(step - 1)
+        self.checkpointer.wait()
+        reader = _newest_agreed(self.record, self.world)
+        if reader is None:
+            raise RunFailed(
+                f"Step {step} diverged, and no checkpoint is good to roll back to. With recovery.divergence=skip a run "
+                "needs none."
+            )
+        start = self.data.position(reader.manifest, f"Checkpoint {reader.store.path()}")
+        checkpoint.load(self.engine, reader)
+        self.loader.go_back(start.step, start.examples, without)
+        self.data.check_end(self.config, self.position(start.step))
+        self.divergence.return_to(reader.manifest.get("divergence"))
+        if self.early_stopping is not None:
+            self.early_stopping.return_to(reader.manifest.get("early_stopping"))
+        self.progress.step = start.step
+        if self.writes_record:
+            left_out = [int(without[0]), int(without[-1]) + 1]
+            self.record.event("rolled_back", step=step, to=start.step, left_out=left_out)
+            print(f"Rolled back to the checkpoint of step {start.step}.", file=sys.stderr, flush=True)
+        return start.step
 
     def return_to_best(self, step: int) -> None:
         """After `step` completed steps give the engine the state of the best evaluation; the data's position stays.
@@ -196,7 +257,7 @@ class Session:
 
     def examples_seen(self, step: int) -> int:
         """Position in the global order after `step` completed steps."""
-        return self.start.examples + (step - self.start.step) * self.config.batch.global_batch_size
+        return self.loader.position(step)
 
     def device_metrics(self, step_s: float) -> dict[str, float]:
         """Memory of this worker, and model FLOPs utilisation where the device's peak is known."""
@@ -261,6 +322,8 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
             checkpointer=checkpointer,
             start=start,
             early_stopping=_early_stopping(config, reader),
+            divergence=Divergence.of(config.recovery, None if reader is None else reader.manifest.get("divergence")),
+            resumed=reader is not None,
         )
 
 
@@ -327,13 +390,13 @@ def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
 def _newest_agreed(record: RunRecord, world: World) -> CheckpointReader | None:
     """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all, decides, names what it skips."""
     checkpoints = record.store.child("checkpoints")
-    step = 0
+    step = -1
     if world.rank == 0:
         damage: list[str] = []
         found = checkpoint.newest(checkpoints, damage.append)
         for message in damage:
             print(message, file=sys.stderr, flush=True)
             record.event("checkpoint_damaged", error=message)
-        step = found[0] if found else 0
-    step = int(all_sum([float(step)])[0])
-    return checkpoint.find(checkpoints, step) if step else None
+        step = found[0] if found else -1
+    step = int(of_rank_0(float(step)))
+    return checkpoint.find(checkpoints, step) if step >= 0 else None

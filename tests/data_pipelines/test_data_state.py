@@ -40,3 +40,20 @@ def test_a_state_that_cannot_be_read_is_damage(state: Any) -> None:
 def test_a_state_of_a_later_version_is_refused() -> None:
     with pytest.raises(Damaged, match="skip_row"):
         Exceptions.from_state([{"position": 0, "kind": "skip_row", "split": "train", "block": 0}])
+
+
+@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=6))
+def test_what_is_passed_over_moves_later_examples_up(size: int, rollbacks: list[tuple[int, int]]) -> None:
+    """As a run does it: of steps of `size` one goes wrong, a few steps after a checkpoint; a list is the oracle."""
+    order, exceptions, begin = list(range(200)), Exceptions(), 0
+    for steps_before, wrong in rollbacks:
+        steps = np.arange(steps_before * size)
+        assert exceptions.positions(begin, steps).tolist() == order[: len(steps)]
+        if steps_before:  # a checkpoint after them
+            begin, order = order[len(steps) - 1] + 1, order[len(steps) :]
+        bad = exceptions.positions(begin, np.arange(wrong * size, (wrong + 1) * size))
+        assert bad.tolist() == order[wrong * size : (wrong + 1) * size]
+        del order[wrong * size : (wrong + 1) * size]
+        exceptions = Exceptions.from_state(json.loads(json.dumps(exceptions.pass_over(bad).state())))
+    assert exceptions.positions(begin, np.arange(40)).tolist() == order[:40]
+    assert exceptions.num_passed(0) == size * len(rollbacks)

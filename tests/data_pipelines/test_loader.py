@@ -392,6 +392,37 @@ def test_damaged_blocks_are_left_out_as_agreed(world_size: int) -> None:
             loader.close()
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_going_back_without_some_examples(world_size: int) -> None:
+    """Later examples move up, steps read ahead are forgotten, and a resume sees the same."""
+    order = ExampleOrder(3, 20)
+    expected = order.sample_ids(np.arange(100)).tolist()
+    del expected[14:21], expected[14:21]
+
+    def make(**options: Any) -> Loader:
+        return numbers_loader(Numbers([9, 11]), order, global_batch_size=7, micro_batch_size=2, **options)
+
+    loaders = [make(rank=rank, world_size=world_size) for rank in range(world_size)]
+    for wrong in (2, 2):
+        for loader in loaders:
+            for step in range(4):
+                loader.step(step)
+            loader.go_back(1, 7, loader.positions(wrong))
+    found = {step: [copied(each) for loader in loaders for each in loader.step(step)] for step in range(1, 9)}
+    for step, batches in found.items():
+        assert ids_of(global_batch(batches)) == expected[7 * step : 7 * step + 7]
+    loader = loaders[0]
+    assert [loader.position(step) for step in (1, 2, 3)] == [7, 14, 35]
+    assert loader.examples(2)[0].tolist() == list(range(28, 35))
+    for step in (2, 5):
+        again = steps_of(
+            make, 2, range(step, step + 2), examples_seen=loader.position(step), exceptions=loader.exceptions
+        )
+        assert ids_of(again[step]) == expected[7 * step : 7 * step + 7]
+    for each in loaders:
+        each.close()
+
+
 def test_skipping_the_last_whole_block_is_damage() -> None:
     loader = numbers_loader(Numbers([4, 4], broken=[0, 1]), damage="skip")
     with pytest.raises(Damaged):

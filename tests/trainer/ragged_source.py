@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -18,6 +19,8 @@ class Config(SourceConfig):
 
     rows: int = Field(default=60, ge=1, description="Signals in all.")
     kind: int = Field(default=0, description="Another number gives other signals.")
+    poison: float | None = Field(default=None, description="All moments of poisoned signals; null is no number.")
+    poisoned: tuple[int, ...] = Field(default=(), description="Numbers of those.")
     integers: bool = Field(default=False, description="Whether `moments` takes eight bytes.")
 
 
@@ -35,8 +38,10 @@ def read(config: Config, partition: Partition) -> Iterator[Row | Bad]:
     for number in range(config.rows):
         label = number % 2
         signal = rng.normal(label, 1.0, (int(rng.integers(1, 41)), CHANNELS)).astype(np.float32)
+        if number in config.poisoned:
+            signal[:] = np.nan if config.poison is None else config.poison
         yield Row(f"{number:04d}", {"signal": signal, "label": label, "moments": len(signal)})
 
 
-def identity(config: Config) -> list[int]:
-    return [config.rows, config.kind]
+def identity(config: Config) -> list[Any]:
+    return [config.rows, config.kind, config.poison, *config.poisoned]

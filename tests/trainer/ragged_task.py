@@ -22,6 +22,7 @@ class Config(Section):
     """By what rows are put side by side."""
 
     by: str | None = "signal"
+    from_random_moments: bool = True
 
 
 def columns(config: Config) -> tuple[str, ...]:
@@ -44,7 +45,7 @@ def preparation(
     config: Config, stored: Sequence[Any], *, training: bool
 ) -> Callable[[Mapping[str, Any], np.random.Generator], dict[str, np.ndarray]]:
     def prepare(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        begin = int(rng.integers(0, min(3, len(row["signal"])))) if training else 0
+        begin = int(rng.integers(0, min(3, len(row["signal"])))) if training and config.from_random_moments else 0
         return {"signal": row["signal"][begin:], "label": np.asarray(row["label"])}
 
     return prepare

@@ -16,6 +16,7 @@ from configs.load import load
 from configs.schema import RunConfig
 from tests.configs.minimal import minimal
 from trainer import loop
+from trainer.divergence import Divergence, Finding, Limits
 from trainer.engine import StepStats
 from trainer.progress import Progress
 
@@ -29,27 +30,41 @@ class FakeSession:
     losses: dict[int, float] = field(default_factory=dict)
     norms: dict[int, float] = field(default_factory=dict)
     skipped: tuple[int, ...] = ()
+    heals: bool = False  # a step that is repeated goes well
     stop_at: int | None = None
     done: list[Any] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     task: None = None
     early_stopping: None = None
+    resumed: bool = False
 
     def __post_init__(self) -> None:
+        self.divergence = Divergence(self.config.recovery)
         self.loader = SimpleNamespace(wait_s=0.0)
         self.engine = self
 
     def micro_batches(self, step: int) -> list[Any]:
         return []
 
-    def train_step(self, task: None, micro_batches: Any, *, lr: float, step: int, votes: tuple[bool, ...]) -> StepStats:
+    def train_step(
+        self, task: None, micro_batches: Any, *, lr: float, step: int, votes: tuple[bool, ...], limits: Limits | None
+    ) -> StepStats:
+        assert (limits is not None) == (self.config.recovery.divergence == "skip")
         self.done.append(("step", step))
         votes = (votes[0] or step == self.stop_at, votes[1])  # another rank may be the one that stops
-        loss, norm = self.losses.get(step, 1.0), self.norms.get(step, 1.0)
+        loss = self.losses.pop(step, 1.0) if self.heals else self.losses.get(step, 1.0)
+        norm = self.norms.get(step, 1.0)
         return StepStats(loss, norm, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0)
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
         self.done.append(("validation" if "validation/loss" in values else "metrics", step))
+
+    def log_divergence(self, finding: Finding) -> None:
+        self.done.append(("diverged", finding.done))
+
+    def roll_back(self, step: int) -> int:
+        self.done.append(("rolled back", step))
+        return max(at for at in steps_of("save", self) if at < step)
 
     def log_sample(self, step: int) -> None:
         self.done.append(("sample", step))
@@ -57,7 +72,7 @@ class FakeSession:
     def log_pictures(self, step: int) -> None:
         self.done.append(("pictures", step))
 
-    def save(self, step: int, evaluation: dict[str, float]) -> None:
+    def save(self, step: int, evaluation: Any = None) -> None:
         self.done.append(("save", step))
 
     def wait_until_saved(self, step: int) -> None:
@@ -81,7 +96,8 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
 
 def session(**changes: Any) -> Any:
-    fakes = {key: changes.pop(key) for key in ("start_step", "losses", "norms", "skipped", "stop_at") if key in changes}
+    names = ("start_step", "losses", "norms", "skipped", "stop_at", "heals", "resumed")
+    fakes = {key: changes.pop(key) for key in names if key in changes}
     return FakeSession(load(minimal(**changes)).config, **fakes)
 
 
@@ -145,6 +161,50 @@ def test_a_gradient_that_is_no_number_ends_the_run() -> None:
 def test_a_step_that_fp16_took_back_may_have_any_loss() -> None:
     found = session(steps=4, losses={1: math.inf}, norms={1: math.inf}, skipped=(1,))
     assert loop.train(found, threading.Event()).outcome == "finished"
+
+
+def test_skip_goes_on_and_the_step_is_as_any_other() -> None:
+    found = session(steps=6, losses={3: math.nan}, recovery={"divergence": "skip"}, checkpoint={"every": 2})
+    assert loop.train(found, threading.Event()) == loop.Outcome("finished", 6)
+    assert steps_of("diverged", found) == [4]
+    assert steps_of("metrics", found) == [1, 2, 3, 4, 5, 6]
+    assert steps_of("save", found) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_rollback_repeats_from_the_checkpoint_and_logs_no_step_that_is_given_up(resumed: bool) -> None:
+    found = session(
+        steps=6,
+        losses={4: math.nan, 1: math.inf} if not resumed else {4: math.nan},
+        heals=True,
+        resumed=resumed,
+        recovery={"divergence": "rollback"},
+        checkpoint={"every": 2},
+    )
+    assert loop.train(found, threading.Event()) == loop.Outcome("finished", 6)
+    assert steps_of("rolled back", found) == ([5] if resumed else [2, 5])
+    assert steps_of("metrics", found) == ([1, 2, 3, 4, 5, 6] if resumed else [1, 1, 2, 3, 4, 5, 6])
+    assert steps_of("save", found) == ([2, 4, 6] if resumed else [0, 2, 4, 6])
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_it_is_not_tried_for_ever(policy: str) -> None:
+    found = session(
+        steps=100,
+        norms={step: math.inf for step in range(20, 40)},
+        recovery={"divergence": policy},
+        checkpoint={"every": 5},
+    )
+    with pytest.raises(RunFailed, match="10th divergence in a row, so it is not a few bad examples"):
+        loop.train(found, threading.Event())
+    assert len(steps_of("diverged", found)) == 10
+    found = session(
+        steps=100,
+        norms={step: math.inf for step in range(20, 60) if step % 4},
+        recovery={"divergence": "skip"},
+    )
+    loop.train(found, threading.Event())
+    assert len(steps_of("diverged", found)) == 30
 
 
 def test_saving_by_time(monkeypatch: pytest.MonkeyPatch) -> None:

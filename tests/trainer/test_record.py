@@ -110,7 +110,7 @@ def test_opening_what_is_not_there_names_the_nearest(store: Store) -> None:
 def test_a_damaged_config_is_named(store: Store) -> None:
     RunRecord.create(store, resolved()).close()
     text = store.read_text("demo/run.yaml")
-    store.write_atomic("demo/run.yaml", text[: len(text) // 3])
+    store.write_atomic("demo/run.yaml", text[: text.index("optimizer:") + 5])
     with pytest.raises(Damaged, match=r"run\.yaml"):
         RunRecord.open(store.uri, "demo")
 
@@ -189,6 +189,19 @@ def test_rolled_back_steps_leave_the_curve_and_stay_in_the_table() -> None:
     assert [row["step"] for row in curve] == list(range(1, 61))  # attempt 3 went back to 50: 61..120 never happened
     assert [row["attempt"] for row in curve] == [1] * 50 + [3] * 10
     assert curve[-1]["validation/loss"] == 7.0 and curve[-1]["loss"] == 3
+
+
+def test_a_rollback_within_an_attempt_is_stitched_like_a_new_one() -> None:
+    def rows(*steps: int, loss: float) -> list[dict[str, Any]]:
+        return [{"attempt": 1, "step": step, "time": 0.0, "loss": loss} for step in steps]
+
+    evaluation = {"attempt": 1, "step": 4, "time": 0.0, "validation/loss": 7.0}
+    rolled_back = [*rows(1, 2, 3, 4, loss=1), evaluation, *rows(5, 6, loss=1), *rows(4, 5, loss=2)]
+    curve = history.stitched(rolled_back)
+    assert [(row["step"], row["loss"]) for row in curve] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert not any("validation/loss" in row for row in curve), "it was of weights that are gone"
+    curve = history.stitched([*rolled_back, *rows(2, loss=3)])
+    assert [(row["step"], row["loss"]) for row in curve] == [(1, 1), (2, 3)]
 
 
 STATUSES = [

@@ -86,6 +86,10 @@ class RunningStatistics:
             means = [norm.batch_mean for norm in self._norms]
             self._seen[index] = torch.cat([*means, *(norm.batch_var for norm in self._norms)])  # (2 C,)
 
+    def forget(self) -> None:
+        """Leave the running statistics as they are: the step made no update."""
+        self._seen.clear()
+
     def fold(self, num_micro_batches: int) -> None:
         """Move the running statistics by the step's micro-batches, in their order. Every rank calls it."""
         if not self._norms:
