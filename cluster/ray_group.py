@@ -1,4 +1,7 @@
-"""A run's workers as Ray actors in a placement group: placed together, watched one by one, killed for sure."""
+"""A run's workers as Ray actors in a placement group: placed together, watched one by one, killed for sure.
+
+Actors stay for the whole run, with their imports done. An attempt is a child process of each (cluster/worker.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from cluster.embedded_ray import EmbeddedRay
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
-from cluster.ray_kill import alive_nodes, kill_everywhere
+from cluster.ray_kill import Process, alive_nodes, kill_everywhere
 from cluster.ray_member import Member
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
@@ -20,11 +23,18 @@ from configs.schema import ResourcesConfig
 from data_pipelines.storage import Store
 
 BODY = "trainer.worker:run_worker"
-# Imported by every worker while it waits: seconds that would otherwise come after the data set is built.
-IMPORTS = ("trainer.loop", "trainer.engine", "deepspeed")
+# Imported by every worker while it waits, once for all attempts. After the first three: what the first model, and
+# DeepSpeed around it, would import later, which takes as long.
+IMPORTS = (
+    *("trainer.loop", "trainer.engine", "deepspeed"),
+    *("torch._dynamo", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("trainer.worker", "data_pipelines.loader"),
+)
 # A bound on imports from a slow shared disk; a process that dies meanwhile is noticed at once.
 IMPORT_TIMEOUT_S = 600.0
 PING_EVERY_S = 0.5
+# A bound on how long an actor takes to see that its child is gone.
+END_TIMEOUT_S = 3.0
 
 
 class RayWorkerGroup:
@@ -56,7 +66,8 @@ class RayWorkerGroup:
         self._joined = False
         self._placement = Placement(resources)
         self._members: list[Member] = []
-        self._warm_refs: list[Any] = []
+        self._spare: list[Member] = []  # without a child, between attempts
+        self._warm_refs: dict[Any, Member] = {}
         self._nodes: set[str] = set()
         self._attempt = 0
 
@@ -98,6 +109,8 @@ class RayWorkerGroup:
         try:
             with contextlib.suppress(Exception):  # the cluster may be gone; what is ours here is ended below
                 self.kill()
+                self._dismiss(self._spare)
+                self._spare = []
                 self._placement.release()
         finally:
             if self._embedded is not None:
@@ -118,21 +131,24 @@ class RayWorkerGroup:
         started = time.monotonic()
         self._attempt = attempt
         if not self._nodes <= alive_nodes():
+            self._dismiss(self._spare)  # they go with their places
+            self._spare = []
             self._placement.release()  # part of it is gone, which Ray may not have told it yet
         self._placement.reserve()
-        self._members = [Member(self._create_actor(index)) for index in range(self._resources.workers)]
-        refs = [member.actor.describe.remote() for member in self._members]
-        for member, where in zip(self._members, self._collect(refs, IMPORT_TIMEOUT_S), strict=True):
-            member.where = where or {}
+        kept = {member.slot: member for member in self._spare}
+        self._spare = []
+        slots = range(self._resources.workers)
+        self._members = [kept.get(slot) or Member(self._create_actor(slot), slot) for slot in slots]
+        new = [member for member in self._members if not member.where]
+        described = self._collect({member.actor.describe.remote(): member for member in new}, IMPORT_TIMEOUT_S)
+        for member, where in described:
+            member.where = where
         # Ranks of one node are neighbours, whatever order Ray placed the bundles in.
-        self._members.sort(key=lambda member: str(member.where.get("node_id")))
+        self._members.sort(key=lambda member: (str(member.where.get("node_id")), member.slot))
         self._nodes = {member.where["node_id"] for member in self._members if member.where}
-        gpus = self._gpus_by_node()
-        self._warm_refs = [
-            member.actor.warm.remote(self._imports, gpus.get(member.where.get("node_id")))
-            for member in self._members
-            if member.state == "starting"
-        ]
+        self._warm_refs = {
+            member.actor.warm.remote(self._imports): member for member in new if member.state == "starting"
+        }
         return {
             "workers": [member.where for member in self._members],
             "placed_s": round(time.monotonic() - started, 3),
@@ -140,16 +156,19 @@ class RayWorkerGroup:
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Wait for the imports and tell every worker to train; returns early when one failed, or when cancelled."""
-        starting = [member for member in self._members if member.state == "starting"]
-        if len(starting) == len(self._members):
-            self._collect(self._warm_refs, IMPORT_TIMEOUT_S, cancelled)
+        if all(member.state == "starting" for member in self._members):
+            for member, warm in self._collect(self._warm_refs, IMPORT_TIMEOUT_S, cancelled):
+                member.warm = warm
+                if "outcome" in warm:
+                    member.end(warm)
         if cancelled() or any(member.state != "starting" for member in self._members):
             return
         init_method = self._meeting_point()
         folder = f"attempts/{self._attempt:04d}"
         run = self._store.child(self._run)
-        canary = secrets.token_hex(16).encode()
-        run.write_atomic(f"{folder}/canary", canary)
+        canary = secrets.token_hex(16)
+        run.write_atomic(f"{folder}/canary", canary.encode())
+        gpus = self._gpus_by_node()
         local_ranks: dict[str, int] = {}
         for rank, member in enumerate(self._members):
             node_id = member.where["node_id"]
@@ -165,7 +184,11 @@ class RayWorkerGroup:
                 "local_rank": local_ranks[node_id],
                 "init_method": init_method,
             }
-            member.train_ref = member.actor.train.remote(self._body, canary, log, arguments)
+            # GPUs of all workers of its node, so that they can reach each other's memory.
+            environment = {"CUDA_VISIBLE_DEVICES": gpus[node_id]} if gpus else {}
+            member.train_ref = member.actor.train.remote(
+                body=self._body, canary=canary, log=log, environment=environment, arguments=arguments
+            )
             member.state, member.answered_at = "running", time.monotonic()
 
     def _meeting_point(self) -> str:
@@ -191,19 +214,38 @@ class RayWorkerGroup:
                 member.actor.stop.remote()
 
     def kill(self) -> None:
-        """End every worker at once; when it returns their processes are gone, also stopped (SIGSTOP) ones."""
+        """End training at once; when it returns its processes are gone, also stopped (SIGSTOP) ones.
+
+        Actors that can serve another attempt are kept for it.
+        """
         import ray
 
         if not self._members:
             return
-        for member in self._members:
-            with contextlib.suppress(Exception):  # it is dead already, or its node is
-                ray.kill(member.actor, no_restart=True)
-        kill_everywhere([member.where for member in self._members if member.where])
+        asked = {member.actor.end.remote(): member for member in self._members if member.warm}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=END_TIMEOUT_S) if asked else ([], [])
+        kept = []
+        for ref in done:
+            with contextlib.suppress(ray.exceptions.RayError):  # it is dead, or its node is
+                kept += [asked[ref]] if ray.get(ref) else []
+        self._dismiss([member for member in self._members if member not in kept])
         with contextlib.suppress(ShardyardError):
             self._store.child(self._run).delete(f"attempts/{self._attempt:04d}/canary")
+        self._spare = [member.again() for member in kept]
         self._members = []
-        self._warm_refs = []
+        self._warm_refs = {}
+
+    def _dismiss(self, members: list[Member]) -> None:
+        """End actors with all that they started."""
+        import ray
+
+        by_node: dict[str, list[Process]] = {}
+        for member in members:
+            with contextlib.suppress(Exception):  # it is dead already, or its node is
+                ray.kill(member.actor, no_restart=True)
+            if member.where:
+                by_node.setdefault(member.where["node_id"], []).extend(member.processes())
+        kill_everywhere(by_node)
 
     # --- actors
 
@@ -217,11 +259,12 @@ class RayWorkerGroup:
             "OMP_NUM_THREADS": str(resources.threads),  # Ray's own default is 1
             "DS_ACCELERATOR": "cuda" if resources.gpus_per_worker else "cpu",
             "TORCHDYNAMO_DISABLE": "1",  # compiling is not used; its imports take seconds
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a look for GPUs must not open them in a process that forks
         }
         actor = ray.remote(Worker).options(
             num_cpus=resources.threads,
             num_gpus=resources.gpus_per_worker,
-            max_concurrency=4,  # train, ping, stop, and one to spare
+            max_concurrency=5,  # train, ping, stop, end, and one to spare
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=self._placement.strategy(index),
@@ -238,26 +281,28 @@ class RayWorkerGroup:
 
     # --- calls
 
-    def _collect(self, refs: list[Any], timeout_s: float, cancelled: Callable[[], bool] = lambda: False) -> list[Any]:
-        """Results of one call to every member, None where it failed; stops waiting at the first failure."""
+    def _collect(
+        self, refs: dict[Any, Member], timeout_s: float, cancelled: Callable[[], bool] = lambda: False
+    ) -> list[tuple[Member, Any]]:
+        """Results of one call to each of some members, where it did not fail; stops waiting at the first failure."""
         import ray
 
         deadline = time.monotonic() + timeout_s
-        results: list[Any] = [None] * len(refs)
-        waiting = dict(zip(refs, range(len(refs)), strict=True))
+        results: list[tuple[Member, Any]] = []
+        waiting = dict(refs)
         while waiting and not cancelled() and not any(member.state == "died" for member in self._members):
             done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.1)
             for ref in done:
-                index = waiting.pop(ref)
+                member = waiting.pop(ref)
                 try:
-                    results[index] = ray.get(ref)
-                    self._members[index].answered_at = time.monotonic()
+                    results.append((member, ray.get(ref)))
+                    member.answered_at = time.monotonic()
                 except ray.exceptions.RayError as error:
-                    self._members[index].bury(error)
+                    member.bury(error)
             if time.monotonic() > deadline:
-                for index in waiting.values():
-                    self._members[index].state = "silent"
-                    self._members[index].error = f"it did not start within {timeout_s:g} s"
+                for member in waiting.values():
+                    member.state = "silent"
+                    member.error = f"it did not start within {timeout_s:g} s"
                 break
         return results
 

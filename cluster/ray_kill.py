@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
 
 from cluster.embedded_ray import end_processes
+from cluster.reaper import start_ticks
+
+# A pid, and when that process started in clock ticks since boot: seconds since the epoch change with the clock.
+Process = tuple[int, int | None]
 
 KILL_TIMEOUT_S = 10.0
 
 
-def kill_everywhere(workers: list[dict[str, Any]]) -> None:
-    """SIGKILL workers (each as Worker.describe told) and wait until they are gone, or their nodes are.
+def kill_everywhere(by_node: dict[str, list[Process]]) -> None:
+    """SIGKILL processes and wait until they are gone, or their nodes are.
+
+    by_node: by the node's id.
 
     By a task on each other node: Ray's own kill asks the process, which a stopped (SIGSTOP) one does not hear.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    by_node: dict[str, list[tuple[int, float]]] = {}
-    for where in workers:
-        by_node.setdefault(where["node_id"], []).append((where["pid"], where["process_started_at"]))
-    kill_processes(by_node.pop(ray.get_runtime_context().get_node_id(), []))
+    here = ray.get_runtime_context().get_node_id()
+    kill_processes(by_node.get(here, []))
     kill = ray.remote(num_cpus=0, max_retries=0)(kill_processes)
     waiting = {}
-    for node_id in by_node.keys() & alive_nodes():
+    for node_id in by_node.keys() & alive_nodes() - {here}:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         waiting[kill.options(scheduling_strategy=there).remote(by_node[node_id])] = node_id
     deadline = time.monotonic() + KILL_TIMEOUT_S
@@ -43,14 +46,13 @@ def alive_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def kill_processes(processes: list[tuple[int, float]]) -> None:
-    """SIGKILL processes of this machine, each (pid, start time in epoch seconds), and wait until they are gone."""
+def kill_processes(processes: list[Process]) -> None:
+    """SIGKILL processes of this machine and wait until they are gone."""
     import psutil
 
     found = []
-    for pid, started_at in processes:
+    for pid, started_ticks in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if abs(process.create_time() - started_at) < 1.0:  # not a later process with the same pid
-                found.append(process)
+            if start_ticks(pid) == started_ticks:  # not a later process with the same pid
+                found.append(psutil.Process(pid))
     end_processes(found)

@@ -8,17 +8,21 @@ from typing import Any
 
 from cluster.policies import State, WorkerStatus
 from cluster.ray_cluster import death_of, raised_by
+from cluster.ray_kill import Process
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """An actor, the calls to it on their way, and what is known of it. Times are of this process's monotonic clock.
 
-    where: what Worker.describe returned; empty until it did. progress: the latest answer to a ping.
+    slot: number of its place. where: what Worker.describe returned; empty until it did. warm: what Worker.warm did.
+    progress: the latest answer to a ping.
     """
 
     actor: Any
+    slot: int
     where: dict[str, Any] = field(default_factory=dict)
+    warm: dict[str, Any] = field(default_factory=dict)
     log: str = ""
     state: State = "starting"
     error: str | None = None
@@ -31,8 +35,17 @@ class Member:
     ping_ref: Any = None
     train_ref: Any = None
 
+    def again(self) -> Member:
+        """The same worker for another attempt."""
+        return Member(self.actor, self.slot, self.where, self.warm)
+
+    def processes(self) -> list[Process]:
+        """All of its processes that are known."""
+        own = [self.where["process"]] if self.where else []
+        return [*own, *self.warm.get("processes", []), *self.progress.get("processes", [])]
+
     def end(self, result: dict[str, Any]) -> None:
-        """Its training returned: finished, stopped, or raised (see Worker.train)."""
+        """Its training returned: finished, stopped, raised or died (see Worker.train)."""
         self.state = result["outcome"]
         self.progress = {**self.progress, **result}
         self.error = result.get("error")
@@ -52,7 +65,7 @@ class Member:
 
     def status(self, rank: int, now: float) -> WorkerStatus:
         """What the controller is told."""
-        unanswered_s = now - self.answered_at
+        unanswered_s = now - self.answered_at + self.progress.get("unheard_s", 0.0)
         return WorkerStatus(
             rank=rank,
             node=str(self.where.get("node", "a node that did not answer")),

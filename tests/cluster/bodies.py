@@ -70,3 +70,24 @@ def exiting(**arguments: Any) -> dict[str, Any]:
     if arguments["rank"] == 1:
         raise SystemExit(3)
     return steps(**arguments, num_steps=1_000_000)
+
+
+def leaving(**arguments: Any) -> dict[str, Any]:
+    """Rank 1's process ends without a word."""
+    steps(**arguments, num_steps=2)
+    if arguments["rank"] == 1:
+        os._exit(3)
+    return steps(**arguments, num_steps=1_000_000)
+
+
+def computing(**arguments: Any) -> dict[str, Any]:
+    """Multiplies matrices, in as many threads as OMP_NUM_THREADS says; the step is how many there are."""
+    import numpy as np
+    import psutil
+    import torch
+
+    size = 600
+    product = torch.ones(size, size) @ torch.ones(size, size)
+    assert float(product.sum()) == size**3
+    assert float((np.ones((size, size)) @ np.ones((size, size))).sum()) == size**3
+    return {"outcome": "finished", "step": psutil.Process().num_threads() - 1}

@@ -151,11 +151,27 @@ def test_a_killed_worker_is_noticed_at_once_and_the_run_goes_on(ray_here: Embedd
     failed = run.events("failed")[0]
     assert (failed["cause"], failed["rank"], failed["phase"]) == ("died", 1, "forward")
     assert failed["step"] >= 5
-    assert "gone" in failed["error"]
+    assert "killed by SIGKILL (signal 9)" in failed["error"]
+    first, second = (placed["workers"] for placed in run.events("placed"))
+    assert first == second  # the same actors, with their imports done
     assert not any(alive(pid) for pid in run.pids(1))
     assert not any(alive(pid) for pid in run.pids(2))
     print(f"noticed and killed the rest after {noticed_s:.2f} s")
     assert noticed_s < NEVER_S / 10  # by its death, not by its silence
+
+
+def test_an_actor_that_dies_is_replaced_and_its_training_ends_with_it(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "endless_first_attempt")
+    run.wait_for_step(5)
+    os.kill(run.events("placed")[0]["workers"][0]["pid"], signal.SIGKILL)
+    run.join()
+    assert run.outcome == Outcome("finished", 20, 1)
+    first, second = (placed["workers"] for placed in run.events("placed"))
+    kept = {where["pid"] for where in first} & {where["pid"] for where in second}
+    assert kept == {first[1]["pid"]}
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"]) == ("died", 0)
+    assert not any(alive(pid) for pid in run.pids(1) + run.pids(2))
 
 
 def test_a_stopped_worker_is_named_and_killed(ray_here: EmbeddedRay, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.worker import failure
+from cluster.child import failure
 from configs.errors import Damaged, NotFound, PeerFailed, RunFailed, ShardyardError, Unreachable, UsageError
 from trainer.progress import Progress
 
