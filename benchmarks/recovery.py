@@ -14,13 +14,11 @@ import argparse
 import datetime
 import json
 import os
-import signal
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
-WORKERS, STEPS, SAVE_EVERY, KILL_AFTER = 2, 40, 10, 25
+WORKERS, STEPS, SAVE_EVERY = 2, 40, 10
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 8}
 SEQ_LEN, EXAMPLES_PER_WORKER = 128, 4
 SYSTEMS = ("shardyard", "shardyard, the whole actor", "ray train")
@@ -62,34 +60,6 @@ def main() -> int:
     return 0
 
 
-# --- what both do in a worker
-
-
-class StepLog:
-    """A worker's steps with their times, and the kill, in one file a process."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
-        self._file = (folder / f"steps-{rank}-{os.getpid()}.jsonl").open("w")
-
-    def step(self, step: int) -> None:
-        """After a step: write it down, or end this process if it is its turn."""
-        self._write({"step": step, "time": time.time()})
-
-    def kill_due(self, step: int) -> bool:
-        """Whether this worker is to be killed now, for the first time."""
-        return self._rank == 1 and step >= KILL_AFTER and not (self._folder / "killed").exists()
-
-    def kill(self, pid: int) -> None:
-        """SIGKILL, with its time."""
-        (self._folder / "killed").write_text(str(time.time()))
-        os.kill(pid, signal.SIGKILL)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-
 def measured(folder: Path) -> tuple[float, int]:
     """Seconds from the kill to the end of rank 0's next step, and how many steps were made twice."""
     killed_at = float((folder / "killed").read_text())
@@ -109,8 +79,9 @@ def shardyard(folder: Path, system: str) -> None:
     from cluster import train
 
     (folder / "texts").mkdir()
+    letters = random.Random(0)
     for number in range(64):
-        (folder / "texts" / f"{number}.txt").write_text(f"text {number} " + "the rank of a shard is a step " * 200)
+        (folder / "texts" / f"{number}.txt").write_text("".join(letters.choices("abcdefgh ", k=6000)))
     (folder / "whole-actor").write_text(str(system != "shardyard"))
     recipe = {
         "name": "recovery",
@@ -127,41 +98,8 @@ def shardyard(folder: Path, system: str) -> None:
         "checkpoint": {"every": SAVE_EVERY},
         "tracking": {"mlflow": None},
     }
-    result = train(recipe, quiet=True, body="benchmarks.recovery:watched_worker").wait()
+    result = train(recipe, quiet=True, body="benchmarks.recovery_worker:watched_worker").wait()
     assert result["outcome"] == "finished" and result["restarts"] == 1, result
-
-
-def watched_worker(store_uri: str, rank: int, progress: Any, **rest: Any) -> dict[str, Any]:
-    """trainer.worker.run_worker beside a thread that writes its steps down, and carries out the kill."""
-    from trainer.worker import run_worker
-
-    folder = Path(store_uri).parent
-    log = StepLog(folder, rank)
-
-    def watch() -> None:
-        seen = 0
-        while True:
-            step = progress.step
-            if step > seen:
-                log.step(step)
-                seen = step
-            if log.kill_due(step):
-                whole = (folder / "whole-actor").read_text() == "True"
-                log.kill(_actor() if whole else os.getpid())
-            time.sleep(0.001)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return run_worker(store_uri, rank=rank, progress=progress, **rest)
-
-
-def _actor() -> int:
-    """Ray's process above this one."""
-    import psutil
-
-    for process in [psutil.Process(), *psutil.Process().parents()]:
-        if process.name().startswith("ray::"):
-            return process.pid
-    raise AssertionError("no Ray above this process")
 
 
 # --- Ray Train
@@ -197,6 +135,8 @@ def ray_train_worker(settings: dict[str, Any]) -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as ours
     import ray.train
     import torch
+
+    from benchmarks.recovery_worker import StepLog
 
     torch.set_num_threads(1)
     import deepspeed

@@ -1,4 +1,7 @@
-"""A worker body that harms its own run where a schedule says, in the middle of real training."""
+"""A worker body that harms its own run where a schedule says, in the middle of real training.
+
+With it comes what training imports, for the process that attempts are forked from.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tests.preload  # noqa: F401
 from trainer.progress import Progress
 from trainer.worker import run_worker
 
