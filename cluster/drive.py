@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
-from cluster.ray_group import IMPORTS, RayWorkerGroup
+from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
 from configs.errors import UsageError
 from data_pipelines.storage import Store
 from trainer.background import Background
