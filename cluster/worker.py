@@ -37,7 +37,7 @@ class Worker:
             os.chdir(folder)  # relative paths and modules beside the recipe mean the same as where it was launched
         if folder not in sys.path:
             sys.path.append(folder)
-        _die_with_parent()
+        die_with_parent()
         self._progress = Progress()
         self._stop = threading.Event()
 
@@ -196,7 +196,7 @@ class _LogCopier:
                 self._copied_bytes = size
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel kill this process when Ray's process that started it dies: a stopped one cannot do it itself."""
     pr_set_pdeathsig = 1
     with contextlib.suppress(OSError, AttributeError):
