@@ -1,4 +1,4 @@
-"""One step of a run once more: its weights, random numbers and examples rebuilt, its record compared, its examples listed.
+"""One step of a run once more: its weights, random numbers and examples rebuilt, and its examples' own losses.
 
 Nothing is written: neither the run's folder, nor its record, nor a lease, so a run that goes on is not disturbed.
 """
@@ -97,7 +97,7 @@ def replay_rank(
 def replay(world: World, store: str, run: str, target: Target, checkpoint_step: int | None) -> dict[str, Any]:
     """Re-run the steps from a checkpoint (None: from the beginning) to the target's. Every rank calls it.
 
-    Returns {"from_step", "loss", "grad_norm", "examples": [{"sample_id", "loss", "items", "documents", "preview"}, ...]},
+    Returns {"from_step", "loss", "grad_norm", "examples": [{"sample_id", "loss", "items", "documents", "preview"}]},
     the examples by their own loss, highest first; what is no number comes before all. Their losses are means over an
     example's items, each example alone, by the weights before the step, in evaluation mode: without dropout, and with
     running statistics, which batches of one do not have and must not move. Seeded like its micro-batch.

@@ -72,8 +72,8 @@ def replay(arguments: Namespace) -> dict[str, Any]:
     table(arguments, ("EXAMPLE", "LOSS", "ITEMS", "FROM", "WHAT"), shown)
     if not same:
         raise Differs(
-            f"Step {target.step} of run '{record.name}' is not what its record says. Either the record, the data, the "
-            "code or the machine (processor, library versions, threads) has changed since, or a worker computed wrongly: "
+            f"Step {target.step} of run '{record.name}' is not what its record says. Either the record, the data, "
+            "the code or the machine (processor, versions, threads) has changed since, or a worker computed wrongly: "
             f"replay a step next to it (shardyard replay {run_arguments(arguments.run, arguments.store)} --step "
             f"{max(target.step - 1, 1)}).",
             result,
