@@ -36,9 +36,7 @@ class RecordTail:
             for row in rows
         ]
         return [(step, values) for step, values in found if values], [
-            event["error"] if event["kind"] == "checkpoint_damaged" else _not_saved(event)
-            for event in events
-            if event["kind"] in ("checkpoint_damaged", "checkpoint_failed")
+            _WARNINGS[event["kind"]](event) for event in events if event["kind"] in _WARNINGS
         ]
 
 
@@ -47,3 +45,16 @@ def _not_saved(event: dict[str, Any]) -> str:
         f"The checkpoint of step {event['step']} was not saved: {event['error']} Training goes on; earlier "
         "checkpoints are as they were."
     )
+
+
+def _diverged(event: dict[str, Any]) -> str:
+    then = {"stop": "the run ends", "skip": "it makes no update", "rollback": "its examples are left out"}
+    return f"Step {event['step']} diverged: its {event['what']} is {event['value']}; {then[event['policy']]}."
+
+
+_WARNINGS = {
+    "checkpoint_damaged": lambda event: str(event["error"]),
+    "checkpoint_failed": _not_saved,
+    "diverged": _diverged,
+    "rolled_back": lambda event: f"Rolled back from step {event['step']} to the checkpoint of step {event['to']}.",
+}

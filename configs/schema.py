@@ -206,7 +206,7 @@ class RecoveryConfig(Section):
     spike_factor: float | None = Field(
         default=None,
         gt=1,
-        description="A loss or gradient norm above so many times its median of the last 64 steps is a spike; null: none.",
+        description="A loss or gradient norm above this times its median of the last 64 steps is a spike; null: none.",
     )
 
 

@@ -114,6 +114,16 @@ class PackedSplit:
             with self._split.located(used) as contents:
                 self._copy_planned(contents + self._values_at[used], used, which, within, tokens, valid)
 
+    def rows_of(self, number: int) -> np.ndarray:
+        """The rows of the split whose documents a sequence is cut from, (n,) int64; none are told of best_fit."""
+        if self.kind != "concat":
+            return np.empty(0, np.int64)
+        (block,) = self.block_of(np.array([number])).tolist()
+        ends = np.cumsum(self._split.lengths(block, "tokens"))
+        start = (number - int(self._starts[block])) * self.seq_len
+        first, last = ends.searchsorted([start, min(start + self.seq_len, int(ends[-1]) - 1)], side="right").tolist()
+        return np.arange(first, last + 1) + int(self._split.block_examples[:block].sum())
+
     def block_of(self, ids: np.ndarray) -> np.ndarray:
         """The block that holds each of the sequences (n,): (n,) int64. Raises IndexError for a number that is none."""
         if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,12 +31,14 @@ def saved_steps(checkpoints: Store) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def newest(checkpoints: Store, report: Callable[[str], None] = _log.warning) -> tuple[int, CheckpointReader] | None:
+def newest(
+    checkpoints: Store, report: Callable[[str], None] = _log.warning, *, before: float = math.inf
+) -> tuple[int, CheckpointReader] | None:
     """(step, reader) of the newest checkpoint that verifies, every byte of it; None if there is none.
 
-    report: told of each newer one that is damaged or unfinished, and what is wrong with it.
+    report: told of each newer one that is damaged or unfinished, and what is wrong with it. before: only steps below.
     """
-    for step in saved_steps(checkpoints):
+    for step in (each for each in saved_steps(checkpoints) if each < before):
         store = checkpoints.child(folder_name(step))
         try:
             reader = CheckpointReader(store)

@@ -50,7 +50,7 @@ def ways_of(cell: Cell) -> list[str]:
 
 
 def train(world: World, cell: Cell, config: RunConfig, way: str = "") -> tuple[str, list[Any]]:
-    """The digest of all state after the steps, and their losses and norms. Step WRONG is refused in `way`, or left out."""
+    """A digest of all state after the steps, and their losses and norms. WRONG is refused in `way`, or left out."""
     from trainer import engine_state
     from trainer.engine import Engine
 
