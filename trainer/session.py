@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -225,16 +226,10 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         data = RunData.of(open_recorded(record, plan), plan)
         stack.callback(data.close)
 
-        progress.phase = "restore"
-        reader = _newest_agreed(record, world)
-        progress.phase = "model"
-        model = plan.model if reader is not None or config.warm_start is None else _warmed(record, plan, world)
-        engine = Engine(model, config, world, progress)
+        engine, reader, start = _engine(record, plan, world, progress, data)
         checkpoints = record.store.child("checkpoints")
         checkpointer = Checkpointer(checkpoints, world, config.checkpoint, progress, record)
         stack.callback(checkpointer.close)
-        progress.phase = "restore"
-        start = _restore(record, reader, engine, data)
 
         loader = data.loader(config, world, start)
         stack.callback(loader.close)
@@ -264,6 +259,39 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         )
 
 
+def _engine(
+    record: RunRecord, plan: Plan, world: World, progress: Progress, data: RunData
+) -> tuple[Engine, CheckpointReader | None, Position]:
+    """The engine at the run's newest good checkpoint, else as its config begins it; that checkpoint, and its position.
+
+    Each rank reads only its own part, so damage is met while an engine is filled: it is filled anew from an older
+    checkpoint, and made anew where there is none, so that nothing of a damaged one stays.
+    """
+    engine, before = None, None
+    while True:
+        progress.phase = "restore"
+        reader = _newest_agreed(record, world, before)
+        if reader is None:
+            break
+        progress.phase = "model"
+        engine = engine or Engine(plan.model, record.config, world, progress)
+        progress.phase = "restore"
+        try:
+            return engine, reader, _load_all(reader, engine, data)
+        except Damaged as error:
+            before = reader.manifest["step"]
+            if world.rank == 0:
+                _tell_damage(record, checkpoint.skipped(reader.store, str(error)))
+    progress.phase = "model"
+    if engine is not None:
+        engine = None
+        gc.collect()  # its memory is needed again
+    model = plan.model if record.config.warm_start is None else _warmed(record, plan, world)
+    engine = Engine(model, record.config, world, progress)
+    progress.phase = "restore"
+    return engine, None, _begin(record, engine, data)
+
+
 def _warmed(record: RunRecord, plan: Plan, world: World) -> WarmModel:
     """The model with the first values that the config names; the record tells what they were used for."""
     assert plan.config.warm_start is not None
@@ -276,10 +304,8 @@ def _warmed(record: RunRecord, plan: Plan, world: World) -> WarmModel:
     return model
 
 
-def _restore(record: RunRecord, reader: CheckpointReader | None, engine: Engine, data: RunData) -> Position:
-    """Load the run's newest good checkpoint, else its parent's."""
-    if reader is not None:
-        return _load_all(reader, engine, data)
+def _begin(record: RunRecord, engine: Engine, data: RunData) -> Position:
+    """Load what the parent has, if there is one."""
     parent = record.config.parent
     if parent is None:
         return Position()
@@ -324,16 +350,23 @@ def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
         )
 
 
-def _newest_agreed(record: RunRecord, world: World) -> CheckpointReader | None:
-    """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all, decides, names what it skips."""
+def _newest_agreed(record: RunRecord, world: World, before: int | None) -> CheckpointReader | None:
+    """The newest checkpoint, older than step `before`, with a good manifest and files of the right sizes.
+
+    The same on all ranks: rank 0 decides, and names what it skips. What is in the files is verified as it is read.
+    """
     checkpoints = record.store.child("checkpoints")
     step = 0
     if world.rank == 0:
         damage: list[str] = []
-        found = checkpoint.newest(checkpoints, damage.append)
+        found = checkpoint.newest(checkpoints, damage.append, before=before, contents=False)
         for message in damage:
-            print(message, file=sys.stderr, flush=True)
-            record.event("checkpoint_damaged", error=message)
+            _tell_damage(record, message)
         step = found[0] if found else 0
     step = int(all_sum([float(step)])[0])
     return checkpoint.find(checkpoints, step) if step else None
+
+
+def _tell_damage(record: RunRecord, message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    record.event("checkpoint_damaged", error=message)
