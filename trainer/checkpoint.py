@@ -52,6 +52,7 @@ from trainer.checkpoint_folder import (
     open_checkpoint,
     open_weights,
     saved_steps,
+    skipped,
 )
 from trainer.distributed import World, all_sum
 from trainer.snapshot import Snapshot, SnapshotBuffer
@@ -73,6 +74,7 @@ __all__ = [
     "open_checkpoint",
     "open_weights",
     "saved_steps",
+    "skipped",
 ]
 
 _log = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def load(engine: Engine, reader: CheckpointReader) -> None:
     """Give the engine the checkpoint's weights, optimizer state and loss scaler. Every rank calls it.
 
     Raises:
-        UsageError: the checkpoint is of another model or optimizer. Damaged: a block fails its digest.
+        UsageError: the checkpoint is of another model or optimizer. Damaged: some rank could not read its part; on
+            all ranks, and the engine is then left half filled.
     """
     _check_fits(engine, {name: reader.shape(name) for name in _stored_names(reader)}, reader.name)
     engine_state.restore(engine, reader.read, reader.manifest["scalars"])

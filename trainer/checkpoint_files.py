@@ -12,7 +12,7 @@ rank 0. Everything is JSON or safetensors: nothing is unpickled.
 
 manifest.json: {
     format, sha256 (of the canonical JSON of the rest), step, save, world_size, zero_stage, versions,
-    files:      [{name, size, blocks: [xxh3 of each 1 MiB]}],
+    files:      [{name, size, block_bytes, blocks: [xxh3 of each block]}],
     parameters: {name: {shape, dtype (of compute), frozen}},  buffers: {name: {shape, dtype}},
     aliases:    {name: [other names of the same tied parameter]},
     ranges:     {name: [[index of file, start, stop], ...]}   # sorted; together every element exactly once
@@ -187,6 +187,11 @@ class CheckpointReader:
         """Of all tensor files."""
         return sum(entry["size"] for entry in self.manifest["files"])
 
+    @property
+    def bytes_read(self) -> int:
+        """Of the tensor files so far: of whole blocks, each counted once."""
+        return sum(file.bytes_read for file in self._files.values())
+
     def verify(self, *, contents: bool = True) -> list[str]:
         """One message for each piece of damage. contents: read every byte, not only the files' sizes."""
         messages = []
@@ -216,7 +221,7 @@ class CheckpointReader:
         return "ema" if "ema" in kinds else kinds[0]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flattened parameter or buffer, in the dtype stored; 1-D, a copy."""
+        """Elements [start, stop) of a flattened parameter or buffer, in the dtype stored; 1-D, in memory of its own."""
         if start == stop:
             return torch.empty(0)
         ranges = self.manifest["ranges"][name]
@@ -226,7 +231,7 @@ class CheckpointReader:
                 break
             key = tensor_key(kind, name, low)
             pieces.append(self._file(index, key).read(key, max(start - low, 0), min(stop, high) - low))
-        return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _file(self, index: int, key: str) -> TensorFile:
         if index not in self._files:

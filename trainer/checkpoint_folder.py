@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,17 +31,24 @@ def saved_steps(checkpoints: Store) -> list[int]:
 
 
 def newest(
-    checkpoints: Store, report: Callable[[str], None] = _log.warning, *, before: float = math.inf
+    checkpoints: Store,
+    report: Callable[[str], None] = _log.warning,
+    *,
+    before: int | None = None,
+    contents: bool = True,
 ) -> tuple[int, CheckpointReader] | None:
     """(step, reader) of the newest checkpoint that verifies, every byte of it; None if there is none.
 
-    report: told of each newer one that is damaged or unfinished, and what is wrong with it. before: only steps below.
+    report: told of each newer one that is damaged or unfinished, and what is wrong with it. before: only older ones
+    than of this step. contents: False to verify manifest and sizes alone, and the rest as it is read.
     """
-    for step in (each for each in saved_steps(checkpoints) if each < before):
+    for step in saved_steps(checkpoints):
+        if before is not None and step >= before:
+            continue
         store = checkpoints.child(folder_name(step))
         try:
             reader = CheckpointReader(store)
-            damage = reader.verify()
+            damage = reader.verify(contents=contents)
         except NotFound:
             damage = [f"it has no {MANIFEST}: its save was cut off."]
         except ShardyardError as error:
@@ -50,8 +56,13 @@ def newest(
         if not damage:
             return step, reader
         more = f" And {len(damage) - 1} more like it." if len(damage) > 1 else ""
-        report(f"Checkpoint {store.path()} is skipped: {damage[0]}{more}")
+        report(skipped(store, damage[0] + more))
     return None
+
+
+def skipped(checkpoint: Store, damage: str) -> str:
+    """What is said of a damaged checkpoint that is passed over."""
+    return f"Checkpoint {checkpoint.path()} is skipped: {damage}"
 
 
 def find(checkpoints: Store, step: int | None = None) -> CheckpointReader:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from configs.errors import ShardyardError, UsageError
-from trainer.distributed import all_sum
+from configs.errors import Damaged, ShardyardError, Unreachable, UsageError
+from trainer.distributed import all_gather_json, all_sum
 from trainer.engine_layout import (
     Part,
     frozen_parts,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Read = Callable[[str, str, int, int], Tensor]
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_CHUNK_ELEMENTS = 1 << 20  # read at once, so that a load holds little beside what it fills
 _SAME_STATE = {"Adam", "AdamW"}  # optimizers that may take over each other's state
 
 
@@ -137,10 +138,11 @@ def scalars(engine: Engine) -> dict[str, Any]:
 def restore(engine: Engine, read: Read, scalars: dict[str, Any]) -> None:
     """Give the engine the whole state that `read` and `scalars` hold, whatever stage and world size wrote it.
 
-    Every rank takes part (low-precision weights are gathered). Each reads only what it holds.
+    Every rank takes part. Each reads only what it holds; when all have read, low-precision weights are gathered.
 
     Raises:
         UsageError: the state is another optimizer's.
+        Damaged: some rank could not read its part, and the engine is left half filled; on all ranks.
         ShardyardError: a parameter was not set.
     """
     optimizer = _torch_optimizer(engine)
@@ -150,13 +152,20 @@ def restore(engine: Engine, read: Read, scalars: dict[str, Any]) -> None:
             f"The checkpoint holds the state of {scalars['optimizer']}, but this run's optimizer is {name}. Set "
             "optimizer.name to the old one, or start from the checkpoint's weights alone (train --from)."
         )
-    restore_weights(engine, read)
-    with torch.no_grad():
-        _restore_optimizer_state(optimizer, parts_of(engine), read, scalars)
-        if engine.average is not None and "ema" in scalars:
-            for part in parts_of(engine):
-                _write(engine.average.of(part.flat), part, read(part.name, "ema", part.start, part.start + part.numel))
-            engine.average.num_updates = scalars["ema"]["num_updates"]
+    parts = parts_of(engine)
+    damage = None
+    try:
+        _read_weights(engine, parts, read)
+        with torch.no_grad():
+            _restore_optimizer_state(optimizer, parts, read, scalars)
+            if engine.average is not None and "ema" in scalars:
+                for part in parts:
+                    _fill(engine.average.of(part.flat), part, read, "ema")
+                engine.average.num_updates = scalars["ema"]["num_updates"]
+    except ShardyardError as error:
+        damage = error
+    _refuse_damage(engine, damage)
+    _publish_weights(engine, parts)
     if engine.exact is not None:
         engine.exact.exponents.update(scalars.get("exact", {}))
     zero = engine.deepspeed.optimizer
@@ -171,21 +180,47 @@ def restore_weights(engine: Engine, read: Read) -> None:
     An average of the weights begins anew with them.
 
     Raises:
-        ShardyardError: a parameter was not set.
+        Damaged: as restore. ShardyardError: a parameter was not set.
     """
-    engine.reading.wait()
     parts = parts_of(engine)
+    damage = None
+    try:
+        _read_weights(engine, parts, read)
+    except ShardyardError as error:
+        damage = error
+    _refuse_damage(engine, damage)
+    _publish_weights(engine, parts)
+
+
+def _read_weights(engine: Engine, parts: list[Part], read: Read) -> None:
+    engine.reading.wait()
     with torch.no_grad():
         for part in parts:
-            _write(part.flat, part, read(part.name, "master", part.start, part.start + part.numel))
+            _fill(part.flat, part, read, "master")
         for name, start, tensor in frozen_parts(engine):
             tensor.copy_(read(name, "frozen", start, start + tensor.numel()).view(tensor.shape))
         for name, buffer in persistent_buffers(engine.module).items():
             buffer.copy_(read(name, "buffer", 0, buffer.numel()).view(buffer.shape))
+        if engine.average is not None:
+            engine.average.reset()
+
+
+def _refuse_damage(engine: Engine, error: ShardyardError | None) -> None:
+    """Raise, on every rank, what any of them could not read."""
+    kind = Unreachable if isinstance(error, Unreachable) else Damaged
+    own = None if error is None else [kind.__name__, str(error)]
+    found = [each for each in (all_gather_json(own) if engine.world.size > 1 else [own]) if each is not None]
+    if found:
+        kind = Unreachable if any(name == Unreachable.__name__ for name, _ in found) else Damaged
+        messages = list(dict.fromkeys(message for _, message in found))
+        more = f" And {len(messages) - 1} more like it." if len(messages) > 1 else ""
+        raise kind(messages[0] + more) from error
+
+
+def _publish_weights(engine: Engine, parts: list[Part]) -> None:
+    with torch.no_grad():
         publish(engine)
     _assert_restored(engine, parts)
-    if engine.average is not None:
-        engine.average.reset()
 
 
 def _restore_optimizer_state(
@@ -209,8 +244,7 @@ def _restore_optimizer_state(
                 state[kind] = torch.zeros_like(flat, requires_grad=False)
     for part in parts:
         for kind in others.get(part.name, scalars["kinds"]):
-            values = read(part.name, kind, part.start, part.start + part.numel)
-            _write(optimizer.state[part.flat][kind], part, values)
+            _fill(optimizer.state[part.flat][kind], part, read, kind)
 
 
 def publish(engine: Engine) -> None:
@@ -284,12 +318,14 @@ def _slice(flat: Tensor, part: Part) -> Tensor:
     return flat.detach().reshape(-1)[part.offset : part.offset + part.numel]
 
 
-def _write(flat: Tensor, part: Part, values: Tensor) -> None:
-    assert values.numel() == part.numel, f"{part.name}: {values.numel()} elements were read instead of {part.numel}"
-    if part.numel == flat.numel():
-        flat.copy_(values.view(flat.shape))
-    else:
-        flat[part.offset : part.offset + part.numel].copy_(values)
+def _fill(flat: Tensor, part: Part, read: Read, kind: str) -> None:
+    """Read a part's state of one kind into its place of `flat`, piece by piece."""
+    place = flat.detach().view(-1)[part.offset : part.offset + part.numel]
+    for first in range(0, part.numel, _CHUNK_ELEMENTS):
+        target = place[first : first + _CHUNK_ELEMENTS]
+        values = read(part.name, kind, part.start + first, part.start + first + target.numel())
+        assert values.numel() == target.numel(), f"{part.name}: {values.numel()} elements instead of {target.numel()}"
+        target.copy_(values)
 
 
 def _read_scaler(engine: Engine) -> dict[str, Any] | None:

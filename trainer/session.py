@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -196,14 +197,14 @@ class Session:
         self.progress.phase = "restore"
         without = self.loader.positions(step - 1)
         self.checkpointer.wait()
-        reader = _newest_agreed(self.record, self.world)
-        if reader is None:
+        newest = _newest_agreed(self.record, self.world)
+        loaded = _load_newest(self.record, self.world, self.engine, self.data, newest)
+        if loaded is None:
             raise RunFailed(
                 f"Step {step} diverged, and no checkpoint is good to roll back to. With recovery.divergence=skip a run "
                 "needs none."
             )
-        start = self.data.position(reader.manifest, f"Checkpoint {reader.store.path()}")
-        checkpoint.load(self.engine, reader)
+        reader, start = loaded
         self.loader.go_back(start.step, start.examples, without)
         self.data.check_end(self.config, self.position(start.step))
         self.divergence.return_to(reader.manifest.get("divergence"))
@@ -286,16 +287,10 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         data = RunData.of(open_recorded(record, plan), plan)
         stack.callback(data.close)
 
-        progress.phase = "restore"
-        reader = _newest_agreed(record, world)
-        progress.phase = "model"
-        model = plan.model if reader is not None or config.warm_start is None else _warmed(record, plan, world)
-        engine = Engine(model, config, world, progress)
+        engine, reader, start = _engine(record, plan, world, progress, data)
         checkpoints = record.store.child("checkpoints")
         checkpointer = Checkpointer(checkpoints, world, config.checkpoint, progress, record)
         stack.callback(checkpointer.close)
-        progress.phase = "restore"
-        start = _restore(record, reader, engine, data)
 
         loader = data.loader(config, world, start)
         stack.callback(loader.close)
@@ -327,6 +322,31 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         )
 
 
+def _engine(
+    record: RunRecord, plan: Plan, world: World, progress: Progress, data: RunData
+) -> tuple[Engine, CheckpointReader | None, Position]:
+    """The engine at the run's newest good checkpoint, else as its config begins it; that checkpoint, and its position.
+
+    Each rank reads only its own part, so damage is met while an engine is filled: it is filled anew from an older
+    checkpoint, and made anew where there is none, so that nothing of a damaged one stays.
+    """
+    progress.phase = "restore"
+    reader = _newest_agreed(record, world)
+    progress.phase = "model"
+    if reader is not None:
+        engine = Engine(plan.model, record.config, world, progress)
+        progress.phase = "restore"
+        if (loaded := _load_newest(record, world, engine, data, reader)) is not None:
+            return engine, *loaded
+        progress.phase = "model"
+        del engine
+        gc.collect()  # its memory is needed again
+    model = plan.model if record.config.warm_start is None else _warmed(record, plan, world)
+    engine = Engine(model, record.config, world, progress)
+    progress.phase = "restore"
+    return engine, None, _begin(record, engine, data)
+
+
 def _warmed(record: RunRecord, plan: Plan, world: World) -> WarmModel:
     """The model with the first values that the config names; the record tells what they were used for."""
     assert plan.config.warm_start is not None
@@ -339,10 +359,8 @@ def _warmed(record: RunRecord, plan: Plan, world: World) -> WarmModel:
     return model
 
 
-def _restore(record: RunRecord, reader: CheckpointReader | None, engine: Engine, data: RunData) -> Position:
-    """Load the run's newest good checkpoint, else its parent's."""
-    if reader is not None:
-        return _load_all(reader, engine, data)
+def _begin(record: RunRecord, engine: Engine, data: RunData) -> Position:
+    """Load what the parent has, if there is one."""
     parent = record.config.parent
     if parent is None:
         return Position()
@@ -357,6 +375,23 @@ def _restore(record: RunRecord, reader: CheckpointReader | None, engine: Engine,
         check_tokenizer(tokenizer, parent.checkpoint, data.datasets[0])
     checkpoint.load_weights(engine, source)
     return Position()
+
+
+def _load_newest(
+    record: RunRecord, world: World, engine: Engine, data: RunData, reader: CheckpointReader | None
+) -> tuple[CheckpointReader, Position] | None:
+    """Load `reader`, or the newest one before it of which every rank can read its part: which it was, and its position.
+
+    None if there is no such: then the engine is left half filled.
+    """
+    while reader is not None:
+        try:
+            return reader, _load_all(reader, engine, data)
+        except Damaged as error:
+            if world.rank == 0:
+                _tell_damage(record, checkpoint.skipped(reader.store, str(error)))
+            reader = _newest_agreed(record, world, reader.manifest["step"])
+    return None
 
 
 def _load_all(reader: CheckpointReader, engine: Engine, data: RunData) -> Position:
@@ -387,16 +422,23 @@ def check_tokenizer(parents: str, source: str, dataset: Dataset) -> None:
         )
 
 
-def _newest_agreed(record: RunRecord, world: World) -> CheckpointReader | None:
-    """The newest checkpoint that verifies, the same on all ranks: rank 0 reads it all, decides, names what it skips."""
+def _newest_agreed(record: RunRecord, world: World, before: int | None = None) -> CheckpointReader | None:
+    """The newest checkpoint, older than step `before`, with a good manifest and files of the right sizes.
+
+    The same on all ranks: rank 0 decides, and names what it skips. What is in the files is verified as it is read.
+    """
     checkpoints = record.store.child("checkpoints")
     step = -1
     if world.rank == 0:
         damage: list[str] = []
-        found = checkpoint.newest(checkpoints, damage.append)
+        found = checkpoint.newest(checkpoints, damage.append, before=before, contents=False)
         for message in damage:
-            print(message, file=sys.stderr, flush=True)
-            record.event("checkpoint_damaged", error=message)
+            _tell_damage(record, message)
         step = found[0] if found else -1
     step = int(of_rank_0(float(step)))
     return checkpoint.find(checkpoints, step) if step >= 0 else None
+
+
+def _tell_damage(record: RunRecord, message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    record.event("checkpoint_damaged", error=message)

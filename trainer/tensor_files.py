@@ -8,7 +8,7 @@ fsync, and needs a local path to read ranges; both are a few lines here, and its
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,10 +19,12 @@ import xxhash
 from torch import Tensor
 
 from configs.errors import Damaged, NotFound
-from data_pipelines.storage import Store, explain
+from data_pipelines.storage import Store
 
-BLOCK_BYTES = 1 << 20
-_CACHED_BLOCKS = 8  # of a remote file: small tensors that share a block are read at once
+OLD_BLOCK_BYTES = 1 << 20  # of files whose entry does not tell
+_SMALLEST_BLOCK, _LARGEST_BLOCK, _BLOCKS = 4 << 10, 256 << 10, 4096
+_VERIFIED_BLOCKS = 64  # read at once
+_EDGES = 8
 
 _DTYPES = {
     "F64": torch.float64,
@@ -43,18 +45,26 @@ def write_tensors(store: Store, name: str, tensors: Mapping[str, Tensor]) -> dic
     """Write contiguous CPU tensors and make the file durable. After an error a part of it may stay.
 
     Returns:
-        {"name", "size" (bytes), "blocks": [xxh3 of each 1 MiB, hex]}.
+        {"name", "size" (bytes), "block_bytes", "blocks": [xxh3 of each block, hex]}.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps every tensor aligned
-    blocks = _BlockDigests()
-    size = 0
+    chunks = list(_chunks(ordered))
+    size = sum(map(len, chunks))
+    blocks = _BlockDigests(block_bytes(size))
     with store.open_output(name) as file:
-        for chunk in _chunks(ordered):
+        for chunk in chunks:
             file.write(chunk)
             blocks.add(chunk)
-            size += len(chunk)
-    return {"name": name, "size": size, "blocks": blocks.finish()}
+    return {"name": name, "size": size, "block_bytes": block_bytes(size), "blocks": blocks.finish()}
+
+
+def block_bytes(size: int) -> int:
+    """Of a file of `size` bytes: a power of two; few bytes beside those asked for are read, and digests stay few."""
+    found = _SMALLEST_BLOCK
+    while found < _LARGEST_BLOCK and found * _BLOCKS < size:
+        found *= 2
+    return found
 
 
 def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
@@ -75,20 +85,21 @@ def _chunks(ordered: list[tuple[str, Tensor]]) -> Iterator[memoryview]:
 
 
 class _BlockDigests:
-    """xxh3 of every BLOCK_BYTES of a stream."""
+    """xxh3 of every block of a stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
         self._digests: list[str] = []
         self._block = xxhash.xxh3_64()
         self._filled_bytes = 0
 
     def add(self, chunk: memoryview) -> None:
         while len(chunk) > 0:
-            piece = chunk[: BLOCK_BYTES - self._filled_bytes]
+            piece = chunk[: self._block_bytes - self._filled_bytes]
             self._block.update(piece)
             self._filled_bytes += len(piece)
             chunk = chunk[len(piece) :]
-            if self._filled_bytes == BLOCK_BYTES:
+            if self._filled_bytes == self._block_bytes:
                 self._next()
 
     def _next(self) -> None:
@@ -103,32 +114,33 @@ class _BlockDigests:
 
 
 class TensorFile:
-    """A safetensors file open for reading, memory-mapped where it is local. Blocks are verified when first read.
+    """A safetensors file open for reading by ranges. Blocks are verified whenever they are read.
+
+    It is read, not mapped: pages of a map count as the process's memory, and a file that is cut while it is mapped ends
+    the process.
 
     entry: what write_tensors returned. Every method raises Damaged, naming the file and the block, for bytes that are
     not those that were written.
     """
 
     def __init__(self, store: Store, entry: Mapping[str, Any]) -> None:
+        self._store = store
+        self._name: str = entry["name"]
         self._path = store.path(entry["name"])
         self._size: int = entry["size"]
         self._digests: list[str] = entry["blocks"]
-        self._verified: set[int] = set()
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
-        self._map: mmap.mmap | None = None
-        self._check_size(store, entry["name"])
+        self._block_bytes: int = entry.get("block_bytes", OLD_BLOCK_BYTES)
+        self._read_blocks: set[int] = set()
+        self._edges: OrderedDict[int, bytes] = OrderedDict()
+        self._check_size()
         self._file = store.open_input(entry["name"])
-        if store.is_local:
-            try:
-                # A private map: torch wants writable memory, and nothing may reach the file.
-                self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except OSError as error:
-                raise explain(error, "read", self._path) from error
+        if store.is_local and hasattr(os, "posix_fadvise"):  # the kernel is not to read ahead of what is asked for
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self._header_bytes, self._header = self._read_header()
 
-    def _check_size(self, store: Store, name: str) -> None:
+    def _check_size(self) -> None:
         try:
-            size = store.size(name)
+            size = self._store.size(self._name)
         except NotFound as error:
             raise Damaged(f"{self._path} is missing.") from error
         if size != self._size:
@@ -149,8 +161,13 @@ class TensorFile:
     def __contains__(self, key: str) -> bool:
         return key in self._header
 
+    @property
+    def bytes_read(self) -> int:
+        """Of all blocks that were read so far, each counted once."""
+        return sum(min(self._block_bytes, self._size - index * self._block_bytes) for index in self._read_blocks)
+
     def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop), at least one, of a flattened tensor; 1-D, a view of the file where it is mapped."""
+        """Elements [start, stop), at least one, of a flattened tensor; 1-D, in memory of its own."""
         dtype, begin, end = self._header[key]
         first = self._header_bytes + begin
         if stop * dtype.itemsize > end - begin:
@@ -160,49 +177,58 @@ class TensorFile:
 
     def verify(self) -> list[str]:
         """One message for every damaged block."""
-        messages = []
-        for index in range(len(self._digests)):
-            try:
-                self._block(index)
-            except Damaged as error:
-                messages.append(str(error))
+        messages: list[str] = []
+        for first in range(0, len(self._digests), _VERIFIED_BLOCKS):
+            raw = memoryview(
+                bytearray(min(_VERIFIED_BLOCKS * self._block_bytes, self._size - first * self._block_bytes))
+            )
+            messages += self._read_into(raw, first)
         return messages
 
-    def _range(self, start: int, stop: int) -> bytearray | memoryview:
+    def _range(self, start: int, stop: int) -> memoryview:
         """Verified bytes [start, stop), at least one."""
         if not 0 <= start < stop <= self._size:
             raise Damaged(f"{self._path} ends before byte {stop:,}.")
-        indices = range(start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES + 1)
-        if self._map is not None:
-            for index in indices:
-                self._block(index)
-            return memoryview(self._map)[start:stop]
-        joined = bytearray(b"".join(self._block(index) for index in indices))
-        first = indices.start * BLOCK_BYTES
-        return joined[start - first : stop - first]
+        size = self._block_bytes
+        first, last = start // size, (stop - 1) // size
+        base = first * size
+        raw = memoryview(bytearray(min((last + 1) * size, self._size) - base))
+        low, high = 0, len(raw)
+        if (edge := self._edges.get(first)) is not None:
+            raw[: len(edge)] = edge
+            low = len(edge)
+        if (edge := self._edges.get(last)) is not None and last > first:
+            high = len(raw) - len(edge)
+            raw[high:] = edge
+        if low < high:
+            damage = self._read_into(raw[low:high], (base + low) // size)
+            if damage:
+                raise Damaged(damage[0])
+        self._remember(first, bytes(raw[:size]))
+        self._remember(last, bytes(raw[last * size - base :]))
+        return raw[start - base : stop - base]
 
-    def _block(self, index: int) -> bytes | memoryview:
-        """One verified block."""
-        start, stop = index * BLOCK_BYTES, min((index + 1) * BLOCK_BYTES, self._size)
-        if index in self._cache:
-            return self._cache[index]
-        block: bytes | memoryview
-        if self._map is not None:
-            block = memoryview(self._map)[start:stop]
-            if index in self._verified:
-                return block
-        else:
-            self._file.seek(start)
-            block = self._file.read(stop - start)
-        if index >= len(self._digests) or xxhash.xxh3_64_hexdigest(block) != self._digests[index]:
-            raise Damaged(f"{self._path} fails its digest in block {index} (bytes {start:,} to {stop:,}).")
-        if self._map is None:
-            self._remember(index, bytes(block))
-        else:
-            self._verified.add(index)
-        return block
+    def _read_into(self, raw: memoryview, first: int) -> list[str]:
+        """Fill `raw` with whole blocks from number `first` on; one message for every damaged one."""
+        size = self._block_bytes
+        with self._store.explained("read", self._name):
+            self._file.seek(first * size)
+            filled = 0
+            while count := self._file.readinto(raw[filled:]):  # type: ignore[attr-defined]
+                filled += count
+        messages = []
+        for index, offset in enumerate(range(0, len(raw), size), start=first):
+            block = raw[offset : offset + size]
+            if index >= len(self._digests) or xxhash.xxh3_64_hexdigest(block) != self._digests[index]:
+                begin = index * size
+                messages.append(
+                    f"{self._path} fails its digest in block {index} (bytes {begin:,} to {begin + len(block):,})."
+                )
+            self._read_blocks.add(index)
+        return messages
 
     def _remember(self, index: int, block: bytes) -> None:
-        self._cache[index] = block
-        if len(self._cache) > _CACHED_BLOCKS:
-            self._cache.popitem(last=False)
+        """Keep a block that the next range may share."""
+        self._edges[index] = block
+        if len(self._edges) > _EDGES:
+            self._edges.popitem(last=False)

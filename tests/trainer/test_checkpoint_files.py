@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -299,14 +300,37 @@ def test_a_range_is_read_without_its_neighbours(tmp_path: Path) -> None:
     store, big = RemoteStore(tmp_path), torch.arange(3_000_000, dtype=torch.float32)
     entry = tensor_files.write_tensors(store, "big.safetensors", {"big": big})
     path = tmp_path / "big.safetensors"
-    assert len(entry["blocks"]) == -(-path.stat().st_size // tensor_files.BLOCK_BYTES)
+    assert len(entry["blocks"]) == -(-path.stat().st_size // entry["block_bytes"])
     flip(path, -5)  # damage in the last block is no concern of who reads the first
     for place in (store, Store(tmp_path)):
         file = tensor_files.TensorFile(place, entry)
         assert torch.equal(file.read("big", 200_000, 900_000), big[200_000:900_000])
-        with pytest.raises(Damaged, match="block 11"):
+        assert 700_000 * 4 <= file.bytes_read <= 700_000 * 4 + 3 * entry["block_bytes"]  # the header's block, two edges
+        before = file.bytes_read
+        file.read("big", 200_000, 900_000)
+        assert file.bytes_read == before
+        with pytest.raises(Damaged, match=f"block {len(entry['blocks']) - 1} "):
             file.read("big", 2_900_000, 3_000_000)
         assert len(file.verify()) == 1
+        assert file.bytes_read == entry["size"]
+
+
+def test_blocks_are_small_and_few() -> None:
+    for size in (1, 5000, 10 << 20, 16 << 20, (16 << 20) + 1, 1 << 30):
+        found = tensor_files.block_bytes(size)
+        assert found in (4 << 10, 8 << 10, 256 << 10) and size / found <= 4096
+    assert tensor_files.block_bytes(1 << 40) == 256 << 10
+
+
+def test_files_of_blocks_of_a_mebibyte_are_read_as_before(tmp_path: Path) -> None:
+    values = torch.arange(700_000, dtype=torch.float32)
+    entry = tensor_files.write_tensors(Store(tmp_path), "old.safetensors", {"old": values})
+    raw = (tmp_path / "old.safetensors").read_bytes()
+    blocks = [xxhash.xxh3_64_hexdigest(raw[at : at + 2**20]) for at in range(0, len(raw), 2**20)]
+    old = {"name": entry["name"], "size": entry["size"], "blocks": blocks}
+    file = tensor_files.TensorFile(Store(tmp_path), old)
+    assert file.verify() == [] and len(blocks) == 3
+    assert torch.equal(file.read("old", 250_000, 270_000), values[250_000:270_000])
 
 
 # --- another model or optimizer

@@ -81,6 +81,37 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(folder: Path, undistur
     assert_equal_runs(resumed, undisturbed)
 
 
+def copied(folder: Path, record: RunRecord, name: str) -> Path:
+    """The checkpoints of a copy of a run, in a store of its own."""
+    shutil.copytree(record.store.uri, folder / name / record.name)
+    return folder / name / record.name / "checkpoints"
+
+
+def flip_last(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def damage_of(record: RunRecord) -> list[str]:
+    return [event["error"] for event in record.events() if event["kind"] == "checkpoint_damaged"]
+
+
+def test_damage_that_one_rank_meets_sends_all_to_an_older_checkpoint(folder: Path, undisturbed: RunRecord) -> None:
+    """The sizes are right, so it is met in the middle of the load, by the rank that reads that block."""
+    config = tiny_config(folder, name="cut")
+    stopped = train(config, stop_after=4)
+    for name, damaged, start in (("one", [5], 4), ("all", [5, 4, 2], 0)):
+        checkpoints = copied(folder, stopped, name)
+        for step in damaged:
+            flip_last(sorted((checkpoints / f"step-{step:08d}").glob("*.safetensors"))[1])
+        resumed = train(config | {"store": str(folder / name)})
+        assert len(damage_of(resumed)) == len(damaged)
+        assert all("fails its digest" in each and "skipped" in each for each in damage_of(resumed))
+        assert [event["step"] for event in resumed.events() if event["kind"] == "started"] == [0, start]
+        assert_equal_runs(resumed, undisturbed)  # of a damaged one nothing is left, in the optimizer neither
+
+
 def parent(record: RunRecord, step: int, state: str) -> dict[str, str]:
     return {"checkpoint": record.store.path(f"checkpoints/step-{step:08d}"), "state": state}
 
