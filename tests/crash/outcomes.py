@@ -62,7 +62,7 @@ class Expected:
 
 
 def classify(loaded: Loaded, expected: Expected, names: Iterable[str], *, crash: bool) -> str:
-    """One of OUTCOMES. names: of files and folders that are not as they were saved. crash: the newest is still whole."""
+    """One of OUTCOMES. names: of files and folders that are not as they were saved. crash: no excuse for older ones."""
     if loaded.error is not None:
         return NAMED if any(name in loaded.error for name in names) else OPAQUE
     newest = (*expected.saved[-1:], *expected.begun)

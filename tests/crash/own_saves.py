@@ -16,9 +16,8 @@ from torch import nn
 from configs.schema import CheckpointConfig
 from data_pipelines.storage import Store
 from tests.crash.outcomes import Loaded, state_digest
-from trainer.checkpoint import CheckpointReader, Checkpointer, delete_leftovers, newest
+from trainer.checkpoint import Checkpointer, CheckpointReader, delete_leftovers, newest
 from trainer.progress import Progress
-
 
 GOLDEN = Path(__file__).with_name("own_saves.jsonl.gz")
 

@@ -103,7 +103,7 @@ def dcp_load(folder: Path) -> Loaded:
     state["step"] = 0
     try:
         dcp.load(state, checkpoint_id=folder / max(steps), no_dist=True)
-    except Exception as error:
+    except (Exception, dcp.CheckpointException) as error:  # which is no Exception
         return Loaded(None, error=f"{type(error).__name__}: {error}")
     return Loaded(state_digest(state.pop("step"), state))
 

@@ -20,7 +20,6 @@ import torch
 from tests.crash.disk import Call
 from tests.pool import run_workers
 
-# saves(world, folder, mark)
 Saves = Callable[[Any, Path, Callable[[str, str], None]], None]
 
 _CALLS = (

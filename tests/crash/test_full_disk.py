@@ -34,7 +34,7 @@ class Run:
         assert self.save() is None
 
     def save(self) -> str | None:
-        """Train a step and save it; why that failed. What was saved last is then the newest, and nothing else is there."""
+        """Train a step and save it; why that failed. What was saved last is then the newest, and alone."""
         train(self.engine, self.step)
         self.step += 1
         self.saver.save(self.step, self.engine, {}, wait=True)
