@@ -30,10 +30,10 @@ test: lint types  ## lint, types and all tests that need no root and no daemon, 
 
 # Two processes side by side: tests of several workers wait more than they compute.
 test-workers: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/cluster tests/chaos tests/distributed
+	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/cluster tests/chaos tests/crash tests/distributed
 
 test-rest: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 --ignore=tests/cluster --ignore=tests/chaos --ignore=tests/distributed
+	$(BIN)/python -m pytest -m "not slow" --durations=15 --ignore=tests/cluster --ignore=tests/chaos --ignore=tests/crash --ignore=tests/distributed
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
 	$(BIN)/python -m pytest -m "not slow and not longer and not distributed and not ray"
