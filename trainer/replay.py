@@ -104,7 +104,8 @@ def replay(world: World, store: str, run: str, target: Target, checkpoint_step: 
 
     Raises ShardyardErrors: the data set or the checkpoint is gone or damaged, ...
     """
-    from trainer import checkpoint, session
+    from trainer import checkpoint
+    from trainer.beginning import begin, load_all
     from trainer.divergence import Divergence
     from trainer.engine import Engine
     from trainer.run_data import Position, RunData
@@ -123,7 +124,7 @@ def replay(world: World, store: str, run: str, target: Target, checkpoint_step: 
         engine = Engine(
             warm(plan.model, config.warm_start) if fresh and config.warm_start else plan.model, config, world
         )
-        start = session._restore(record, reader, engine, data)
+        start = begin(record, engine, data) if reader is None else load_all(reader, engine, data)
         start = Position(start.step, start.examples, left_out(record, target, start.exceptions))
         divergence = Divergence.of(config.recovery, None if reader is None else reader.manifest.get("divergence"))
         with closing(data.loader(config, world, start)) as loader:
