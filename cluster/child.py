@@ -54,7 +54,8 @@ def run(
         stop.set()
 
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
-    signal.signal(signal.SIGTERM, request_stop)  # its node is about to go: save while there is time
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # its node is about to go: save while there is time
+        signal.signal(number, request_stop)
     threading.Thread(target=_converse, args=(channel, progress, stop), name="channel", daemon=True).start()
     try:
         with _log_to(Store(arguments["store_uri"]).child(arguments["run"]), log, canary):

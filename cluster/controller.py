@@ -255,7 +255,8 @@ class Controller:
         else:
             step = saved  # ended at once: what came after is lost
         self.state = State.FINISHED if finished else State.STOPPED
-        reason = {} if finished else {"reason": self._stop_reason}
+        # Nobody asked here, so a signal did there.
+        reason = {} if finished else {"reason": self._stop_reason or "a worker was told to end (SIGTERM)"}
         self._record.event(self.state.value, step=step, **reason)
         return Outcome("finished" if finished else "stopped", step, len(self.failures))
 

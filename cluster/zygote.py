@@ -30,7 +30,7 @@ def main(descriptor: int, parent: int) -> None:
     die_with(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray's processes block some
     # The launcher decides; this process ends with it. SIGCHLD is told by the pipe.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # a handler, unlike SIG_IGN, is not inherited by other programs
     channel = Channel(socket.socket(fileno=descriptor))
     woken, wake = os.pipe()
