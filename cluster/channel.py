@@ -1,4 +1,4 @@
-"""JSON lines, and sometimes a file descriptor, over a socket to another process of this machine."""
+"""JSON lines, and sometimes file descriptors, over a socket to another process of this machine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import array
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+# Has a child write down what all of its threads do.
+STACK_SIGNAL = signal.SIGUSR2
 _READ_BYTES = 1 << 16
 _MAX_DESCRIPTORS = 4
 
@@ -27,14 +31,14 @@ class Channel:
         """For select."""
         return self._socket.fileno()
 
-    def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
-        """Send a message, with a copy of a file descriptor.
+    def send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a message, with copies of file descriptors.
 
         Raises:
             OSError: nobody is at the other end.
         """
         data = json.dumps(message).encode() + b"\n"
-        attached = [] if descriptor is None else [_attached(descriptor)]
+        attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         with self._sending:
             sent = self._socket.sendmsg([data], attached)
             self._socket.sendall(data[sent:])
@@ -69,7 +73,3 @@ class Channel:
         self._socket.close()
         while self._descriptors:
             os.close(self._descriptors.pop())
-
-
-def _attached(descriptor: int) -> tuple[int, int, array.array[int]]:
-    return socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor])

@@ -7,6 +7,7 @@ Over its channel it says what it does {"progress": fields} a few times a second,
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import select
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cluster.channel import Channel
+from cluster.channel import STACK_SIGNAL, Channel
 from configs.errors import Damaged, NotFound, PeerFailed, RunFailed, ShardyardError, UsageError
 from data_pipelines.storage import Store
 from trainer.progress import Progress
@@ -32,10 +33,17 @@ _MAX_COPIED_LOG_BYTES = 4 << 20
 
 
 def run(
-    channel: Channel, body: str, canary: str, log: str, environment: dict[str, str], arguments: dict[str, Any]
+    channel: Channel,
+    stacks: int,
+    body: str,
+    canary: str,
+    log: str,
+    environment: dict[str, str],
+    arguments: dict[str, Any],
 ) -> None:
     """Run the body ("module:function") to its end, and send its outcome, or what it raised as plain values.
 
+    stacks: descriptor of a file to which STACK_SIGNAL has the stacks of all threads written, whatever they do.
     canary: what the launcher wrote beside the log, to prove that this node sees the run's folder.
     log: path in the run's folder for all that this process prints.
     """
@@ -45,7 +53,9 @@ def run(
     def request_stop(_number: int, _frame: FrameType | None) -> None:
         stop.set()
 
-    signal.signal(signal.SIGTERM, request_stop)  # its node is about to go: save while there is time
+    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # its node is about to go: save while there is time
+        signal.signal(number, request_stop)
     threading.Thread(target=_converse, args=(channel, progress, stop), name="channel", daemon=True).start()
     try:
         with _log_to(Store(arguments["store_uri"]).child(arguments["run"]), log, canary):
@@ -59,7 +69,7 @@ def _converse(channel: Channel, progress: Progress, stop: threading.Event) -> No
     """Tell the actor what training does now, and hear it."""
     try:
         while True:
-            channel.send({"progress": progress.snapshot()})
+            channel.send({"progress": {**progress.snapshot(), "thread": threading.main_thread().ident}})
             ready, _, _ = select.select([channel], [], [], TELL_EVERY_S)
             if ready and any("stop" in message for message in channel.receive()):
                 stop.set()

@@ -13,17 +13,29 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import median
 from typing import Any, Literal, Protocol
 
-from cluster.policies import Failure, GiveUp, WorkerStatus, find_silent, first_failure, is_consequence, next_action
+from cluster.policies import (
+    Failure,
+    GiveUp,
+    WorkerStatus,
+    first_failure,
+    is_consequence,
+    mark_silent,
+    next_action,
+)
 from configs.errors import RunFailed, ShardyardError
 from configs.schema import RecoveryConfig
 
 POLL_S = 0.1
 CONTROL_POLL_S = 1.0
+# Of which the median is a usual step.
+RECENT_STEPS = 50
 # How long to look for the cause when all that is known is that some workers lost a peer.
 SETTLE_S = 1.0
 
@@ -55,6 +67,9 @@ class WorkerGroup(Protocol):
 
     def request_stop(self) -> None:
         """Ask every worker to save a checkpoint and return. Does not wait."""
+
+    def stacks(self) -> dict[int, str]:
+        """Python stacks of the training threads by rank, of those that can be had within a second; also recorded."""
 
     def kill(self) -> None:
         """End every worker at once; when it returns their processes are gone."""
@@ -113,7 +128,8 @@ class Controller:
         self._aborted = threading.Event()
         self._control_polled_at = clock()
         self._steps_seen: dict[int, tuple[int, float]] = {}
-        self._slowest_step_s: float | None = None
+        self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._trained: set[int] = set()
 
     @property
     def stopping(self) -> bool:
@@ -163,14 +179,13 @@ class Controller:
 
     def _run_attempt(self) -> Failure | None:
         """One attempt of placed workers, to its end; the failure that ended it, None if nothing did."""
-        self._steps_seen = {}
+        self._steps_seen, self._trained = {}, set()
         self._group.start(lambda: self._stop_reason is not None)
         if self._stop_reason is not None:
             return None  # nothing was trained yet, so there is nothing to save
         self.state = State.RUNNING
         while True:
-            workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
-            self.workers = workers
+            self.workers = workers = self._poll()
             if any(worker.failed for worker in workers) and (failure := self._settle(workers)) is not None:
                 return failure
             if all(worker.state in ("finished", "stopped") for worker in workers):
@@ -183,23 +198,36 @@ class Controller:
                 self._notice(f"Stopping ({self._stop_reason}): saving a checkpoint first.")
                 self._group.request_stop()
 
-    def _with_silence(self, worker: WorkerStatus) -> WorkerStatus:
-        now = self._clock()
-        step, since = self._steps_seen.get(worker.rank, (worker.step, now))
-        if worker.step > step and step > 0:
-            self._slowest_step_s = max(self._slowest_step_s or 0.0, (now - since) / (worker.step - step))
-        if worker.step != step or worker.rank not in self._steps_seen:
+    def _poll(self) -> list[WorkerStatus]:
+        workers, now = self._group.poll(POLL_S), self._clock()
+        for worker in workers:
+            step, since = self._steps_seen.setdefault(worker.rank, (worker.step, now))
+            if worker.step <= step:
+                continue
+            if worker.rank in self._trained:  # what came before an attempt's first step is not the step's
+                self._steps_s.append((now - since) / (worker.step - step))
+            if step > 0:  # the first change may be a checkpoint's, and no step
+                self._trained.add(worker.rank)
             self._steps_seen[worker.rank] = (worker.step, now)
-        reason = find_silent(worker, self._recovery, self._slowest_step_s if worker.step > 0 else None)
-        return worker if reason is None else replace(worker, state="silent", error=reason)
+        return mark_silent(workers, self._recovery, self._median_step_s)
+
+    def _median_step_s(self, worker: WorkerStatus) -> float | None:
+        return median(self._steps_s) if self._steps_s and worker.rank in self._trained else None
 
     def _settle(self, workers: list[WorkerStatus]) -> Failure | None:
         """Give the cause a moment to show where only its consequences are known yet; None if all was well after all."""
         deadline = self._clock() + SETTLE_S
+        while (
+            any(worker.failed for worker in workers)
+            and all(is_consequence(worker) for worker in workers if worker.failed)
+            and any(worker.state == "running" for worker in workers)  # else there is nobody left to fail
+            and self._clock() < deadline
+        ):
+            self.workers = workers = self._poll()
         failed = [worker for worker in workers if worker.failed]
-        while failed and all(is_consequence(worker) for worker in failed) and self._clock() < deadline:
-            self.workers = [self._with_silence(worker) for worker in self._group.poll(POLL_S)]
-            failed = [worker for worker in self.workers if worker.failed]
+        if any(worker.state == "silent" for worker in failed):
+            stacks = self._group.stacks()
+            failed = [replace(worker, stack=stacks.get(worker.rank)) for worker in failed]
         return first_failure(failed) if failed else None
 
     def _poll_control(self) -> None:
@@ -227,7 +255,8 @@ class Controller:
         else:
             step = saved  # ended at once: what came after is lost
         self.state = State.FINISHED if finished else State.STOPPED
-        reason = {} if finished else {"reason": self._stop_reason}
+        # Nobody asked here, so a signal did there.
+        reason = {} if finished else {"reason": self._stop_reason or "a worker was told to end (SIGTERM)"}
         self._record.event(self.state.value, step=step, **reason)
         return Outcome("finished" if finished else "stopped", step, len(self.failures))
 
@@ -249,6 +278,8 @@ class Controller:
             step=failure.step,
             error=failure.error,
             log=failure.log,
+            stack=failure.stack,
+            summary=failure.describe(),
             detected_s=round(failure.detected_s, 3),
             killed_s=round(self._clock() - noticed_at, 3),
             checkpoint=path,

@@ -18,7 +18,7 @@ from cluster.drive import POLL_S, Drive
 from cluster.progress_bar import Narrator, View
 from cluster.ray_group import BODY
 from cluster.record_tail import RecordTail
-from configs.errors import Interrupted
+from configs.errors import Interrupted, Preempted
 from configs.schema import RunConfig
 from data_pipelines.shards import Dataset
 from data_pipelines.storage import Store
@@ -83,6 +83,7 @@ class Run:
         self.plan = plan
         self._narrator = narrator
         self._interrupts = 0
+        self._first_signal: int | None = None
         self._drive = Drive(record, plan, address=address, body=body, resume_command=self.resume_command)
 
     @property
@@ -130,11 +131,12 @@ class Run:
     def wait(self) -> dict[str, Any]:
         """Wait for the run's end, telling how it goes meanwhile; returns how it ended.
 
-        The first Ctrl-C (or SIGTERM) saves and stops, the second ends at once; only the main thread gets them.
+        The first Ctrl-C (or SIGTERM, SIGUSR1) saves and stops, the second ends at once; only the main thread gets them.
 
         Raises:
             RunFailed: names the first failure, the last checkpoint and the next command.
-            Interrupted: stopped by a signal. Unreachable: Ray, or room for the workers, was not to be had.
+            Interrupted: stopped by Ctrl-C. Preempted: by SIGTERM or SIGUSR1, here or at a worker.
+            Unreachable: Ray, or room for the workers, was not to be had.
         """
         tail = RecordTail(self.record)
         try:
@@ -151,8 +153,11 @@ class Run:
         if self._drive.error is not None:
             raise self._drive.error
         if self._interrupts:
-            raise Interrupted(self._farewell())
+            kind = Interrupted if self._first_signal == signal.SIGINT else Preempted
+            raise kind(self._farewell())
         assert self.outcome is not None
+        if self.outcome.outcome == "stopped" and not self._drive.controller.stopping:
+            raise Preempted(self._farewell())
         return self._summary(self.outcome)
 
     def _narrate(self, tail: RecordTail, last: bool = False) -> None:
@@ -179,19 +184,20 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Count Ctrl-C and SIGTERM instead of being torn out of what is done at the moment."""
+        """Count Ctrl-C, SIGTERM and SIGUSR1 instead of being torn out of what is done at the moment."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(number: int, _frame: FrameType | None) -> None:
             self._interrupts += 1
+            self._first_signal = self._first_signal or number
             if self._interrupts == 1:
                 self.stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
             else:
                 self._drive.controller.abort()
 
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         finally:

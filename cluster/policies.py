@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from configs.schema import RecoveryConfig
@@ -12,8 +13,12 @@ from configs.schema import RecoveryConfig
 SAME_STEP_LIMIT = 3
 # A port chosen on a node may be taken before it is used; that says nothing about the run, so it costs no restart.
 PORT_RETRIES = 5
-# A step may take this many times the slowest one so far before its worker counts as hung.
+# A step may take this many times the usual one (the median of the latest) before its worker counts as hung.
 SLOW_STEP_FACTOR = 3.0
+# A worker counts as hung after this share of its limit, so that it is named within it.
+NOTICED_AT = 0.9
+# And its node as gone after this share of silence_s, in which not even the actor there has answered.
+NODE_LOST_AT = 0.7
 # What a step consists of; other phases (evaluation, checkpoint, restore) have no usual length.
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -35,6 +40,8 @@ _PEER_ERRORS = (
     "timed out waiting",
     "wait timeout after",
 )
+# Files whose functions wait for other ranks.
+_COLLECTIVES = ("distributed_c10d.py", "trainer/distributed.py", "deepspeed/comm/")
 _PORT_ERRORS = ("eaddrinuse", "address already in use")
 
 State = Literal["starting", "running", "finished", "stopped", "died", "raised", "silent"]
@@ -48,7 +55,8 @@ class WorkerStatus:
     state: "starting" until it is told to train. "died": its process or node is gone. "raised": its training ended in an
     error. "silent": found hung (set by `find_silent`).
     log: path of its log. step: completed steps. phase: what it does (see trainer/progress.py).
-    unanswered_s: since it last answered a ping. quiet_s: since training last showed a sign of life.
+    node_unanswered_s: since its node last answered a ping. unanswered_s: since the process that trains did.
+    quiet_s: since training last showed a sign of life. stack: of the training thread, the innermost call first.
     failed_at: epoch seconds, by its own clock, when it raised. user_error: only the user can mend the cause.
     peer_failed: it raised only because another worker failed, which reports the cause.
     """
@@ -62,8 +70,10 @@ class WorkerStatus:
     steps: int | None = None
     loss: float | None = None
     tokens_per_s: float | None = None
+    node_unanswered_s: float = 0.0
     unanswered_s: float = 0.0
     quiet_s: float = 0.0
+    stack: str | None = None
     error: str | None = None
     failed_at: float | None = None
     user_error: bool = False
@@ -77,7 +87,10 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class Failure:
-    """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery."""
+    """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery.
+
+    phase: what it was in when it failed; "collective" where it hung there, waiting for others.
+    """
 
     kind: State
     rank: int
@@ -88,6 +101,7 @@ class Failure:
     log: str
     detected_s: float
     user_error: bool = False
+    stack: str | None = None
 
     def describe(self) -> str:
         """Who failed, where, in what and why, in a sentence."""
@@ -135,25 +149,41 @@ def first_failure(workers: Sequence[WorkerStatus]) -> Failure:
     """The cause among the failed workers: the others' broken connections are its consequences.
 
     A process that is gone comes before one that raised, the earlier error before the later one, a stopped process
-    before one that only waits, and any of them before what may be a consequence.
+    before one that only waits, and any of them before what may be a consequence. Where all hang and answer, it is one
+    that does not wait in a collective; then the one with the fewest steps; then the one that fell silent first.
     """
 
-    def order(worker: WorkerStatus) -> tuple[bool, int, float, float]:
+    def order(worker: WorkerStatus) -> tuple[bool, int, float, bool, int, float]:
         kinds = {"died": 0, "raised": 1, "silent": 2}
-        return is_consequence(worker), kinds[worker.state], worker.failed_at or 0.0, -worker.quiet_s
+        steps = worker.step if worker.state == "silent" else 0
+        waits = in_collective(worker.stack)
+        return is_consequence(worker), kinds[worker.state], worker.failed_at or 0.0, waits, steps, -worker.quiet_s
 
     worker = min((worker for worker in workers if worker.failed), key=order)
+    place = innermost(worker.stack)
     return Failure(
         kind=worker.state,
         rank=worker.rank,
         node=worker.node,
-        phase=worker.phase,
+        phase="collective" if worker.state == "silent" and in_collective(worker.stack) else worker.phase,
         step=worker.step,
-        error=worker.error or "no error was reported",
+        error=(worker.error or "no error was reported") + (f", in {place}" if place else ""),
         log=worker.log,
         detected_s=worker.quiet_s if worker.state == "silent" else worker.unanswered_s,
         user_error=worker.user_error,
+        stack=worker.stack,
     )
+
+
+def in_collective(stack: str | None) -> bool:
+    """Whether a stack (see WorkerStatus) is of a thread that waits for other ranks."""
+    return any(name in (stack or "") for name in _COLLECTIVES)
+
+
+def innermost(stack: str | None) -> str | None:
+    """Where a thread is: "function (file:line)" of its innermost call."""
+    call = re.search(r'File "([^"]*)", line (\d+) in (.*)', stack or "")
+    return f"{call[3]} ({call[1]}:{call[2]})" if call else None
 
 
 def is_consequence(worker: WorkerStatus) -> bool:
@@ -164,7 +194,30 @@ def is_consequence(worker: WorkerStatus) -> bool:
     return worker.state == "raised" and (worker.peer_failed or lost_peer)
 
 
-def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, slowest_step_s: float | None) -> str | None:
+def mark_silent(
+    workers: Sequence[WorkerStatus], recovery: RecoveryConfig, median_step_s: Callable[[WorkerStatus], float | None]
+) -> list[WorkerStatus]:
+    """Workers, those that hang now as "silent". median_step_s: None for one that has not completed a step yet.
+
+    A worker that answers may only wait for a slower one. So it counts as hung while nobody that has completed as few
+    steps is at work.
+    """
+    reasons = [find_silent(worker, recovery, median_step_s(worker)) for worker in workers]
+    running = [worker.state == "running" for worker in workers]
+    fewest = min((worker.step for worker, runs in zip(workers, running, strict=True) if runs), default=0)
+    at_work = any(
+        runs and reason is None and worker.step == fewest
+        for worker, runs, reason in zip(workers, running, reasons, strict=True)
+    )
+    return [
+        worker
+        if reason is None or (at_work and not _unheard(worker, recovery))
+        else replace(worker, state="silent", error=reason)
+        for worker, reason in zip(workers, reasons, strict=True)
+    ]
+
+
+def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, median_step_s: float | None) -> str | None:
     """Why a running worker counts as hung, None if it does not.
 
     A worker that answers no ping for `silence_s` is stopped or cut off. One that answers, but shows no sign of life in
@@ -173,14 +226,22 @@ def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, slowest_step_s: 
     """
     if worker.state != "running":
         return None
-    if worker.unanswered_s > recovery.silence_s:
-        return f"no answer for {worker.unanswered_s:.1f} s (recovery.silence_s={recovery.silence_s:g})"
+    if worker.node_unanswered_s > NODE_LOST_AT * recovery.silence_s:
+        return f"its node has not answered for {worker.node_unanswered_s:.1f} s: it, or the network to it, is gone"
+    setting = f"recovery.silence_s={recovery.silence_s:g}"
+    if _unheard(worker, recovery):
+        return f"its process has not answered for {worker.unanswered_s:.1f} s ({setting}): it is stopped, or starved"
     limit_s = max(recovery.silence_s, recovery.collective_timeout_s)
-    if slowest_step_s is not None and worker.phase in STEP_PHASES:
-        limit_s = max(recovery.silence_s, SLOW_STEP_FACTOR * slowest_step_s)
-    if worker.quiet_s > limit_s:
+    if median_step_s is not None and worker.phase in STEP_PHASES:
+        limit_s = max(recovery.silence_s, SLOW_STEP_FACTOR * median_step_s)
+    if worker.quiet_s > NOTICED_AT * limit_s:
         return f"no progress for {worker.quiet_s:.1f} s, where at most {limit_s:.1f} s are expected"
     return None
+
+
+def _unheard(worker: WorkerStatus, recovery: RecoveryConfig) -> bool:
+    node_lost = worker.node_unanswered_s > NODE_LOST_AT * recovery.silence_s
+    return node_lost or worker.unanswered_s > NOTICED_AT * recovery.silence_s
 
 
 def _port_was_taken(failure: Failure) -> bool:

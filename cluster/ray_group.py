@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from cluster.embedded_ray import EmbeddedRay
@@ -35,6 +35,12 @@ IMPORT_TIMEOUT_S = 600.0
 PING_EVERY_S = 0.5
 # A bound on how long an actor takes to see that its child is gone.
 END_TIMEOUT_S = 3.0
+# A bound on how long actors take to have their child's stack written down.
+STACK_TIMEOUT_S = 1.0
+# An actor that has not answered for so long is not asked to do anything more.
+MUTE_S = 2.0
+# Of the time between two polls, what counts as listening.
+MAX_LISTENED_S = 0.5
 
 
 class RayWorkerGroup:
@@ -70,6 +76,7 @@ class RayWorkerGroup:
         self._warm_refs: dict[Any, Member] = {}
         self._nodes: set[str] = set()
         self._attempt = 0
+        self._listened_at = time.monotonic()
 
     # --- the cluster
 
@@ -189,7 +196,8 @@ class RayWorkerGroup:
             member.train_ref = member.actor.train.remote(
                 body=self._body, canary=canary, log=log, environment=environment, arguments=arguments
             )
-            member.state, member.answered_at = "running", time.monotonic()
+            member.state = "running"
+        self._listened_at = time.monotonic()
 
     def _meeting_point(self) -> str:
         """Where the ranks find each other: a file where there is but this machine (no port to lose or to guard)."""
@@ -204,14 +212,31 @@ class RayWorkerGroup:
         """Every worker's status, by rank; waits up to timeout_s for one to end."""
         self._read_ends(timeout_s)
         self._read_pings()
-        now = time.monotonic()
-        return [member.status(rank, now) for rank, member in enumerate(self._members)]
+        return [member.status(rank) for rank, member in enumerate(self._members)]
 
     def request_stop(self) -> None:
         """Ask every worker to save a checkpoint and return. Does not wait."""
         for member in self._members:
             if member.state == "running":
                 member.actor.stop.remote()
+
+    def stacks(self) -> dict[int, str]:
+        """Python stacks of the training threads by rank, of those that can be had within a second.
+
+        All threads' go to `rank-00003.stack` beside the log.
+        """
+        import ray
+
+        asked = {m.actor.stack.remote(): rank for rank, m in enumerate(self._members) if m.state == "running"}
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=STACK_TIMEOUT_S) if asked else ([], [])
+        found = {}
+        for ref in done:
+            with contextlib.suppress(ray.exceptions.RayError, ShardyardError):
+                training, all_threads = ray.get(ref)
+                path = f"attempts/{self._attempt:04d}/rank-{asked[ref]:05d}.stack"
+                found[asked[ref]] = training
+                self._store.child(self._run).write_atomic(path, all_threads.encode())
+        return {rank: stack for rank, stack in found.items() if stack}
 
     def kill(self) -> None:
         """End training at once; when it returns its processes are gone, also stopped (SIGSTOP) ones.
@@ -222,21 +247,23 @@ class RayWorkerGroup:
 
         if not self._members:
             return
-        asked = {member.actor.end.remote(): member for member in self._members if member.warm}
+        mute = {member.where["node_id"] for member in self._members if member.where and member.unanswered_s > MUTE_S}
+        serving = [member for member in self._members if member.warm and member.where["node_id"] not in mute]
+        asked = {member.actor.end.remote(): member for member in serving}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=END_TIMEOUT_S) if asked else ([], [])
         kept = []
         for ref in done:
             with contextlib.suppress(ray.exceptions.RayError):  # it is dead, or its node is
                 kept += [asked[ref]] if ray.get(ref) else []
-        self._dismiss([member for member in self._members if member not in kept])
+        self._dismiss([member for member in self._members if member not in kept], mute)
         with contextlib.suppress(ShardyardError):
             self._store.child(self._run).delete(f"attempts/{self._attempt:04d}/canary")
         self._spare = [member.again() for member in kept]
         self._members = []
         self._warm_refs = {}
 
-    def _dismiss(self, members: list[Member]) -> None:
-        """End actors with all that they started."""
+    def _dismiss(self, members: list[Member], mute: Collection[str] = ()) -> None:
+        """End actors with all that they started. mute: nodes that do not answer."""
         import ray
 
         by_node: dict[str, list[Process]] = {}
@@ -245,7 +272,7 @@ class RayWorkerGroup:
                 ray.kill(member.actor, no_restart=True)
             if member.where:
                 by_node.setdefault(member.where["node_id"], []).extend(member.processes())
-        kill_everywhere(by_node)
+        kill_everywhere(by_node, mute)
 
     # --- actors
 
@@ -296,7 +323,6 @@ class RayWorkerGroup:
                 member = waiting.pop(ref)
                 try:
                     results.append((member, ray.get(ref)))
-                    member.answered_at = time.monotonic()
                 except ray.exceptions.RayError as error:
                     member.bury(error)
             if time.monotonic() > deadline:
@@ -330,6 +356,10 @@ class RayWorkerGroup:
         import ray
 
         now = time.monotonic()
+        # Where this process stood still itself, nobody else is to blame.
+        listened_s, self._listened_at = min(now - self._listened_at, MAX_LISTENED_S), now
+        for member in self._members:
+            member.unanswered_s += listened_s
         pinged = {member.ping_ref: member for member in self._members if member.ping_ref is not None}
         if pinged:
             done, _ = ray.wait(list(pinged), num_returns=len(pinged), timeout=0)
@@ -338,7 +368,7 @@ class RayWorkerGroup:
                 member.ping_ref = None
                 with contextlib.suppress(ray.exceptions.RayError):  # its death shows in train_ref
                     member.progress = {**member.progress, **ray.get(ref)}
-                    member.answered_at = now
+                    member.unanswered_s = 0.0
         for member in self._members:
             if member.state == "running" and member.ping_ref is None and now - member.pinged_at >= PING_EVERY_S:
                 member.ping_ref, member.pinged_at = member.actor.ping.remote(), now

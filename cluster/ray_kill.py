@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
 
 from cluster.embedded_ray import end_processes
 from cluster.reaper import start_ticks
@@ -12,12 +13,13 @@ from cluster.reaper import start_ticks
 Process = tuple[int, int | None]
 
 KILL_TIMEOUT_S = 10.0
+MUTE_TIMEOUT_S = 2.0
 
 
-def kill_everywhere(by_node: dict[str, list[Process]]) -> None:
+def kill_everywhere(by_node: dict[str, list[Process]], mute: Collection[str] = ()) -> None:
     """SIGKILL processes and wait until they are gone, or their nodes are.
 
-    by_node: by the node's id.
+    by_node: by the node's id. mute: nodes that did not answer, and so are told, but not waited for as long.
 
     By a task on each other node: Ray's own kill asks the process, which a stopped (SIGSTOP) one does not hear.
     """
@@ -31,8 +33,11 @@ def kill_everywhere(by_node: dict[str, list[Process]]) -> None:
     for node_id in by_node.keys() & alive_nodes() - {here}:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         waiting[kill.options(scheduling_strategy=there).remote(by_node[node_id])] = node_id
-    deadline = time.monotonic() + KILL_TIMEOUT_S
-    while waiting and time.monotonic() < deadline:
+    told_at = time.monotonic()
+    while waiting:
+        timeout_s = KILL_TIMEOUT_S if set(waiting.values()) - set(mute) else MUTE_TIMEOUT_S
+        if time.monotonic() > told_at + timeout_s:
+            break
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0.2)
         # A node that goes meanwhile takes its workers with it.
         alive = alive_nodes()

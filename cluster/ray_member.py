@@ -16,7 +16,7 @@ class Member:
     """An actor, the calls to it on their way, and what is known of it. Times are of this process's monotonic clock.
 
     slot: number of its place. where: what Worker.describe returned; empty until it did. warm: what Worker.warm did.
-    progress: the latest answer to a ping.
+    progress: the latest answer to a ping. unanswered_s: time in which we listened, and it did not answer.
     """
 
     actor: Any
@@ -30,7 +30,7 @@ class Member:
     user_error: bool = False
     peer_failed: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
-    answered_at: float = field(default_factory=time.monotonic)
+    unanswered_s: float = 0.0
     pinged_at: float = 0.0
     ping_ref: Any = None
     train_ref: Any = None
@@ -63,9 +63,10 @@ class Member:
             self.state, self.error = "died", death_of(error)
         self.user_error = "ModuleNotFoundError" in str(error)
 
-    def status(self, rank: int, now: float) -> WorkerStatus:
+    def status(self, rank: int) -> WorkerStatus:
         """What the controller is told."""
-        unanswered_s = now - self.answered_at + self.progress.get("unheard_s", 0.0)
+        node_unanswered_s = self.unanswered_s
+        unanswered_s = node_unanswered_s + self.progress.get("unheard_s", 0.0)
         return WorkerStatus(
             rank=rank,
             node=str(self.where.get("node", "a node that did not answer")),
@@ -76,6 +77,7 @@ class Member:
             steps=self.progress.get("steps"),
             loss=self.progress.get("loss"),
             tokens_per_s=self.progress.get("tokens_per_s"),
+            node_unanswered_s=node_unanswered_s,
             unanswered_s=unanswered_s,
             quiet_s=self.progress.get("silent_s", 0.0) + unanswered_s,
             error=self.error,

@@ -10,15 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from cluster.channel import Channel
+from cluster.channel import STACK_SIGNAL, Channel
 from cluster.reaper import start_ticks
 
 END_TIMEOUT_S = 2.0
 FORK_TIMEOUT_S = 30.0
+STACK_TIMEOUT_S = 0.5
+# As long ago it counts as heard of, at least, while it uses the processor.
+MAX_UNHEARD_AT_WORK_S = 1.0
+STACK_LINES = 30
 # Sees the same modules as this process, in the same order, and none of the folder that it stands in by accident.
 _START = """
 import json, sys
@@ -58,7 +64,7 @@ class WarmProcess:
         ours, theirs = socket.socketpair()
         self._child = child = Child(Channel(ours))
         with theirs:
-            reply = self._ask({"fork": arguments}, theirs.fileno(), FORK_TIMEOUT_S)
+            reply = self._ask({"fork": arguments}, (theirs.fileno(), child.stacks.fileno()), FORK_TIMEOUT_S)
         if reply is None:
             child.end(self._death())
         else:
@@ -80,11 +86,11 @@ class WarmProcess:
         self._channel.close()
 
     def _ask(
-        self, request: dict[str, Any], descriptor: int | None = None, timeout_s: float | None = None
+        self, request: dict[str, Any], descriptors: Sequence[int] = (), timeout_s: float | None = None
     ) -> dict[str, Any] | None:
         """Its reply; None if it is gone, or stopped."""
         try:
-            self._channel.send(request, descriptor)
+            self._channel.send(request, descriptors)
             return self._replies.get(timeout=timeout_s)
         except OSError:
             return None
@@ -129,12 +135,14 @@ class Child:
     def __init__(self, channel: Channel) -> None:
         self.pid: int | None = None
         self.ended = threading.Event()
+        self.stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the child has ended
         self._channel = channel
         self._started_ticks: int | None = None
         self._progress: dict[str, Any] = {}
         self._outcome: dict[str, Any] | None = None
         self._death = ""
         self._heard_at = time.monotonic()
+        self._ticks: int | None = None
         self._listener = threading.Thread(target=self._listen, name="child", daemon=True)
         self._listener.start()
 
@@ -153,10 +161,17 @@ class Child:
         self.ended.wait()
         self._listener.join(END_TIMEOUT_S)  # what it said last is still on its way; whom it started may keep the line
         self._channel.close()
+        self.stacks.close()
         return self._outcome or {"outcome": "died", "error": self._death}
 
     def report(self) -> dict[str, Any]:
-        """What it said last, how long ago, and its process."""
+        """What it said last, how long ago, and its process.
+
+        Python's lock may be held in a library for long, so that it says nothing; while it uses the processor it lives.
+        """
+        ticks = processor_ticks(self.pid)
+        if ticks != self._ticks:
+            self._ticks, self._heard_at = ticks, max(self._heard_at, time.monotonic() - MAX_UNHEARD_AT_WORK_S)
         processes = [] if self.pid is None else [(self.pid, self._started_ticks)]
         return {**self._progress, "unheard_s": time.monotonic() - self._heard_at, "processes": processes}
 
@@ -171,6 +186,23 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
+    def stack(self) -> tuple[str, str]:
+        """Python stacks of its training thread, shortened, and of all threads; empty where they cannot be had.
+
+        A stopped process goes on: kill it next.
+        """
+        if self.pid is None or start_ticks(self.pid) != self._started_ticks:
+            return "", ""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, STACK_SIGNAL)
+            os.kill(self.pid, signal.SIGCONT)
+        deadline, size = time.monotonic() + STACK_TIMEOUT_S, -1
+        while time.monotonic() < deadline and (size <= 0 or os.fstat(self.stacks.fileno()).st_size != size):
+            size = os.fstat(self.stacks.fileno()).st_size
+            time.sleep(0.05)
+        text = os.pread(self.stacks.fileno(), max(size, 0), 0).decode("utf-8", "replace")
+        return training_stack(text, self._progress.get("thread", 0)), text
+
     def _listen(self) -> None:
         with contextlib.suppress(EOFError):
             while True:
@@ -179,6 +211,23 @@ class Child:
                         self._progress, self._heard_at = message["progress"], time.monotonic()
                     else:
                         self._outcome = message
+
+
+def processor_ticks(pid: int | None) -> int | None:
+    """Processor time that a process has used, in clock ticks; None where it cannot be told."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+        return int(fields[11]) + int(fields[12])
+    return None
+
+
+def training_stack(text: str, thread: int) -> str:
+    """One thread's calls, the innermost first, out of what faulthandler writes."""
+    for block in text.split("\n\n"):
+        head, _, calls = block.partition("\n")
+        if f"0x{thread:016x}" in head:
+            return "\n".join(calls.splitlines()[:STACK_LINES])
+    return ""
 
 
 def manner_of_death(code: int) -> str:

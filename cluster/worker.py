@@ -79,6 +79,10 @@ class Worker:
         if self._child is not None:
             self._child.stop()
 
+    def stack(self) -> tuple[str, str]:
+        """Python stacks of the training thread, and of all threads."""
+        return ("", "") if self._child is None else self._child.stack()
+
     def end(self) -> bool:
         """Kill the child, if there is one; whether it is gone, and another one can be forked."""
         if self._child is not None:

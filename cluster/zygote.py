@@ -4,8 +4,8 @@ It runs nothing else: no thread, no Ray, no GPU in use, so that a fork of it is 
 behind it. It ends with the actor that started it, and its children end with it, whatever they do.
 
 Over its channel come requests, one at a time: {"imports": [modules]}, and {"fork": arguments of cluster.child.run} with
-the child's end of a channel. It answers {"imported_s": seconds} or {"failed": error}; {"forked": pid}. Whenever a child
-has ended it says {"ended": pid, "status": as of os.waitpid}.
+the child's end of a channel and a file for its stacks. It answers {"imported_s": seconds} or {"failed": error}, and
+{"forked": pid}. Whenever a child has ended it says {"ended": pid, "status": as of os.waitpid}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(descriptor: int, parent: int) -> None:
     die_with(parent)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # Ray's processes block some
     # The launcher decides; this process ends with it. SIGCHLD is told by the pipe.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # a handler, unlike SIG_IGN, is not inherited by other programs
     channel = Channel(socket.socket(fileno=descriptor))
     woken, wake = os.pipe()
@@ -52,14 +52,15 @@ def _serve(channel: Channel, request: dict[str, Any], pipe: tuple[int, int]) -> 
     if "imports" in request:
         channel.send(_import(request["imports"]))
         return
-    descriptor, parent = channel.take_descriptor(), os.getpid()
+    descriptor, stacks, parent = channel.take_descriptor(), channel.take_descriptor(), os.getpid()
     pid = os.fork()
     if pid == 0:
         die_with(parent)
         for end in (channel.fileno(), *pipe):
             os.close(end)
-        _become_child(descriptor, request["fork"])
+        _become_child(descriptor, stacks, request["fork"])
     os.close(descriptor)
+    os.close(stacks)
     channel.send({"forked": pid})
 
 
@@ -76,14 +77,14 @@ def _import(modules: list[str]) -> dict[str, Any]:
     return {"imported_s": time.perf_counter() - started}
 
 
-def _become_child(descriptor: int, arguments: dict[str, Any]) -> NoReturn:
+def _become_child(descriptor: int, stacks: int, arguments: dict[str, Any]) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         from cluster import child
 
-        child.run(Channel(socket.socket(fileno=descriptor)), **arguments)
+        child.run(Channel(socket.socket(fileno=descriptor)), stacks, **arguments)
         code = 0
     except BaseException:
         traceback.print_exc()

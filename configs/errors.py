@@ -55,6 +55,15 @@ class Interrupted(ShardyardError):
     exit_code = 130
 
 
+class Preempted(Interrupted):
+    """A run was told to make room (SIGTERM, SIGUSR1); it is saved, and whoever scheduled it should start it again.
+
+    The code is EX_TEMPFAIL of sysexits.h, "try again later".
+    """
+
+    exit_code = 75
+
+
 class Damaged(ShardyardError):
     """A file fails its digest, or is truncated."""
 

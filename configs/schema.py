@@ -196,7 +196,9 @@ class RecoveryConfig(Section):
     """What happens when a worker dies or hangs, or training diverges."""
 
     max_restarts: int = Field(default=3, ge=0, description="Restarts from the last checkpoint before giving up.")
-    silence_s: float = Field(default=60.0, gt=0, description="Seconds without progress after which a worker is hung.")
+    silence_s: float = Field(
+        default=5.0, gt=0, description="Seconds without progress (or three usual steps) after which a worker is hung."
+    )
     collective_timeout_s: float = Field(default=600.0, gt=0, description="Seconds a worker waits for the others.")
     divergence: Literal["stop", "skip", "rollback"] = Field(
         default="stop",

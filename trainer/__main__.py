@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from configs.errors import Interrupted, RunFailed, ShardyardError, UsageError
+from configs.errors import Interrupted, Preempted, RunFailed, ShardyardError, UsageError
 from trainer.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 NARRATION_EVERY_S = 5.0
 WATCH_EVERY_S = 1.0
+# How a scheduler says that it needs the machine.
+PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 # How torch says that another rank has gone.
 LOST_PEER = ("connection", "peer", "timed out", "timeout")
 
@@ -41,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "trainer", parsed.recipe, *parsed.overrides])
     try:
-        outcome = train(parsed.recipe, parsed.overrides)
+        outcome, told_by = train(parsed.recipe, parsed.overrides)
         if outcome.outcome == "stopped":
-            raise Interrupted(f"Stopped and saved after step {outcome.step}. Go on with the same command: {command}")
+            kind = Preempted if told_by in PREEMPTIONS else Interrupted
+            raise kind(f"Stopped and saved after step {outcome.step}. Go on with the same command: {command}")
     except ShardyardError as error:
         from trainer.redact import Redactor
 
@@ -58,8 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def train(recipe: str, overrides: list[str]) -> Outcome:
-    """Train the recipe in this process, as the rank that torchrun's environment names (alone: 0 of 1)."""
+def train(recipe: str, overrides: list[str]) -> tuple[Outcome, int | None]:
+    """Train the recipe in this process, as the rank that torchrun's environment names (alone: 0 of 1).
+
+    Returns how it ended, and the number of the signal that asked for it, if one did.
+    """
     from trainer.record import RunRecord
     from trainer.validate import load_recipe, validate
 
@@ -90,7 +96,7 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
         if attempt == 0:
             if rank == 0:
                 print(f"Run '{config.name}' has finished already; there is nothing left to train.")
-            return Outcome("finished", config.steps)
+            return Outcome("finished", config.steps), None
         if rank > 0:
             record = RunRecord.open(config.store, config.name, rank=rank)
             record.attempt = attempt
@@ -101,7 +107,7 @@ def train(recipe: str, overrides: list[str]) -> Outcome:
         outcome = run(record, world, progress, stop)
     if rank == 0:
         print(result(record, outcome), flush=True)
-    return outcome
+    return outcome, stop.signal
 
 
 def _number(name: str, alone: int) -> int:
@@ -209,17 +215,24 @@ def failures_recorded(record: RunRecord, rank: int, progress: Progress) -> Itera
         ) from error
 
 
+class Stop(threading.Event):
+    """Set when training should save and stop. signal: the number of the signal that asked for it, if one did."""
+
+    signal: int | None = None
+
+
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that training saves and stops; the second ends at once."""
-    stop = threading.Event()
+def stop_on_signal() -> Iterator[Stop]:
+    """What the first signal sets, so that training saves and stops; the second ends at once."""
+    stop = Stop()
 
     def request_stop(number: int, _frame: FrameType | None) -> None:
+        stop.signal = stop.signal or number
         stop.set()
         signal.signal(number, signal.SIG_DFL)
         print("Saving a checkpoint, then stopping; once more ends at once.", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, *PREEMPTIONS)}
     try:
         yield stop
     finally:

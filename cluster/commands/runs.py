@@ -73,7 +73,9 @@ def show(arguments: Namespace) -> dict[str, Any]:
         table(arguments, ("CHECKPOINT", "PATH"), [(row["step"], row["path"]) for row in checkpoints])
     failures = [event for event in record.events() if event["kind"] == "failed"]
     for failure in failures[-1:]:
-        say(arguments, f"\nLast failure (attempt {failure['attempt']}): {failure.get('error')}")
+        say(arguments, f"\nLast failure (attempt {failure['attempt']}): {failure.get('summary', failure.get('error'))}")
+        if failure.get("stack"):
+            say(arguments, "\n".join(["It was here (innermost first):", *failure["stack"].splitlines()[:8]]))
     return summary | {"attempts": attempts, "checkpoints": checkpoints, "failures": failures}
 
 

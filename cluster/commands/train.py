@@ -21,7 +21,8 @@ def train(arguments: Namespace) -> dict[str, Any]:
     """Train a recipe; the same name launched again goes on with the run.
 
     Raises:
-        Interrupted: Ctrl-C; saved, resumable. RunFailed: names the first failure and the next command.
+        Interrupted: Ctrl-C; saved, resumable. Preempted: SIGTERM, SIGUSR1; likewise.
+        RunFailed: names the first failure and the next command.
     """
     overrides = list(arguments.overrides)
     if arguments.parent is not None:

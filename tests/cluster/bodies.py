@@ -56,10 +56,17 @@ def deaf(**arguments: Any) -> dict[str, Any]:
     return steps(**arguments, num_steps=1_000_000)
 
 
+def _wait_for_rank_0(arguments: dict[str, Any]) -> None:
+    facts = Path(arguments["store_uri"]) / arguments["run"] / f"facts-{arguments['attempt']}-0"
+    while not (facts.exists() and facts.read_text()):
+        time.sleep(0.01)
+
+
 def raising(**arguments: Any) -> dict[str, Any]:
     """Rank 1 fails after some steps, the other goes on."""
     steps(**arguments, num_steps=5)
     if arguments["rank"] == 1:
+        _wait_for_rank_0(arguments)
         raise ValueError("a bad example")
     return steps(**arguments, num_steps=1_000_000)
 
@@ -68,6 +75,7 @@ def exiting(**arguments: Any) -> dict[str, Any]:
     """Rank 1 leaves in a way that no `except Exception` sees."""
     steps(**arguments, num_steps=1)
     if arguments["rank"] == 1:
+        _wait_for_rank_0(arguments)
         raise SystemExit(3)
     return steps(**arguments, num_steps=1_000_000)
 
@@ -91,3 +99,36 @@ def computing(**arguments: Any) -> dict[str, Any]:
     assert float(product.sum()) == size**3
     assert float((np.ones((size, size)) @ np.ones((size, size))).sum()) == size**3
     return {"outcome": "finished", "step": psutil.Process().num_threads() - 1}
+
+
+def stuck_in_data(**arguments: Any) -> dict[str, Any]:
+    """In the first attempt rank 1's data never comes, for which the other ranks wait in a collective."""
+    if arguments["attempt"] > 1:
+        return steps(**arguments)
+    from trainer.distributed import all_sum, init_world
+
+    world = {key: arguments[key] for key in ("rank", "local_rank", "init_method")}
+    init_world(size=arguments["world_size"], use_gpu=False, threads=1, timeout_s=600.0, **world)
+    progress = arguments["progress"]
+    for step in range(1, 1_000_000):
+        progress.phase = "data"
+        if arguments["rank"] == 1 and step > 150:
+            read_forever()
+        progress.phase = "forward"
+        all_sum([1.0])
+        time.sleep(STEP_S)
+        progress.step = step
+    return {"outcome": "finished", "step": 0}
+
+
+def read_forever() -> None:
+    """A disk that does not answer."""
+    time.sleep(1000)
+
+
+def holding_the_lock(**arguments: Any) -> dict[str, Any]:
+    """Works for seconds in a call that lets no other Python thread run."""
+    arguments["progress"].phase = "evaluation"
+    time.sleep(0.5)
+    number = 3**20_000_000
+    return {"outcome": "finished", "step": number % 2}

@@ -125,6 +125,9 @@ class FakeGroup:
     def request_stop(self) -> None:
         self.stopping = True
 
+    def stacks(self) -> dict[int, str]:
+        return {len(self.workers) - 1: 'File "stuck.py", line 1 in wait'} if "python" in str(self.befallen) else {}
+
     def kill(self) -> None:
         self.kills += 1
         self.alive = False
@@ -190,6 +193,7 @@ def test_a_failure_is_named_and_the_run_goes_on(what: str) -> None:
     if what != "hang in python":  # there both hang in the same way
         assert failed["rank"] == 1
         assert failed["log"] == "rank-00001.log"
+    assert failed["summary"].startswith(f"Worker {failed['rank']} on node-a ")
     assert failed["checkpoint"] == "checkpoints/step-00000020"
     assert failed["final"] is False
     assert failed["attempt"] == 1
@@ -197,7 +201,7 @@ def test_a_failure_is_named_and_the_run_goes_on(what: str) -> None:
     assert bench.record.rows[3]["step"] == 20
     assert "checkpoint of step 20" in bench.notices[0]
     if kind == "silent":
-        assert SILENCE_S < failed["detected_s"] < SILENCE_S + 2 * SETTLE_S
+        assert 0.8 * SILENCE_S < failed["detected_s"] <= SILENCE_S
 
 
 def test_the_cause_is_awaited_when_only_a_consequence_is_seen() -> None:
@@ -211,10 +215,12 @@ def test_a_worker_that_comes_back_in_time_is_left_alone() -> None:
     poll = bench.group.poll
 
     def waking_poll(timeout_s: float) -> list[WorkerStatus]:
-        if bench.group.workers[0].quiet_s > SILENCE_S + SETTLE_S / 2:
+        if bench.group.workers[1].quiet_s > 0.9 * SILENCE_S + SETTLE_S / 2:
             bench.group.befallen, bench.group.script = None, {}
             bench.group.workers = [replace(worker, quiet_s=0.0) for worker in bench.group.workers]
-        return poll(timeout_s)
+        first, second = poll(timeout_s)
+        # The first is a step ahead and at work, so that the second one's silence is told, and looked into.
+        return [replace(first, step=first.step + 1, quiet_s=0.0), second] if bench.group.befallen else [first, second]
 
     bench.group.poll = waking_poll  # type: ignore[method-assign]
     assert bench.run() == Outcome("finished", STEPS, 0)

@@ -132,6 +132,29 @@ def test_the_first_interrupt_saves_and_the_command_to_resume_is_named(tmp_path: 
     nothing_is_left(driver, [*pids, *below])
 
 
+def test_a_preempted_launcher_saves_and_asks_to_be_started_again(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    driver = start_driver(config, "endless")
+    wait_for_training(config, driver)
+    driver.send_signal(signal.SIGUSR1)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    assert f"shardyard runs resume demo --store {config['store']}" in output
+    last = RunRecord.open(config["store"], "demo").events()[-1]
+    assert (last["kind"], last["reason"]) == ("stopped", "SIGUSR1")
+
+
+def test_a_preempted_worker_stops_the_run(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    driver = start_driver(config, "endless")
+    for pid in wait_for_training(config, driver):  # these bodies have no vote that would tell the other
+        os.kill(pid, signal.SIGTERM)
+    driver.communicate(timeout=60)
+    assert driver.returncode == 75
+    last = RunRecord.open(config["store"], "demo").events()[-1]
+    assert (last["kind"], last["reason"]) == ("stopped", "a worker was told to end (SIGTERM)")
+
+
 def test_the_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     driver = start_driver(config, "deaf")

@@ -15,6 +15,7 @@ from cluster.policies import (
     find_silent,
     first_failure,
     is_consequence,
+    mark_silent,
     next_action,
 )
 from configs.schema import RecoveryConfig
@@ -105,19 +106,72 @@ def test_the_order_of_the_workers_does_not_matter(order: list[int]) -> None:
     assert first_failure([workers[i] for i in order]).rank == 1
 
 
+def test_of_ranks_that_hang_together_the_one_outside_of_the_collective_is_named() -> None:
+    waits = """  File "/x/trainer/distributed.py", line 120 in all_sum\n  File "/x/trainer/loop.py", line 50 in train"""
+    stuck = """  File "/x/slow_disk.py", line 7 in read_forever\n  File "/x/trainer/loop.py", line 47 in train"""
+    hung = [
+        worker(0, "silent", quiet_s=5.2, step=9, phase="forward", stack=waits, error="no progress"),
+        worker(1, "silent", quiet_s=4.9, step=9, phase="data", stack=stuck, error="no progress"),
+    ]
+    found = first_failure(hung)
+    assert (found.rank, found.phase, found.stack) == (1, "data", stuck)
+    assert found.describe() == (
+        "Worker 1 on node-1 hung during data, after step 9: no progress, in read_forever (/x/slow_disk.py:7)"
+    )
+    # Where all wait it is the one that is behind, or the first that did.
+    found = first_failure([replace(hung[0], step=10), replace(hung[1], stack=waits)])
+    assert (found.rank, found.phase) == (1, "collective")
+    assert first_failure([hung[0], replace(hung[1], stack=waits)]).rank == 0
+
+
+def silent_ranks(*workers: WorkerStatus, median_step_s: float | None = 1.0, **recovery: float) -> list[int]:
+    settings = RecoveryConfig(**{"silence_s": 5.0, "collective_timeout_s": 100.0, **recovery})  # type: ignore[arg-type]
+    marked = mark_silent(workers, settings, lambda _: median_step_s)
+    return [status.rank for status in marked if status.state == "silent"]
+
+
+def test_who_waits_for_a_slow_rank_does_not_hang() -> None:
+    waiting = worker(0, phase="optimizer", quiet_s=30.0, step=4)
+    slow = worker(1, phase="backward", quiet_s=1.0, step=4)
+    assert silent_ranks(waiting, slow) == []
+    assert silent_ranks(waiting, replace(slow, quiet_s=5.0)) == [0, 1]
+    assert silent_ranks(replace(waiting, quiet_s=1.0, step=5), replace(slow, quiet_s=5.0)) == [1], "one is behind"
+    assert silent_ranks(waiting, replace(slow, phase="checkpoint", quiet_s=90.0)) == [], "it may still save"
+    assert silent_ranks(waiting, replace(slow, state="finished")) == [0]
+
+
+def test_who_does_not_answer_hangs_whatever_the_others_do() -> None:
+    at_work = worker(0, phase="forward", quiet_s=0.1)
+    for phase in ("forward", "checkpoint", "restore", "starting"):
+        assert silent_ranks(at_work, worker(1, phase=phase, unanswered_s=4.6, quiet_s=4.6)) == [1]
+        assert silent_ranks(at_work, worker(1, phase=phase, unanswered_s=4.4, quiet_s=4.4)) == []
+        lost = worker(1, phase=phase, node_unanswered_s=3.6, unanswered_s=3.6, quiet_s=3.6)
+        assert silent_ranks(at_work, lost) == [1]
+        assert silent_ranks(at_work, replace(lost, node_unanswered_s=3.4)) == []
+
+
+def test_a_lost_node_is_told_from_a_stopped_process() -> None:
+    recovery = RecoveryConfig(silence_s=5.0)
+    lost = find_silent(worker(node_unanswered_s=3.6, unanswered_s=3.6), recovery, 1.0)
+    stopped = find_silent(worker(node_unanswered_s=0.2, unanswered_s=4.6), recovery, 1.0)
+    assert "network" in str(lost)
+    assert "stopped" in str(stopped)
+    assert "network" not in str(stopped)
+
+
 def test_silence() -> None:
     recovery = RecoveryConfig(silence_s=10.0, collective_timeout_s=100.0)
 
-    def silent(slowest_step_s: float | None = 1.0, phase: str = "forward", **fields: float) -> bool:
+    def silent(median_step_s: float | None = 1.0, phase: str = "forward", **fields: float) -> bool:
         status = replace(worker(phase=phase), **fields)  # type: ignore[arg-type]
-        return find_silent(status, recovery, slowest_step_s) is not None
+        return find_silent(status, recovery, median_step_s) is not None
 
-    assert not silent(unanswered_s=9.9, quiet_s=9.9)
-    assert silent(unanswered_s=10.1)
-    assert silent(quiet_s=10.1)
-    assert not silent(quiet_s=29.0, slowest_step_s=10.0), "its steps are slow"
-    assert silent(quiet_s=31.0, slowest_step_s=10.0)
-    assert not silent(quiet_s=99.0, slowest_step_s=None), "before the first step it may load"
-    assert silent(quiet_s=101.0, slowest_step_s=None)
-    assert not silent(quiet_s=99.0, phase="evaluation"), "an evaluation has no usual length"
+    assert not silent(unanswered_s=8.9, quiet_s=8.9)
+    assert silent(unanswered_s=9.1)
+    assert silent(quiet_s=9.1)
+    assert not silent(quiet_s=26.0, median_step_s=10.0), "its steps are slow"
+    assert silent(quiet_s=28.0, median_step_s=10.0)
+    assert not silent(quiet_s=89.0, median_step_s=None), "before the first step it may load"
+    assert silent(quiet_s=91.0, median_step_s=None)
+    assert not silent(quiet_s=89.0, phase="evaluation"), "an evaluation has no usual length"
     assert find_silent(worker(state="starting", unanswered_s=1e9), recovery, None) is None

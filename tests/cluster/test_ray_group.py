@@ -56,24 +56,26 @@ def alive(pid: int) -> bool:
         return False
 
 
-def make_group(store: Path, body: str, workers: int = 2, threads: int = 1) -> RayWorkerGroup:
+def make_group(store: Path, body: str, imports: str = "psutil", **resources: Any) -> RayWorkerGroup:
     (store / RUN).mkdir(exist_ok=True)
-    resources = ResourcesConfig(workers=workers, threads=threads)
-    return RayWorkerGroup(resources, str(store), RUN, body=f"tests.cluster.bodies:{body}", imports=["psutil"])
+    config = ResourcesConfig(**{"workers": 2, **resources})
+    return RayWorkerGroup(config, str(store), RUN, body=f"tests.cluster.bodies:{body}", imports=[imports])
 
 
 class Launched:
     """A group with its controller in a thread, as a launcher has them."""
 
-    def __init__(self, store: Path, body: str, **recovery: Any) -> None:
+    def __init__(
+        self, store: Path, body: str, resources: dict[str, Any] | None = None, imports: str = "psutil", **recovery: Any
+    ) -> None:
         self.store = store
-        self.group = make_group(store, body)
+        self.group = make_group(store, body, imports, **(resources or {}))
         self.record = FakeRecord()
         settings = RecoveryConfig(**{"silence_s": NEVER_S, "collective_timeout_s": NEVER_S, **recovery})
         self.controller = Controller(self.group, self.record, settings)
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
+        self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
@@ -102,7 +104,7 @@ class Launched:
         return [int(facts(self.store, attempt, rank)[3]) for rank in range(2)]
 
     def join(self) -> None:
-        self.thread.join(90)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -182,8 +184,23 @@ def test_a_stopped_worker_is_named_and_killed(ray_here: EmbeddedRay, tmp_path: P
     assert run.outcome == Outcome("finished", 20, 1)
     failed = run.events("failed")[0]
     assert (failed["cause"], failed["rank"]) == ("silent", 1)
-    assert failed["detected_s"] > 3.0
+    assert failed["detected_s"] > 2.5
+    assert "steps" in failed["stack"]
+    assert "steps" in (tmp_path / RUN / "attempts/0001/rank-00001.stack").read_text()
     assert not any(alive(pid) for pid in run.pids(1))
+
+
+def test_a_stuck_loader_is_named_though_all_ranks_hang(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "stuck_in_data", imports="trainer.distributed", silence_s=2.0)
+    run.join()
+    assert run.outcome == Outcome("finished", 20, 1)
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"], failed["phase"]) == ("silent", 1, "data")
+    assert "read_forever (" in failed["summary"]
+    assert "read_forever" in failed["stack"].splitlines()[0]
+    assert failed["detected_s"] < 10
+    for rank, function in enumerate(["all_sum", "read_forever"]):
+        assert function in (tmp_path / RUN / f"attempts/0001/rank-{rank:05d}.stack").read_text()
 
 
 @pytest.mark.parametrize(("body", "error"), [("raising", "ValueError: a bad example"), ("exiting", "SystemExit: 3")])

@@ -101,6 +101,19 @@ def test_a_child_stops_when_asked_and_when_its_node_is_about_to_go(warm: WarmPro
         assert child.wait()["outcome"] == "stopped"
 
 
+def test_a_child_that_holds_pythons_lock_is_heard_of_while_it_works(warm: WarmProcess, tmp_path: Path) -> None:
+    child = warm.fork(arguments(tmp_path, "holding_the_lock"))
+    wait_for(lambda: child.report().get("phase") == "evaluation", "its work")
+    unheard_s = []
+    deadline = time.monotonic() + 2.5
+    while time.monotonic() < deadline:
+        unheard_s.append(child.report()["unheard_s"])
+        time.sleep(0.1)
+    child.kill()
+    assert child.wait()["outcome"] == "died"
+    assert 0.7 < max(unheard_s) < 2.0  # it says nothing, and yet it lives
+
+
 def test_a_child_does_not_outlive_its_warm_process(warm: WarmProcess, tmp_path: Path) -> None:
     child = warm.fork(arguments(tmp_path, "endless"))
     wait_for(lambda: child.report().get("step", 0) > 2, "training")

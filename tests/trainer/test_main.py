@@ -72,8 +72,10 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
 
     again = MainProcess(tmp_path, recipe)
     again.wait_for(lambda: record_of(tmp_path).stitched()[-1]["step"] > step)
-    again.send(signal.SIGTERM)
-    assert again.wait() == 130
+    again.send(signal.SIGTERM if how == "SIGINT" else signal.SIGUSR1)
+    assert again.wait() == 75  # a scheduler starts it again
+    saved = record_of(tmp_path).checkpoints()[-1]["step"]
+    assert f"Stopped and saved after step {saved}." in again.err
     started = [event["step"] for event in record_of(tmp_path).events() if event["kind"] == "started"]
     assert started == [0, step]
 
