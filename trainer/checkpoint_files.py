@@ -40,6 +40,7 @@ from torch import Tensor
 
 from configs.errors import Damaged, NotFound, ShardyardError
 from data_pipelines.storage import Store
+from trainer.manifest import manifest_misfit
 from trainer.tensor_files import TensorFile, write_tensors
 
 MANIFEST = "manifest.json"
@@ -146,7 +147,6 @@ def read_manifest(store: Store) -> dict[str, Any]:
     try:
         manifest = json.loads(store.read_bytes(MANIFEST))
         good = manifest["sha256"] == _digest(manifest)
-        good &= all(_FILE.fullmatch(entry["name"]) is not None for entry in manifest["files"])  # none elsewhere
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{path} is not readable ({type(error).__name__}). Use another checkpoint.") from error
     if not good:
@@ -156,6 +156,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"{path} has the format {manifest.get('format')!r}; this version reads {FORMAT!r}. "
             "Read it with the version of shardyard that wrote it."
         )
+    if (misfit := manifest_misfit(manifest)) is not None:
+        raise Damaged(f"{path} is no manifest: {misfit}. Use another checkpoint.")
     return manifest
 
 

@@ -152,7 +152,8 @@ class TensorFile:
             header = json.loads(bytes(self._range(8, start)))
             tensors = {key: (_DTYPES[value["dtype"]], *value["data_offsets"]) for key, value in header.items()}
             good = all(0 <= begin <= end <= self._size - start for _, begin, end in tensors.values())
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            good &= all(type(offset) is int for _, *offsets in tensors.values() for offset in offsets)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise Damaged(f"{self._path} has no safetensors header.") from error
         if not good:
             raise Damaged(f"{self._path} has a header that points outside the file.")

@@ -130,6 +130,14 @@ def _call(done: re.Match[str], folder: Path, marks: Path, offsets: dict[tuple[st
             if name != "pwrite64":
                 offsets[number, opened] = at + result
             yield Call("write", inside, offset=at, data=data)
+    elif name == "sendfile":  # of shutil.copyfile: a whole file, from its beginning
+        source = _DESCRIPTOR.findall(arguments)[-1][1]
+        if (inside := _inside(opened, folder)) is not None and result > 0:
+            at = offsets[number, opened]
+            offsets[number, opened] = at + result
+            yield Call(
+                "write", inside, offset=at, data=Path(os.fsdecode(_bytes(source))).read_bytes()[at : at + result]
+            )
     elif name == "lseek":
         offsets[number, opened] = result
     elif name in ("fsync", "fdatasync"):

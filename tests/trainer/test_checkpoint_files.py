@@ -249,6 +249,9 @@ def test_any_range_of_any_partition_reads_back(
         write_part(store, rank, save, tensors, {"w": [[start, stop]]})
         parts.append(json.loads(store.read_text(f"rank-{rank:05d}-{save}.json")))
     header = {
+        "step": 1,
+        "save": save_id("ab", 1),
+        "data": {},
         "parameters": {"w": {"shape": [numel], "dtype": str(dtype), "frozen": True}},
         "buffers": {},
         "aliases": {},
