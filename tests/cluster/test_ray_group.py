@@ -190,6 +190,20 @@ def test_a_stopped_worker_is_named_and_killed(ray_here: EmbeddedRay, tmp_path: P
     assert not any(alive(pid) for pid in run.pids(1))
 
 
+def test_a_node_that_answers_nothing_is_named_by_our_own_pings(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+    run = Launched(tmp_path, "endless_first_attempt", silence_s=5.0)
+    run.wait_for_step(5)
+    actor = run.events("placed")[0]["workers"][1]["pid"]
+    os.kill(actor, signal.SIGSTOP)  # as if cut off: Ray would take a minute to tell
+    run.join()
+    assert run.outcome == Outcome("finished", 20, 1)
+    failed = run.events("failed")[0]
+    assert (failed["cause"], failed["rank"]) == ("silent", 1)
+    assert "its node has not answered for" in failed["summary"]
+    assert failed["detected_s"] < 5.0
+    assert not any(alive(pid) for pid in [actor, *run.pids(1)])
+
+
 def test_a_stuck_loader_is_named_though_all_ranks_hang(ray_here: EmbeddedRay, tmp_path: Path) -> None:
     run = Launched(tmp_path, "stuck_in_data", imports="trainer.distributed", silence_s=2.0)
     run.join()
