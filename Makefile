@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-workers test-rest check lint types chaos bench results peers lock clean
+.PHONY: help setup demo test test-workers test-rest check lint types chaos matrix bench results peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,6 +47,9 @@ types: setup  ## mypy
 
 chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)
 	$(BIN)/python -m pytest tests/chaos --schedules=$(or $(N),20) --first-seed=$(or $(SEED),0)
+
+matrix: setup  ## checkpoints from every ZeRO stage and world size to every other (many minutes)
+	$(BIN)/python -m pytest -s -m "slow or not slow" tests/distributed/test_matrix.py
 
 bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,7 +345,7 @@ PAIRS = [(3, 2), pytest.param(1, 4, marks=SLOW), pytest.param(4, 1, marks=SLOW),
 @pytest.mark.parametrize(("written_by", "read_by"), PAIRS)
 def test_a_checkpoint_loads_at_any_stage_and_world_size(tmp_path: Path, written_by: int, read_by: int) -> None:
     sources = [Cell(stage) for stage in (0, 1, 2, 3)] + [Cell(1, "bf16"), Cell(3, "bf16"), Cell(2, optimizer="SGD")]
-    pairs = [(Cell(s), Cell(t)) for s, t in itertools.product(range(4), repeat=2)]
+    pairs = [(Cell(s), Cell(t)) for s, t in ((0, 3), (3, 1), (1, 2), (2, 0))]  # test_matrix.py has the others
     pairs += [(Cell(1, "bf16"), Cell(3, "bf16")), (Cell(3, "bf16"), Cell(2, "bf16", offload=True))]
     pairs += [(Cell(3, "bf16"), Cell(1, "bf16")), (Cell(2, optimizer="SGD"), Cell(3, optimizer="SGD"))]
     pairs += [(Cell(1, "bf16"), Cell(0)), (Cell(0), Cell(3, "bf16"))]  # another precision: the masters are the same
