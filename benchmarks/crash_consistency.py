@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 from tests.crash import own_saves, peer_saves  # noqa: E402
 from tests.crash.disk import Disk, Files, damaged, write_files  # noqa: E402
-from tests.crash.outcomes import OUTCOMES, Expected, Loaded, classify, differing_names  # noqa: E402
+from tests.crash.outcomes import OUTCOMES, WRONG, Expected, Loaded, classify, differing_names  # noqa: E402
 from tests.crash.recorder import record  # noqa: E402
 from tests.pool import WorkerFailed, run_workers  # noqa: E402
 
@@ -123,8 +123,11 @@ def measure(disk: Disk, loads: Loader, work: Path, random_subsets: int, flips: i
     for kind, states in (("killed", killed), ("power cut", power_cut), ("damage", damages)):
         counts: Counter[str] = Counter()
         for (what, files, index), loaded in zip(states, in_batches([s[1] for s in states], loads, work), strict=True):
-            names = differing_names(files, whole if kind == "damage" else disk.files(index))
+            names = differing_names(files, whole) | differing_names(files, disk.files(index))
             outcome = classify(loaded, Expected.at(disk.calls, index), names, crash=kind != "damage")
+            if outcome == WRONG:  # not what an earlier load left in the process
+                (loaded,) = in_batches([files], loads, work)
+                outcome = classify(loaded, Expected.at(disk.calls, index), names, crash=kind != "damage")
             counts[outcome] += 1
             found["examples"].setdefault(f"{kind}: {outcome}", f"{what}: {(loaded.error or '')[:300]}")
         found[kind] = {outcome: counts[outcome] for outcome in OUTCOMES}
