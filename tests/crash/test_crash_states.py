@@ -16,7 +16,7 @@ import pytest
 from configs.errors import Damaged, NotFound
 from data_pipelines.storage import Store
 from tests.crash.disk import CrashState, Disk, Files, damaged, read_calls, read_files, write_files
-from tests.crash.outcomes import GOOD, LOST, OLDER, Expected, Loaded, classify, differing_names
+from tests.crash.outcomes import GOOD, LOST, OLDER, Expected, Loaded, classify, differing_paths
 from tests.crash.own_saves import GOLDEN, load, reader_digest, save
 from tests.crash.recorder import record, strace_works
 from trainer.checkpoint import find
@@ -107,7 +107,7 @@ def test_damage_is_named_and_never_loaded(golden: Disk, tmp_path: Path) -> None:
     for damage, path, files in damaged(whole, "checkpoints", flips=4):
         result = loaded(folder, files)
         wanted = OLDER if path.startswith(newest) else GOOD
-        assert classify(result, expected, differing_names(files, whole), crash=False) == wanted, (damage, path, result)
+        assert classify(result, expected, differing_paths(files, whole), crash=False) == wanted, (damage, path, result)
         shutil.rmtree(folder)
         write_files(folder, files)
         step = int(path.split("-")[1].partition("/")[0])
