@@ -51,6 +51,7 @@ chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=
 bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loaders.py
+	$(BIN)/python benchmarks/crash_consistency.py
 	$(BIN)/python benchmarks/parity_grid.py
 
 results: setup  ## train every recipe of real data, 3 seeds each, beside its baseline: docs/results.md (one task: TASK=...)

@@ -129,7 +129,8 @@ def measure(disk: Disk, loads: Loader, work: Path, random_subsets: int, flips: i
                 (loaded,) = in_batches([files], loads, work)
                 outcome = classify(loaded, Expected.at(disk.calls, index), differing, crash=kind != "damage")
             counts[outcome] += 1
-            found["examples"].setdefault(f"{kind}: {outcome}", f"{what}: {(loaded.error or '')[:300]}")
+            said = (loaded.error or "").strip().rpartition("\n")[2].replace(str(work), "")[:200]
+            found["examples"].setdefault(f"{kind}: {outcome}", f"{what}: {said}")
         found[kind] = {outcome: counts[outcome] for outcome in OUTCOMES}
     return found
 
