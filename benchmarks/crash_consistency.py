@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT)]
 
 from tests.crash import own_saves, peer_saves  # noqa: E402
 from tests.crash.disk import Disk, Files, damaged, write_files  # noqa: E402
-from tests.crash.outcomes import OUTCOMES, Expected, Loaded, classify, differing_names  # noqa: E402
+from tests.crash.outcomes import OUTCOMES, WRONG, Expected, Loaded, classify, differing_paths  # noqa: E402
 from tests.crash.recorder import record  # noqa: E402
 from tests.pool import WorkerFailed, run_workers  # noqa: E402
 
@@ -123,10 +123,14 @@ def measure(disk: Disk, loads: Loader, work: Path, random_subsets: int, flips: i
     for kind, states in (("killed", killed), ("power cut", power_cut), ("damage", damages)):
         counts: Counter[str] = Counter()
         for (what, files, index), loaded in zip(states, in_batches([s[1] for s in states], loads, work), strict=True):
-            names = differing_names(files, whole if kind == "damage" else disk.files(index))
-            outcome = classify(loaded, Expected.at(disk.calls, index), names, crash=kind != "damage")
+            differing = differing_paths(files, whole) | differing_paths(files, disk.files(index))
+            outcome = classify(loaded, Expected.at(disk.calls, index), differing, crash=kind != "damage")
+            if outcome == WRONG:  # not what an earlier load left in the process
+                (loaded,) = in_batches([files], loads, work)
+                outcome = classify(loaded, Expected.at(disk.calls, index), differing, crash=kind != "damage")
             counts[outcome] += 1
-            found["examples"].setdefault(f"{kind}: {outcome}", f"{what}: {(loaded.error or '')[:300]}")
+            said = (loaded.error or "").strip().rpartition("\n")[2].replace(str(work), "")[:200]
+            found["examples"].setdefault(f"{kind}: {outcome}", f"{what}: {said}")
         found[kind] = {outcome: counts[outcome] for outcome in OUTCOMES}
     return found
 
@@ -170,7 +174,7 @@ def page(results: dict[str, Any]) -> str:
     lines += [
         "*Good*: the newest state that was saved, or a newer whole one; before the first save nothing, and no error.",
         "*Older*: an older one because the newest is damaged; the damage is named. *Named error*: refused, with the",
-        "name of what is wrong. *Opaque error*: refused without it (an unpickling error, a missing key, a hang).",
+        "name of what is wrong in its text. *Opaque error*: without it (an unpickling error, a missing key, a hang).",
         "*Lost*: an older one or nothing, though the newest had been saved, or for damage without a word. *Silently",
         "wrong*: a state that was never saved was loaded. An error is a start that fails until somebody looks into it.",
         "",

@@ -61,22 +61,26 @@ class Expected:
         return cls(tuple(saved), tuple(begun))
 
 
-def classify(loaded: Loaded, expected: Expected, names: Iterable[str], *, crash: bool) -> str:
-    """One of OUTCOMES. names: of files and folders that are not as they were saved. crash: no excuse for older ones."""
+def classify(loaded: Loaded, expected: Expected, differing: Iterable[str], *, crash: bool) -> str:
+    """One of OUTCOMES. differing: paths of files that are not as they were saved. crash: no excuse for older ones."""
     if loaded.error is not None:
-        return NAMED if any(name in loaded.error for name in names) else OPAQUE
+        return NAMED if _names_one(loaded.error, differing) else OPAQUE
     newest = (*expected.saved[-1:], *expected.begun)
     if loaded.found in newest or (loaded.found is None and not expected.saved):
         return GOOD
     if loaded.found is not None and loaded.found not in expected.saved:
         return WRONG
-    named = any(name in text for name in names for text in loaded.told)
-    return OLDER if named and not crash else LOST
+    return OLDER if not crash and any(_names_one(text, differing) for text in loaded.told) else LOST
 
 
-def differing_names(files: Files, whole: Files) -> set[str]:
-    """The last parts of the paths of files that are missing or not as in `whole`."""
-    return {path.rpartition("/")[2] for path, content in whole.items() if files.get(path, b"") != content}
+def _names_one(text: str, paths: Iterable[str]) -> bool:
+    """Whether the file's name and its checkpoint's are both in it."""
+    return any(all(part in text for part in path.split("/")[-2:]) for path in paths)
+
+
+def differing_paths(files: Files, whole: Files) -> set[str]:
+    """Of files that are missing or not as in `whole`."""
+    return {path for path, content in whole.items() if files.get(path, b"") != content}
 
 
 def state_digest(step: int, tensors: Mapping[str, Tensor]) -> str:

@@ -35,6 +35,7 @@ _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
 _TRACED_WITHIN_S = 60.0
+_DETACHED_WITHIN_S = 30.0
 
 
 def strace_works() -> bool:
@@ -85,7 +86,11 @@ def _traced(world: Any, saves: Saves, folder: Path, log: Path) -> None:
     torch.distributed.barrier()
     if strace is not None:
         strace.send_signal(signal.SIGINT)
-        strace.wait()
+        try:
+            strace.wait(_DETACHED_WITHIN_S)
+        finally:
+            strace.kill()
+    torch.distributed.barrier()  # strace would wait for ever for a process that ends while it is let go
 
 
 def _calls(log: Path, folder: Path, marks: Path) -> Iterator[Call]:
