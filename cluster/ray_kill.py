@@ -23,6 +23,8 @@ def kill_everywhere(by_node: dict[str, list[Process]], mute: Collection[str] = (
 
     By a task on each other node: Ray's own kill asks the process, which a stopped (SIGSTOP) one does not hear.
     """
+    if not by_node:
+        return  # Ray may not be there, and would be started by asking it
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

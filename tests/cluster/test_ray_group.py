@@ -100,6 +100,11 @@ class Launched:
 
         wait_for(there, f"step {step}")
 
+    def training(self, attempt: int) -> bool:
+        """Whether all workers of an attempt train."""
+        workers = self.controller.workers
+        return self.controller.attempt == attempt and bool(workers) and all(each.step > 0 for each in workers)
+
     def pids(self, attempt: int = 1) -> list[int]:
         return [int(facts(self.store, attempt, rank)[3]) for rank in range(2)]
 
