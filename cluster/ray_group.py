@@ -15,7 +15,7 @@ from typing import Any
 from cluster.embedded_ray import EmbeddedRay
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
-from cluster.ray_kill import Process, alive_nodes, kill_everywhere
+from cluster.ray_kill import Process, alive_nodes, kill_everywhere, kill_processes
 from cluster.ray_member import Member
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
@@ -178,8 +178,8 @@ class RayWorkerGroup:
         self._lost &= alive_nodes()
         for node_id in self._lost - self._probes.keys():
             there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            probe = ray.remote(num_cpus=0, max_retries=0)(os.getpid).options(scheduling_strategy=there)
-            self._probes[node_id] = probe.remote()
+            probe = ray.remote(num_cpus=0, max_retries=0)(kill_processes).options(scheduling_strategy=there)
+            self._probes[node_id] = probe.remote([])
         waiting = {self._probes[node_id]: node_id for node_id in self._lost}
         done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
         for ref in done:

@@ -62,7 +62,7 @@ def test_a_lost_node_is_named_and_replaced(cluster: Any, tmp_path: Path) -> None
     cluster.remove_node(node, allow_graceful=False)
     run.join()
     # Ray may take a while to notice, so that the next attempt may be placed on the lost node once more.
-    assert run.outcome is not None
+    assert run.outcome is not None, run.error
     assert run.outcome.outcome == "finished"
     first, last = run.events("failed")[0], run.events("failed")[-1]
     assert (first["cause"], first["rank"]) == ("died", 1)
@@ -79,11 +79,11 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_grows_when_one_comes(
     placed = run.events("placed")[0]["workers"]
     lost = next(node for node in cluster.worker_nodes if node.node_id == placed[1]["node_id"])
     cluster.remove_node(lost, allow_graceful=False)
-    wait_for(lambda: len(run.events("resized")) == 1 and run.training(2), "training with one worker")
+    wait_for(lambda: len(run.events("resized")) == 1 and run.training(2, 1), "training with one worker")
     assert facts(tmp_path, 2, 0)[1] == "1"
     assert run.events("placed")[1]["workers"][0]["pid"] == placed[0]["pid"], "the one that is left stays warm"
     cluster.add_node(num_cpus=1)
-    wait_for(lambda: len(run.events("resized")) == 2 and run.training(3), "training with two workers")
+    wait_for(lambda: len(run.events("resized")) == 2 and run.training(3, 2), "training with two workers")
     assert [facts(tmp_path, 3, rank)[1] for rank in range(2)] == ["2", "2"]
     assert [(row["workers_before"], row["workers"]) for row in run.events("resized")] == [(2, 1), (1, 2)]
     run.controller.request_stop("enough")
