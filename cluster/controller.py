@@ -28,12 +28,14 @@ from cluster.policies import (
     is_consequence,
     mark_silent,
     next_action,
+    next_size,
 )
 from configs.errors import RunFailed, ShardyardError
 from configs.schema import RecoveryConfig
 
 POLL_S = 0.1
 CONTROL_POLL_S = 1.0
+ROOM_POLL_S = 5.0
 # Of which the median is a usual step.
 RECENT_STEPS = 50
 # How long to look for the cause when all that is known is that some workers lost a peer.
@@ -56,8 +58,14 @@ class State(StrEnum):
 class WorkerGroup(Protocol):
     """The worker processes of one attempt."""
 
-    def prepare(self, attempt: int) -> dict[str, Any]:
-        """Place the workers and let them import; returns what to record. Raises Unreachable if they do not fit."""
+    def prepare(self, attempt: int, *, grow: bool = False) -> dict[str, Any]:
+        """Place as many workers as there is room for, and let them import; returns what to record.
+
+        grow: also in places other than those of the attempt before. Raises Unreachable if too few fit.
+        """
+
+    def room(self) -> int:
+        """How many workers could train now, at most as many as the run takes."""
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Wait until all have imported and tell them to train; returns early when one failed, or when cancelled."""
@@ -130,6 +138,9 @@ class Controller:
         self._steps_seen: dict[int, tuple[int, float]] = {}
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._trained: set[int] = set()
+        self._size = 0
+        self._growing = False
+        self._running_since = self._room_polled_at = clock()
 
     @property
     def stopping(self) -> bool:
@@ -161,9 +172,12 @@ class Controller:
         assert self.attempt > 0, "prepare() comes first"
         while True:
             failure = self._run_attempt()
-            if failure is None:
+            if failure is not None:
+                self._recover(failure)
+            elif self._growing and self._stop_reason is None and self.workers[0].state == "stopped":
+                self._grow()
+            else:
                 return self._end()
-            self._recover(failure)
 
     def fail(self, error: BaseException) -> None:
         """Leave no worker behind, and record an end that is not recorded yet."""
@@ -173,17 +187,23 @@ class Controller:
             self.state = State.FAILED
             self._record.event("failed", error=str(error) or type(error).__name__, final=True)
 
-    def _place(self) -> None:
+    def _place(self, *, grow: bool = False) -> None:
         self.state = State.PLACING
-        self._record.event("placed", **self._group.prepare(self.attempt))
+        placed = self._group.prepare(self.attempt, grow=grow)
+        self._record.event("placed", **placed)
+        before, self._size = self._size, len(placed["workers"])
+        if before not in (0, self._size):
+            self._record.event("resized", workers_before=before, workers=self._size)
+            self._notice(f"{self._size} workers go on where {before} were: the same steps with the same examples.")
 
     def _run_attempt(self) -> Failure | None:
         """One attempt of placed workers, to its end; the failure that ended it, None if nothing did."""
-        self._steps_seen, self._trained = {}, set()
+        self._steps_seen, self._trained, self._growing = {}, set(), False
         self._group.start(lambda: self._stop_reason is not None)
         if self._stop_reason is not None:
             return None  # nothing was trained yet, so there is nothing to save
         self.state = State.RUNNING
+        self._running_since = self._clock()
         while True:
             self.workers = workers = self._poll()
             if any(worker.failed for worker in workers) and (failure := self._settle(workers)) is not None:
@@ -191,6 +211,7 @@ class Controller:
             if all(worker.state in ("finished", "stopped") for worker in workers):
                 return None
             self._poll_control()
+            self._poll_room()
             if self._aborted.is_set():
                 return None
             if self._stop_reason is not None and self.state is State.RUNNING:
@@ -242,6 +263,25 @@ class Controller:
         with contextlib.suppress(ShardyardError):  # a store that does not answer is asked again, and training goes on
             if self._record.stop_requested():
                 self.request_stop("asked by `shardyard runs stop`")
+
+    def _poll_room(self) -> None:
+        """Have the workers save and stop where more could go on."""
+        now = self._clock()
+        if self.state is not State.RUNNING or self._growing or now - self._room_polled_at < ROOM_POLL_S:
+            return
+        self._room_polled_at = now
+        if next_size(len(self.workers), self._group.room(), now - self._running_since) > len(self.workers):
+            self._growing = True
+            self._notice("There is room for more workers: saving a checkpoint first.")
+            self._group.request_stop()
+
+    def _grow(self) -> None:
+        """Go on with more workers, from the checkpoint that the others have just saved."""
+        self.state = State.RESTARTING
+        self._group.kill()
+        self.attempt = self._record.next_attempt()
+        self._record.event("restarted", step=self._last_checkpoint()[0] or 0, reason="there is room for more workers")
+        self._place(grow=True)
 
     def _end(self) -> Outcome:
         """All workers returned, or they were not needed."""

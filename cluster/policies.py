@@ -19,6 +19,8 @@ SLOW_STEP_FACTOR = 3.0
 NOTICED_AT = 0.9
 # And its node as gone after this share of silence_s, in which not even the actor there has answered.
 NODE_LOST_AT = 0.7
+# A run grows no sooner after its start, or its last change of size, or failure.
+GROW_AFTER_S = 30.0
 # What a step consists of; other phases (evaluation, checkpoint, restore) have no usual length.
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -143,6 +145,14 @@ def next_action(failures: Sequence[Failure], recovery: RecoveryConfig) -> Restar
     if len(counted) > recovery.max_restarts:
         return GiveUp(f"recovery.max_restarts={recovery.max_restarts} restarts are used up")
     return Restart(f"restart {len(counted)} of {recovery.max_restarts}")
+
+
+def next_size(size: int, room: int, trained_s: float) -> int:
+    """How many workers a run of `size` should go on with, where there is room for `room`.
+
+    Growing costs a save and a start, so it has to have trained for a while since the last one.
+    """
+    return size if trained_s < GROW_AFTER_S else max(size, room)
 
 
 def first_failure(workers: Sequence[WorkerStatus]) -> Failure:

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.embedded_ray import EmbeddedRay
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
-from cluster.ray_kill import Process, alive_nodes, kill_everywhere
+from cluster.ray_kill import Process, alive_nodes, kill_everywhere, kill_processes
 from cluster.ray_member import Member
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
@@ -39,6 +39,8 @@ END_TIMEOUT_S = 3.0
 STACK_TIMEOUT_S = 1.0
 # An actor that has not answered for so long is not asked to do anything more.
 MUTE_S = 2.0
+# How long a node that did not answer is given before its places are taken to be lost.
+PROBE_TIMEOUT_S = 2.0
 # Of the time between two polls, what counts as listening.
 MAX_LISTENED_S = 0.5
 
@@ -74,7 +76,8 @@ class RayWorkerGroup:
         self._members: list[Member] = []
         self._spare: list[Member] = []  # without a child, between attempts
         self._warm_refs: dict[Any, Member] = {}
-        self._nodes: set[str] = set()
+        self._lost: set[str] = set()  # nodes that may be gone: asked before they are used again
+        self._probes: dict[str, Any] = {}
         self._attempt = 0
         self._listened_at = time.monotonic()
 
@@ -96,11 +99,11 @@ class RayWorkerGroup:
                 )
             return
         if self._address is None:
-            wanted = self._resources.workers * self._resources.threads
+            wanted = self._resources.most * self._resources.threads
             cpus = len(os.sched_getaffinity(0))
             if wanted > cpus:
                 self._notice(
-                    f"{self._resources.workers} workers of {self._resources.threads} threads share {cpus} CPUs here: "
+                    f"{self._resources.most} workers of {self._resources.threads} threads share {cpus} CPUs here: "
                     "right, but slow. Lower resources.workers or resources.threads, or join a cluster with --address."
                 )
             use_gpus = self._resources.gpus_per_worker > 0
@@ -129,22 +132,22 @@ class RayWorkerGroup:
 
     # --- WorkerGroup
 
-    def prepare(self, attempt: int) -> dict[str, Any]:
-        """Place the workers and let them import.
+    def prepare(self, attempt: int, *, grow: bool = False) -> dict[str, Any]:
+        """Place the workers and let them import. grow: also in places other than those of the attempt before.
 
         Raises:
             Unreachable: the cluster has no room for them.
         """
         started = time.monotonic()
         self._attempt = attempt
-        if not self._nodes <= alive_nodes():
-            self._dismiss(self._spare)  # they go with their places
-            self._spare = []
-            self._placement.release()  # part of it is gone, which Ray may not have told it yet
-        self._placement.reserve()
-        kept = {member.slot: member for member in self._spare}
+        self._ask_lost_nodes(PROBE_TIMEOUT_S)
+        places = self._placement.generation
+        slots = self._placement.reserve(self._lost, grow=grow)
+        kept = {member.slot: member for member in self._spare if member.slot in slots}
+        if self._placement.generation != places:
+            kept = {}  # they went with their places
+        self._dismiss([member for member in self._spare if kept.get(member.slot) is not member])
         self._spare = []
-        slots = range(self._resources.workers)
         self._members = [kept.get(slot) or Member(self._create_actor(slot), slot) for slot in slots]
         new = [member for member in self._members if not member.where]
         described = self._collect({member.actor.describe.remote(): member for member in new}, IMPORT_TIMEOUT_S)
@@ -152,7 +155,6 @@ class RayWorkerGroup:
             member.where = where
         # Ranks of one node are neighbours, whatever order Ray placed the bundles in.
         self._members.sort(key=lambda member: (str(member.where.get("node_id")), member.slot))
-        self._nodes = {member.where["node_id"] for member in self._members if member.where}
         self._warm_refs = {
             member.actor.warm.remote(self._imports): member for member in new if member.state == "starting"
         }
@@ -160,6 +162,31 @@ class RayWorkerGroup:
             "workers": [member.where for member in self._members],
             "placed_s": round(time.monotonic() - started, 3),
         }
+
+    def room(self) -> int:
+        """How many workers could train now, at most as many as the run takes."""
+        if self._resources.fewest == self._resources.most:
+            return len(self._members)
+        self._ask_lost_nodes()
+        return self._placement.room(self._lost)
+
+    def _ask_lost_nodes(self, timeout_s: float = 0.0) -> None:
+        """Forget those that Ray has given up, and those that answer again, or within timeout_s."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._lost &= alive_nodes()
+        for node_id in self._lost - self._probes.keys():
+            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            probe = ray.remote(num_cpus=0, max_retries=0)(kill_processes).options(scheduling_strategy=there)
+            self._probes[node_id] = probe.remote([])
+        waiting = {self._probes[node_id]: node_id for node_id in self._lost}
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
+        for ref in done:
+            del self._probes[waiting[ref]]
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(ref)
+                self._lost.discard(waiting[ref])
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Wait for the imports and tell every worker to train; returns early when one failed, or when cancelled."""
@@ -255,7 +282,10 @@ class RayWorkerGroup:
         for ref in done:
             with contextlib.suppress(ray.exceptions.RayError):  # it is dead, or its node is
                 kept += [asked[ref]] if ray.get(ref) else []
-        self._dismiss([member for member in self._members if member not in kept], mute)
+        gone = [member for member in self._members if member not in kept]
+        # Where an actor died its node may be gone as well, and Ray may take a while to notice.
+        self._lost |= mute | {member.where["node_id"] for member in gone if member.where and member.state == "died"}
+        self._dismiss(gone, self._lost)
         with contextlib.suppress(ShardyardError):
             self._store.child(self._run).delete(f"attempts/{self._attempt:04d}/canary")
         self._spare = [member.again() for member in kept]

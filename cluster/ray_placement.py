@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
 from typing import Any
 
+from cluster.ray_kill import alive_nodes
 from configs.errors import Unreachable
 from configs.schema import ResourcesConfig
 
 PLACE_TIMEOUT_S = 10.0
+# How long an elastic run waits for room for more than its fewest workers.
+ROOM_TIMEOUT_S = 2.0
 
 
 class Placement:
-    """A placement group: all workers or none, so that two runs never wait for each other's half."""
+    """A placement group: all workers or none, so that two runs never wait for each other's half.
+
+    A slot is a worker's place in it. An elastic run that loses a node goes on in the slots that are left: Ray places
+    the others again where there is room, and so they come back.
+
+    generation: changes whenever the places are others than before.
+    """
 
     def __init__(self, resources: ResourcesConfig) -> None:
         self._resources = resources
         self._group: Any = None
+        self.generation = 0
 
-    def reserve(self) -> None:
-        """Reserve the places, or see that they are still ours after a restart.
+    def reserve(self, lost: Collection[str] = (), *, grow: bool = False) -> list[int]:
+        """Reserve the places, or see which are still ours; returns their slots.
+
+        lost: nodes that do not answer, though Ray may not know it yet. grow: give up ours where there is room for more.
 
         Raises:
-            Unreachable: the cluster has not got them, or does not free them within PLACE_TIMEOUT_S.
+            Unreachable: the cluster has not got enough of them, or does not free them within PLACE_TIMEOUT_S.
         """
-        import ray
-        from ray.util.placement_group import placement_group
-
-        if self._group is None:
-            has = ray.cluster_resources()
-            if any(has.get(name, 0) < wanted for name, wanted in self._needs().items()):
-                raise Unreachable(self._shortage("is more than the whole cluster has"))
-            bundle = {"CPU": float(self._resources.threads)}
-            if self._resources.gpus_per_worker:
-                bundle["GPU"] = float(self._resources.gpus_per_worker)
-            self._group = placement_group([bundle] * self._resources.workers, strategy="PACK")
-        try:
-            ray.get(self._group.ready(), timeout=PLACE_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            shortage = self._shortage(f"did not come free within {PLACE_TIMEOUT_S:g} s")
+        if self._group is not None:
+            slots = self._usable(lost)
+            enough = self._resources.most if grow else self._resources.fewest
+            if len(slots) >= min(enough, self.room(lost)) and len(slots) >= self._resources.fewest:
+                return slots
             self.release()
-            raise Unreachable(shortage) from error
+        return self._reserve_anew(lost)
 
-    def strategy(self, index: int) -> Any:
-        """Where worker `index` goes, for Ray's scheduling_strategy."""
+    def room(self, lost: Collection[str]) -> int:
+        """How many workers have a place, or would find one, at most as many as the run takes."""
+        return min(self._resources.most, len(self._usable(lost)) + self._free(lost))
+
+    def strategy(self, slot: int) -> Any:
+        """Where the worker in a slot goes, for Ray's scheduling_strategy."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        return PlacementGroupSchedulingStrategy(self._group, index)
+        return PlacementGroupSchedulingStrategy(self._group, slot)
 
     def release(self) -> None:
         """Give the places back. Safe to call twice."""
@@ -55,24 +63,75 @@ class Placement:
         if group is not None and ray.is_initialized():
             ray.util.remove_placement_group(group)
 
-    def _needs(self) -> dict[str, int]:
-        resources = self._resources
-        needs = {"CPU": resources.workers * resources.threads, "GPU": resources.workers * resources.gpus_per_worker}
-        return {name: amount for name, amount in needs.items() if amount}
+    def _reserve_anew(self, lost: Collection[str]) -> list[int]:
+        import ray
+        from ray.util.placement_group import placement_group
 
-    def _shortage(self, what: str) -> str:
+        self.generation += 1
+        size = self._size(lost)
+        has = ray.cluster_resources()
+        if any(has.get(name, 0) < wanted for name, wanted in self._needs(size).items()):
+            raise Unreachable(self._shortage(size, "is more than the whole cluster has"))
+        elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(lost))})"}] * size if lost else None
+        self._group = placement_group(
+            [self._needs(1, as_float=True)] * size, strategy="PACK", bundle_label_selector=elsewhere
+        )
+        try:
+            ray.get(self._group.ready(), timeout=PLACE_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            shortage = self._shortage(size, f"did not come free within {PLACE_TIMEOUT_S:g} s")
+            self.release()
+            raise Unreachable(shortage) from error
+        return list(range(size))
+
+    def _size(self, lost: Collection[str]) -> int:
+        """The most workers that there is room for; what was just given back takes a moment to be free."""
+        fewest, most = self._resources.fewest, self._resources.most
+        deadline = time.monotonic() + ROOM_TIMEOUT_S
+        while (free := self._free(lost)) < most and fewest < most and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return max(fewest, min(most, free))
+
+    def _usable(self, lost: Collection[str]) -> list[int]:
+        """The slots that are placed on nodes that answer."""
+        import ray
+
+        if self._group is None:
+            return []
+        nodes = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        answering = alive_nodes() - set(lost)
+        return sorted(slot for slot, node_id in nodes.items() if node_id in answering)
+
+    def _free(self, lost: Collection[str]) -> int:
+        """How many workers' places are free. Private API of the pinned Ray: there is no public one by node."""
+        from ray._private.state import available_resources_per_node
+
+        answering, needs = alive_nodes() - set(lost), self._needs(1)
+        return sum(
+            min(int(free.get(name, 0) // amount) for name, amount in needs.items())
+            for node_id, free in available_resources_per_node().items()
+            if node_id in answering
+        )
+
+    def _needs(self, size: int, *, as_float: bool = False) -> dict[str, Any]:
+        resources = self._resources
+        needs = {"CPU": size * resources.threads, "GPU": size * resources.gpus_per_worker}
+        return {name: float(amount) if as_float else amount for name, amount in needs.items() if amount}
+
+    def _shortage(self, size: int, what: str) -> str:
         import ray
 
         resources = self._resources
         has, free = ray.cluster_resources(), ray.available_resources()
-        needs = " and ".join(count(amount, name) for name, amount in self._needs().items())
+        needs = " and ".join(count(amount, name) for name, amount in self._needs(size).items())
         found = " and ".join(
-            f"{count(has.get(name, 0), name)}, of which {free.get(name, 0):g} free" for name in self._needs()
+            f"{count(has.get(name, 0), name)}, of which {free.get(name, 0):g} free" for name in self._needs(size)
         )
         each = count(resources.threads, "CPU") + (" and 1 GPU" if resources.gpus_per_worker else "")
+        workers = "workers" if resources.fewest == resources.workers else "min_workers"
         return (
-            f"The run needs {needs} (resources.workers={resources.workers}, each with {each}), which {what}: it has "
-            f"{found}, on {count(sum(node['Alive'] for node in ray.nodes()), 'node')}. Lower resources.workers or "
+            f"The run needs {needs} (resources.{workers}={size}, each with {each}), which {what}: it has "
+            f"{found}, on {count(sum(node['Alive'] for node in ray.nodes()), 'node')}. Lower resources.{workers} or "
             "resources.threads, wait until other work has ended, or add nodes."
         )
 

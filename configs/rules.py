@@ -160,6 +160,16 @@ def _early_stopping_has_evaluations(patience: int, every: int | None) -> str | N
     )
 
 
+def _workers_lie_between(workers: int, fewest: int | None, most: int | None) -> str | None:
+    low, high = workers if fewest is None else fewest, workers if most is None else most
+    if low <= workers <= high:
+        return None
+    return (
+        f"resources.workers={workers} does not lie between resources.min_workers={low} and "
+        f"resources.max_workers={high}. Set min_workers to it or less, and max_workers to it or more."
+    )
+
+
 def _skip_reaches_gradients(divergence: str, offload: bool) -> str | None:
     if divergence != "skip" or not offload:
         return None
@@ -182,6 +192,7 @@ RULES = (
     Rule(("warm_start.weights", "parent.checkpoint"), _one_beginning),
     Rule(("early_stopping.patience", "evaluation.every"), _early_stopping_has_evaluations),
     Rule(("recovery.divergence", "zero.offload_optimizer"), _skip_reaches_gradients),
+    Rule(("resources.workers", "resources.min_workers", "resources.max_workers"), _workers_lie_between),
     Rule(
         ("determinism", "precision", "zero.offload_optimizer", "resources.gpus_per_worker", "optimizer.name"),
         _exact_is_shown,

@@ -112,6 +112,12 @@ class ResourcesConfig(Section):
     """What the run asks of the cluster."""
 
     workers: int = Field(default=1, ge=1, description="Training processes, one device each.")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="With how few it goes on when a node is gone; null is workers: with no fewer."
+    )
+    max_workers: int | None = Field(
+        default=None, ge=1, description="How many it takes where there is room; null is workers: no more."
+    )
     threads: int = Field(
         default=1, ge=1, description="Intra-op threads of a worker, and the CPUs it asks for; changes the last bits."
     )
@@ -119,6 +125,16 @@ class ResourcesConfig(Section):
         default=4, ge=1, description="Threads that decode and augment, per worker; changes no result."
     )
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="1 trains on GPUs, 0 on CPUs.")
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers that it goes on with."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @property
+    def most(self) -> int:
+        """The most workers that it takes."""
+        return self.workers if self.max_workers is None else self.max_workers
 
 
 class EvaluationConfig(Section):

@@ -210,7 +210,10 @@ def test_more_workers_than_the_cluster_has_cpus(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
     code = main(["train", str(write_recipe(tmp_path)), "--address", "127.0.0.1:1"])
     output = capsys.readouterr()
+    assert not ray.is_initialized(), "some call of Ray's has started one"
     assert code == 3 and "No Ray answers at 127.0.0.1:1" in output.err and "ray start --head" in output.err
     assert RunRecord.open(str(tmp_path / "runs"), "tiny").holder() is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster import controller, policies
 from cluster.controller import SETTLE_S, Controller, Outcome, State
 from cluster.policies import WorkerStatus
 from configs.errors import RunFailed, Unreachable
@@ -62,19 +63,27 @@ class FakeGroup:
         self.stopping = False
         self.workers: list[WorkerStatus] = []
         self.befallen: str | None = None
+        self.rooms: list[int] = []  # for how many workers there is room, at each look
 
-    def prepare(self, attempt: int) -> dict[str, Any]:
+    def prepare(self, attempt: int, *, grow: bool = False) -> dict[str, Any]:
         assert not self.alive, "the attempt before was not killed"
         if self.script.get((attempt, -1)) == "no room":
             raise Unreachable("needs 4 CPUs, the cluster has 2")
         self.attempt, self.alive, self.befallen, self.stopping = attempt, True, None, False
         self.prepared += 1
+        if self.rooms:
+            self.size = self.rooms[0] if grow or self.prepared == 1 else min(self.size, self.rooms[0])
         start = self.record.saved[-1] if self.record.saved else 0
         self.workers = [
             WorkerStatus(rank, "node-a", "starting", log=f"rank-{rank:05d}.log", step=start, steps=STEPS)
             for rank in range(self.size)
         ]
-        return {"workers": []}
+        return {"workers": [{}] * self.size}
+
+    def room(self) -> int:
+        if len(self.rooms) > 1:
+            self.rooms.pop(0)
+        return self.rooms[0] if self.rooms else self.size
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         if not cancelled():
@@ -287,6 +296,37 @@ def at_step(bench: Bench, step: int, act: Callable[[], None]) -> None:
         return poll(timeout_s)
 
     bench.group.poll = acting_poll  # type: ignore[method-assign]
+
+
+def test_it_shrinks_with_the_room_and_grows_when_more_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "GROW_AFTER_S", 0.5)
+    monkeypatch.setattr(controller, "ROOM_POLL_S", 0.2)
+    bench = Bench({(1, 15): "kill"}, max_restarts=1)
+    bench.group.rooms = [3]
+    at_step(bench, 14, lambda: bench.group.rooms.__setitem__(slice(None), [1, 1, 1, 2]))
+    assert bench.run() == Outcome("finished", STEPS, 1)
+    sizes = [(row["workers_before"], row["workers"]) for row in bench.record.rows if row["kind"] == "resized"]
+    assert sizes == [(3, 1), (1, 2)]
+    restarts = [(row["step"], row["reason"]) for row in bench.record.rows if row["kind"] == "restarted"]
+    assert restarts[0][0] == 10 and "restart 1 of 1" in restarts[0][1]
+    assert restarts[1][0] % SAVE_EVERY != 0 and restarts[1][0] in bench.record.saved  # it saved in order to grow
+    assert bench.record.kinds[-1] == "finished"
+
+
+def test_a_stop_while_it_grows_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "GROW_AFTER_S", 0.0)
+    monkeypatch.setattr(controller, "ROOM_POLL_S", 0.2)
+    bench = Bench()
+    bench.group.rooms = [1, 2]
+    request = bench.group.request_stop
+
+    def stopping() -> None:
+        request()
+        bench.controller.request_stop("asked for")
+
+    bench.group.request_stop = stopping  # type: ignore[method-assign]
+    assert bench.run().outcome == "stopped"
+    assert bench.record.kinds == ["queued", "placed", "stopped"]
 
 
 def test_a_stop_saves_first() -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policies import (
+    GROW_AFTER_S,
     PORT_RETRIES,
     Failure,
     GiveUp,
@@ -17,6 +18,7 @@ from cluster.policies import (
     is_consequence,
     mark_silent,
     next_action,
+    next_size,
 )
 from configs.schema import RecoveryConfig
 
@@ -175,3 +177,10 @@ def test_silence() -> None:
     assert silent(quiet_s=91.0, median_step_s=None)
     assert not silent(quiet_s=89.0, phase="evaluation"), "an evaluation has no usual length"
     assert find_silent(worker(state="starting", unanswered_s=1e9), recovery, None) is None
+
+
+@given(size=st.integers(1, 9), room=st.integers(0, 9), trained_s=st.floats(0, 100))
+def test_a_run_grows_into_room_once_it_has_trained_for_a_while_and_never_shrinks_by_itself(
+    size: int, room: int, trained_s: float
+) -> None:
+    assert next_size(size, room, trained_s) == (size if trained_s < GROW_AFTER_S or room <= size else room)

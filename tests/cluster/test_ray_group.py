@@ -100,6 +100,11 @@ class Launched:
 
         wait_for(there, f"step {step}")
 
+    def training(self, attempt: int, workers: int) -> bool:
+        """Whether all workers of an attempt have begun to train."""
+        written = [self.store / RUN / f"facts-{attempt}-{rank}" for rank in range(workers)]
+        return all(path.exists() and path.read_text() for path in written)
+
     def pids(self, attempt: int = 1) -> list[int]:
         return [int(facts(self.store, attempt, rank)[3]) for rank in range(2)]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from cluster import controller, policies
 from cluster.controller import Outcome
 from cluster.ray_build import RayTasks
 from data_pipelines.build import ensure_dataset
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
-from tests.cluster.test_ray_group import Launched, alive, facts
+from tests.cluster.test_ray_group import Launched, alive, facts, wait_for
 from tests.data_pipelines.lines_source import write_lines
 from tests.data_pipelines.test_build import contents, texts
 
@@ -61,11 +62,33 @@ def test_a_lost_node_is_named_and_replaced(cluster: Any, tmp_path: Path) -> None
     cluster.remove_node(node, allow_graceful=False)
     run.join()
     # Ray may take a while to notice, so that the next attempt may be placed on the lost node once more.
-    assert run.outcome is not None
+    assert run.outcome is not None, run.error
     assert run.outcome.outcome == "finished"
     first, last = run.events("failed")[0], run.events("failed")[-1]
     assert (first["cause"], first["rank"]) == ("died", 1)
     assert "node" in last["error"]
+
+
+def test_an_elastic_run_goes_on_without_a_lost_node_and_grows_when_one_comes(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "GROW_AFTER_S", 1.0)
+    monkeypatch.setattr(controller, "ROOM_POLL_S", 0.5)
+    run = Launched(tmp_path, "endless", {"workers": 2, "min_workers": 1})
+    run.wait_for_step(5)
+    placed = run.events("placed")[0]["workers"]
+    lost = next(node for node in cluster.worker_nodes if node.node_id == placed[1]["node_id"])
+    cluster.remove_node(lost, allow_graceful=False)
+    wait_for(lambda: len(run.events("resized")) == 1 and run.training(2, 1), "training with one worker")
+    assert facts(tmp_path, 2, 0)[1] == "1"
+    assert run.events("placed")[1]["workers"][0]["pid"] == placed[0]["pid"], "the one that is left stays warm"
+    cluster.add_node(num_cpus=1)
+    wait_for(lambda: len(run.events("resized")) == 2 and run.training(3, 2), "training with two workers")
+    assert [facts(tmp_path, 3, rank)[1] for rank in range(2)] == ["2", "2"]
+    assert [(row["workers_before"], row["workers"]) for row in run.events("resized")] == [(2, 1), (1, 2)]
+    run.controller.request_stop("enough")
+    run.join()
+    assert run.outcome is not None and (run.outcome.outcome, run.outcome.restarts) == ("stopped", 1)
 
 
 def on_both_nodes(function: Callable[[Any], Any], nodes: Path, item: Any) -> Any:

@@ -67,7 +67,7 @@ class Simulation:
     by_place: dict[tuple[int, int], Fault] = field(default_factory=dict)
     ranks: list[Rank] = field(default_factory=list)
 
-    def prepare(self, attempt: int) -> dict[str, Any]:
+    def prepare(self, attempt: int, *, grow: bool = False) -> dict[str, Any]:
         assert not self.alive, "the attempt before was not killed"
         self.alive, self.stopping, self.attempts = True, False, attempt
         self.by_place = {(fault.rank, fault.step): fault for fault in self.faults.get(attempt, [])}
@@ -76,7 +76,10 @@ class Simulation:
             Rank(WorkerStatus(rank, f"node-{rank}", "starting", step=start, steps=self.steps))
             for rank in range(self.size)
         ]
-        return {}
+        return {"workers": [{}] * self.size}
+
+    def room(self) -> int:
+        return self.size
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         for rank in self.ranks:
