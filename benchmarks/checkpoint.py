@@ -190,6 +190,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         ratio = row["stall_ratio"]
         stall_bar = "aim met" if ratio <= STALL_AIM else "met" if ratio <= STALL_BAR else "missed"
         slowdown_bar = "met" if slowdown["ours"] <= SLOWDOWN_BAR else "missed"
+        if row["noise"] > SLOWDOWN_BAR:
+            slowdown_bar = "not known: noise"
         lines.append(
             f"| {row['stage']} | {1e3 * stall['ours']:.1f} ({1e3 * row['waited_s']:.1f} of them in the update) / "
             f"{1e3 * stall['deepspeed']:.1f} | {ratio:.3f} | {stall_bar} "
