@@ -8,6 +8,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainer.tensor_files import OLD_BLOCK_BYTES
+
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Name = Annotated[str, Field(pattern=r"^rank-\d{5,}-[0-9a-f]+-\d{6}\.(safetensors|json)$")]  # none elsewhere
 _Range = tuple[_Count, _Count, _Count]
@@ -20,7 +22,14 @@ class _Strict(BaseModel):
 class _File(_Strict):
     name: _Name
     size: _Count
+    block_bytes: Annotated[int, Field(gt=0, lt=1 << 62)] = OLD_BLOCK_BYTES
     blocks: list[str]
+
+    @model_validator(mode="after")
+    def _digests_cover_it(self) -> Self:
+        if len(self.blocks) != -(-self.size // self.block_bytes):
+            raise ValueError(f"{len(self.blocks)} digests are not those of {self.size:,} bytes")
+        return self
 
 
 class _Tensor(_Strict):

@@ -18,6 +18,7 @@ from data_pipelines.storage import Store
 from tests.crash.outcomes import Loaded, state_digest
 from trainer.checkpoint import Checkpointer, CheckpointReader, delete_leftovers, newest
 from trainer.progress import Progress
+from trainer.snapshot import Reading
 
 GOLDEN = Path(__file__).with_name("own_saves.jsonl.gz")
 
@@ -42,13 +43,21 @@ def make_engine(world: Any, seed: int) -> Any:
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
     deepspeed = SimpleNamespace(optimizer=optimizer)
     return SimpleNamespace(
-        module=module, world=world, zero_stage=0, average=None, exact=None, deepspeed=deepspeed, optimizer=optimizer
+        module=module,
+        world=world,
+        zero_stage=0,
+        average=None,
+        exact=None,
+        reading=Reading(),
+        deepspeed=deepspeed,
+        optimizer=optimizer,
     )
 
 
 def train(engine: Any, step: int) -> None:
     tokens = torch.randint(0, 7, (5,), generator=torch.Generator().manual_seed(step))
     nn.functional.cross_entropy(engine.module(tokens), tokens.flip(0)).backward()
+    engine.reading.wait()  # as trainer.engine.Engine does
     engine.optimizer.step()
     engine.optimizer.zero_grad()
 

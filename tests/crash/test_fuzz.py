@@ -94,6 +94,17 @@ def forge(copied: Path, manifest: dict[str, Any]) -> None:
     (copied / "step-00000001" / MANIFEST).write_text(_canonical(manifest))
 
 
+@pytest.mark.parametrize("change", [{"block_bytes": 0}, {"block_bytes": "x"}, {"blocks": []}])
+def test_digests_that_do_not_cover_a_file_are_damage(sound: Path, copied: Path, change: dict[str, Any]) -> None:
+    manifest = reset(sound, copied)
+    manifest["files"][0] |= change
+    forge(copied, manifest)
+    told: list[str] = []
+    assert newest(Store(copied), told.append) is None
+    assert "step-00000001" in told[0]
+    assert use(copied) is None
+
+
 @EXAMPLES
 @given(data=st.data())
 def test_a_forged_manifest(sound: Path, copied: Path, data: st.DataObject) -> None:
