@@ -134,7 +134,7 @@ def launched(resolved: Resolved, stack: ExitStack) -> tuple[RunRecord, Lease]:
 
 def join(rank: int, world_size: int, config: RunConfig) -> World:
     """Meet the other ranks where torchrun says."""
-    from trainer.distributed import init_world
+    from trainer.distributed import world_of
 
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if world_size == 1:
@@ -144,15 +144,7 @@ def join(rank: int, world_size: int, config: RunConfig) -> World:
             f"WORLD_SIZE={world_size} is set, but MASTER_ADDR or MASTER_PORT is not, so the ranks cannot meet. Start "
             "them with torchrun (torchrun --nproc-per-node 2 -m trainer RECIPE), or unset WORLD_SIZE and RANK."
         )
-    return init_world(
-        rank,
-        world_size,
-        _number("LOCAL_RANK", 0),
-        f"tcp://{host}:{port}",
-        use_gpu=config.resources.gpus_per_worker > 0,
-        threads=config.resources.threads,
-        timeout_s=config.recovery.collective_timeout_s,
-    )
+    return world_of(config, rank, world_size, _number("LOCAL_RANK", 0), f"tcp://{host}:{port}")
 
 
 def agreed(attempt: int) -> int:

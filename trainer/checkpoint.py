@@ -16,6 +16,7 @@ A save that fails is logged and recorded, its files are deleted, and training go
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -218,7 +219,7 @@ class Checkpointer:
             "step": step,
             "world_size": self._world.size,
             "zero_stage": engine.zero_stage,
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+            "versions": _versions(),
             "scalars": engine_state.scalars(engine),
             "data": dict(data_state),
             **engine_state.describe(engine),
@@ -325,6 +326,12 @@ class Checkpointer:
     def _event(self, kind: str, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(kind, **fields)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Looked up once: parsing packages' metadata takes 10 ms."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
 
 
 def _agreed_id(world: World) -> str:

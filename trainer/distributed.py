@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from configs.errors import Unreachable, UsageError
+from configs.schema import RunConfig
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _torch_default_timeout = distributed_c10d._get_default_timeout
@@ -90,6 +91,19 @@ def init_world(
     return World(rank, size, local_rank, device)
 
 
+def world_of(config: RunConfig, rank: int, size: int, local_rank: int, init_method: str) -> World:
+    """init_world with the device, threads and patience of a run."""
+    return init_world(
+        rank,
+        size,
+        local_rank,
+        init_method,
+        use_gpu=config.resources.gpus_per_worker > 0,
+        threads=config.resources.threads,
+        timeout_s=config.recovery.collective_timeout_s,
+    )
+
+
 def close_world() -> None:
     """Leave the other workers. A process that left cannot join another world: DeepSpeed keeps its groups for good."""
     if dist.is_initialized():
@@ -109,6 +123,23 @@ def all_sum(values: Sequence[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+class RunningSum:
+    """Elementwise sum over all ranks that goes on while other work is done; fp64."""
+
+    def __init__(self, values: Sequence[float] | torch.Tensor, device: torch.device) -> None:
+        self._tensor = torch.as_tensor(values, dtype=torch.float64, device=device).reshape(-1)
+        self._work = dist.all_reduce(self._tensor, async_op=True) if dist.get_world_size() > 1 else None
+        self._values: list[float] | None = None
+
+    def wait(self) -> list[float]:
+        """The sums."""
+        if self._values is None:
+            if self._work is not None:
+                self._work.wait()
+            self._values = self._tensor.tolist()
+        return self._values
 
 
 def all_gather_json(value: Any) -> list[Any]:

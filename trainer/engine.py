@@ -25,7 +25,7 @@ from trainer import engine_state, optimizers
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import deepspeed_config
 from trainer.device import unsupported
-from trainer.distributed import World, all_gather_json, all_sum
+from trainer.distributed import RunningSum, World, all_gather_json, all_sum
 from trainer.divergence import Limits, exceeds
 from trainer.engine_layout import gradients_of, parts_of
 from trainer.exact import ExactGradients, add_nodes
@@ -162,7 +162,7 @@ class Engine:
         batches = [replace(each, tensors=task.idle(each.tensors)) if each.idle else each for each in micro_batches]
         tokens = sum(task.num_tokens(each.tensors) for each in micro_batches if not each.idle)
         items, weights = zip(*(task.items_and_weight(each.tensors) for each in batches), strict=True)
-        counts = _Sum([sum(weights), sum(items), tokens, *votes], torch.device("cpu"))
+        counts = RunningSum([sum(weights), sum(items), tokens, *votes], torch.device("cpu"))
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         quanta = {} if self.exact is None else dict(self.exact.exponents)
@@ -172,25 +172,12 @@ class Engine:
             loss_sum, *_ = self._forward_backward(task, batches, counts, step)
         progress.phase = "optimizer"
         started = time.perf_counter()
-        loss_total = _Sum(loss_sum, self.world.device)
-        refused, grad_norm, skipped = False, None, False
+        loss_total = RunningSum(loss_sum, self.world.device)
+        refused, grad_norm = False, None
         if limits is not None:
             refused, grad_norm = self._refused(limits, loss_total.wait()[0] / (counts.wait()[0] or 1.0))
-        if refused:
-            self._drop_gradients()
-        else:
-            norm = self._update()
-            skipped = self.config.precision == "fp16" and not self.deepspeed.was_step_applied()
-            refused = not _finite(norm) and not skipped
-            grad_norm = norm if grad_norm is None else grad_norm
-        if refused:
-            self._statistics.forget()
-            if self.exact is not None:
-                self.exact.exponents.update(quanta)  # the next step is not to be rounded by this one's peaks
-        else:
-            self._statistics.fold(self.config.num_micro_batches)
-            if self.average is not None and not skipped:
-                self.average.update()
+        norm, skipped = self._end_step(refused, quanta)
+        grad_norm = norm if grad_norm is None else grad_norm
         weight, num_items, num_tokens, *ayes = counts.wait()
         loss_mean = loss_total.wait()[0] / (weight or 1.0)
         return StepStats(
@@ -204,6 +191,28 @@ class Engine:
             backward_s=backward_s,
             optimizer_s=time.perf_counter() - started,
         )
+
+    def _end_step(self, refused: bool, quanta: dict[str, int]) -> tuple[float | None, bool]:
+        """Update, or leave everything as it was before the step; the norm where it is known, and `skipped`.
+
+        quanta: exact mode's from before the step.
+        """
+        norm, skipped = None, False
+        if refused:
+            self._drop_gradients()
+        else:
+            norm = self._update()
+            skipped = self.config.precision == "fp16" and not self.deepspeed.was_step_applied()
+            refused = not _finite(norm) and not skipped
+        if refused:
+            self._statistics.forget()
+            if self.exact is not None:
+                self.exact.exponents.update(quanta)  # the next step is not to be rounded by this one's peaks
+        else:
+            self._statistics.fold(self.config.num_micro_batches)
+            if self.average is not None and not skipped:
+                self.average.update()
+        return norm, skipped
 
     def evaluate(
         self, task: BoundTask, batches: Iterable[MicroBatch], tokenizer: Any = None
@@ -253,7 +262,7 @@ class Engine:
                 engine_state.publish(self)
 
     def _forward_backward(
-        self, task: BoundTask, batches: Sequence[MicroBatch], counts: _Sum, step: int
+        self, task: BoundTask, batches: Sequence[MicroBatch], counts: RunningSum, step: int
     ) -> tuple[Tensor, float, float]:
         """All micro-batches of the step: the sum of their losses, seconds forward and seconds backward.
 
@@ -364,22 +373,6 @@ class Engine:
             if not batch.idle or number == 0 or self.zero_stage == 3:
                 task.check(batch.tensors)
                 yield batch
-
-
-class _Sum:
-    """Elementwise sum over all ranks that goes on while other work is done; fp64."""
-
-    def __init__(self, values: Sequence[float] | Tensor, device: torch.device) -> None:
-        self._tensor = torch.as_tensor(values, dtype=torch.float64, device=device).reshape(-1)
-        self._work = dist.all_reduce(self._tensor, async_op=True) if dist.get_world_size() > 1 else None
-        self._values: list[float] | None = None
-
-    def wait(self) -> list[float]:
-        if self._values is None:
-            if self._work is not None:
-                self._work.wait()
-            self._values = self._tensor.tolist()
-        return self._values
 
 
 def _sum_in_stage_3() -> None:

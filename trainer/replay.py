@@ -79,18 +79,9 @@ def replay_rank(
     rank: int, world_size: int, init_method: str, store: str, run: str, target: Target, checkpoint_step: int | None
 ) -> dict[str, Any]:
     """`replay` as one process of `world_size` on this machine."""
-    from trainer.distributed import init_world
+    from trainer.distributed import world_of
 
-    config = RunRecord.open(store, run).config
-    world = init_world(
-        rank,
-        world_size,
-        rank,
-        init_method,
-        use_gpu=config.resources.gpus_per_worker > 0,
-        threads=config.resources.threads,
-        timeout_s=config.recovery.collective_timeout_s,
-    )
+    world = world_of(RunRecord.open(store, run).config, rank, world_size, rank, init_method)
     return replay(world, store, run, target, checkpoint_step)
 
 

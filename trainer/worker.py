@@ -26,21 +26,12 @@ def run_worker(
     Returns {"outcome": "finished" | "stopped", "step": completed steps}.
     """
     from trainer import loop, session
-    from trainer.distributed import close_world, init_world
+    from trainer.distributed import close_world, world_of
     from trainer.record import RunRecord
 
     record = RunRecord.open(store_uri, run, rank=rank)
     record.attempt = attempt
-    config = record.config
-    world = init_world(
-        rank,
-        world_size,
-        local_rank,
-        init_method,
-        use_gpu=config.resources.gpus_per_worker > 0,
-        threads=config.resources.threads,
-        timeout_s=config.recovery.collective_timeout_s,
-    )
+    world = world_of(record.config, rank, world_size, local_rank, init_method)
     try:
         with session.open_session(record, world, progress) as opened:
             return asdict(loop.train(opened, stop))
