@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from cluster.embedded_ray import EmbeddedRay
+from cluster.lost_nodes import LostNodes
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
-from cluster.ray_kill import Process, alive_nodes, kill_everywhere, kill_processes
-from cluster.ray_member import Member
+from cluster.ray_kill import Process, kill_everywhere
+from cluster.ray_member import Member, create_actor
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
 from configs.schema import ResourcesConfig
@@ -76,8 +77,7 @@ class RayWorkerGroup:
         self._members: list[Member] = []
         self._spare: list[Member] = []  # without a child, between attempts
         self._warm_refs: dict[Any, Member] = {}
-        self._lost: set[str] = set()  # nodes that may be gone: asked before they are used again
-        self._probes: dict[str, Any] = {}
+        self._lost = LostNodes()
         self._attempt = 0
         self._listened_at = time.monotonic()
 
@@ -140,15 +140,17 @@ class RayWorkerGroup:
         """
         started = time.monotonic()
         self._attempt = attempt
-        self._ask_lost_nodes(PROBE_TIMEOUT_S)
         places = self._placement.generation
-        slots = self._placement.reserve(self._lost, grow=grow)
+        slots = self._placement.reserve(self._lost.ask(PROBE_TIMEOUT_S), grow=grow)
         kept = {member.slot: member for member in self._spare if member.slot in slots}
         if self._placement.generation != places:
             kept = {}  # they went with their places
         self._dismiss([member for member in self._spare if kept.get(member.slot) is not member])
         self._spare = []
-        self._members = [kept.get(slot) or Member(self._create_actor(slot), slot) for slot in slots]
+        self._members = [
+            kept.get(slot) or Member(create_actor(self._resources, self._placement.strategy(slot)), slot)
+            for slot in slots
+        ]
         new = [member for member in self._members if not member.where]
         described = self._collect({member.actor.describe.remote(): member for member in new}, IMPORT_TIMEOUT_S)
         for member, where in described:
@@ -167,26 +169,7 @@ class RayWorkerGroup:
         """How many workers could train now, at most as many as the run takes."""
         if self._resources.fewest == self._resources.most:
             return len(self._members)
-        self._ask_lost_nodes()
-        return self._placement.room(self._lost)
-
-    def _ask_lost_nodes(self, timeout_s: float = 0.0) -> None:
-        """Forget those that Ray has given up, and those that answer again, or within timeout_s."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self._lost &= alive_nodes()
-        for node_id in self._lost - self._probes.keys():
-            there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            probe = ray.remote(num_cpus=0, max_retries=0)(kill_processes).options(scheduling_strategy=there)
-            self._probes[node_id] = probe.remote([])
-        waiting = {self._probes[node_id]: node_id for node_id in self._lost}
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
-        for ref in done:
-            del self._probes[waiting[ref]]
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(ref)
-                self._lost.discard(waiting[ref])
+        return self._placement.room(self._lost.ask())
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Wait for the imports and tell every worker to train; returns early when one failed, or when cancelled."""
@@ -284,8 +267,9 @@ class RayWorkerGroup:
                 kept += [asked[ref]] if ray.get(ref) else []
         gone = [member for member in self._members if member not in kept]
         # Where an actor died its node may be gone as well, and Ray may take a while to notice.
-        self._lost |= mute | {member.where["node_id"] for member in gone if member.where and member.state == "died"}
-        self._dismiss(gone, self._lost)
+        suspects = mute | {member.where["node_id"] for member in gone if member.where and member.state == "died"}
+        self._lost.add(suspects)
+        self._dismiss(gone, suspects)
         with contextlib.suppress(ShardyardError):
             self._store.child(self._run).delete(f"attempts/{self._attempt:04d}/canary")
         self._spare = [member.again() for member in kept]
@@ -303,30 +287,6 @@ class RayWorkerGroup:
             if member.where:
                 by_node.setdefault(member.where["node_id"], []).extend(member.processes())
         kill_everywhere(by_node, mute)
-
-    # --- actors
-
-    def _create_actor(self, index: int) -> Any:
-        import ray
-
-        from cluster.worker import Worker
-
-        resources = self._resources
-        environment = {
-            "OMP_NUM_THREADS": str(resources.threads),  # Ray's own default is 1
-            "DS_ACCELERATOR": "cuda" if resources.gpus_per_worker else "cpu",
-            "TORCHDYNAMO_DISABLE": "1",  # compiling is not used; its imports take seconds
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a look for GPUs must not open them in a process that forks
-        }
-        actor = ray.remote(Worker).options(
-            num_cpus=resources.threads,
-            num_gpus=resources.gpus_per_worker,
-            max_concurrency=5,  # train, ping, stop, end, and one to spare
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy=self._placement.strategy(index),
-        )
-        return actor.remote(os.getcwd(), environment)
 
     def _gpus_by_node(self) -> dict[Any, str]:
         if not self._resources.gpus_per_worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from cluster.policies import State, WorkerStatus
 from cluster.ray_cluster import death_of, raised_by
 from cluster.ray_kill import Process
+from configs.schema import ResourcesConfig
 
 
 @dataclass(eq=False)
@@ -85,3 +87,26 @@ class Member:
             user_error=self.user_error,
             peer_failed=self.peer_failed,
         )
+
+
+def create_actor(resources: ResourcesConfig, strategy: Any) -> Any:
+    """A new actor for a worker. strategy: where it goes, for Ray's scheduling_strategy."""
+    import ray
+
+    from cluster.worker import Worker
+
+    environment = {
+        "OMP_NUM_THREADS": str(resources.threads),  # Ray's own default is 1
+        "DS_ACCELERATOR": "cuda" if resources.gpus_per_worker else "cpu",
+        "TORCHDYNAMO_DISABLE": "1",  # compiling is not used; its imports take seconds
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a look for GPUs must not open them in a process that forks
+    }
+    actor = ray.remote(Worker).options(
+        num_cpus=resources.threads,
+        num_gpus=resources.gpus_per_worker,
+        max_concurrency=5,  # train, ping, stop, end, and one to spare
+        max_restarts=0,
+        max_task_retries=0,
+        scheduling_strategy=strategy,
+    )
+    return actor.remote(os.getcwd(), environment)

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from cluster.ray_cluster import join
 from cluster.ray_group import RayWorkerGroup, import_paths
 from configs.errors import RunFailed, Unreachable
 from configs.schema import RecoveryConfig, ResourcesConfig
-from tests.cluster.test_controller import FakeRecord
+from tests.cluster.fakes import FakeRecord
+from tests.cluster.waiting import alive, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -39,21 +40,6 @@ def ray_here() -> Iterator[EmbeddedRay]:
     embedded = EmbeddedRay(4, False, import_paths())
     yield embedded
     embedded.stop()
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
-        time.sleep(0.02)
-    return found
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def make_group(store: Path, body: str, imports: str = "psutil", **resources: Any) -> RayWorkerGroup:

@@ -18,7 +18,8 @@ from cluster.ray_build import RayTasks
 from data_pipelines.build import ensure_dataset
 from data_pipelines.storage import Store
 from data_pipelines.tokenizer import TokenizerConfig
-from tests.cluster.test_ray_group import Launched, alive, facts, wait_for
+from tests.cluster.test_ray_group import Launched, facts
+from tests.cluster.waiting import alive, wait_for
 from tests.data_pipelines.lines_source import write_lines
 from tests.data_pipelines.test_build import contents, texts
 

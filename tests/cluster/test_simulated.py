@@ -12,7 +12,7 @@ from cluster.controller import Controller
 from cluster.policies import WorkerStatus
 from configs.errors import RunFailed, Unreachable
 from configs.schema import RecoveryConfig
-from tests.cluster.test_controller import FakeClock, FakeRecord
+from tests.cluster.fakes import FakeClock, FakeRecord
 
 # `make test` runs a tenth of the 10,000 that SIMULATED_SCHEDULES=10000 asks for.
 SCHEDULES = int(os.environ.get("SIMULATED_SCHEDULES", "1000"))
