@@ -350,8 +350,7 @@ class Engine:
         return norm
 
     def _drop_gradients(self) -> None:
-        """End the step without an update."""
-        self.reading.wait()
+        """End the step without an update: masters and optimizer state are not touched."""
         if self.zero_stage == 0:
             self.deepspeed.optimizer.zero_grad()  # torch's rules pass over parameters without a gradient
         gradients = gradients_of(self)
