@@ -112,6 +112,8 @@ class Divergence:
         self.in_a_row += 1
         self.furthest = max(self.furthest, finding.done)
         remedy = "Lower optimizer.lr, set optimizer.clip_grad_norm, or use precision=fp32 or bf16."
+        if math.isfinite(finding.value):
+            remedy = "Lower optimizer.lr, or raise recovery.spike_factor if training needs such values."
         if self.config.divergence == "stop":
             raise RunFailed(
                 f"{finding}. The last checkpoint is from before it. {remedy} `shardyard replay` lists that step's "
