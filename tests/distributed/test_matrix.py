@@ -11,7 +11,6 @@ import gc
 import hashlib
 import itertools
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,9 +137,7 @@ def own_slots(config: RunConfig, batches: list[dict[str, Tensor]], world: World)
 
 
 def make_engine(source: Source, stage: int, world: World) -> Engine:
-    model = ZooCell(source.model, stage, source.precision, world.size).bound_model()
-    if source.model == "gpt":  # thousands of cells: one small layer
-        model = replace(model, config=model.module.Config(num_layers=1, hidden_size=16, num_heads=2))
+    model = ZooCell(source.model, stage, source.precision, world.size).small_model()
     return Engine(model, source.config(stage), world)
 
 
