@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.errors import RunFailed
 from configs.schema import RecoveryConfig
 from tests.pool import WorkerFailed, run_workers
 from tests.trainer.attempts import curve, data_state, launched, state, train, work
@@ -68,6 +69,27 @@ def test_what_fp16_takes_back_is_not_remembered() -> None:
     for done in range(1, 40):
         assert found.judge(done, stats(math.inf, math.inf, skipped=True)) is None
     assert found.losses == []
+
+
+def test_a_run_that_keeps_returning_to_the_same_step_ends() -> None:
+    """What it repeats on the way there goes well each time, and says nothing."""
+    found = Divergence(RecoveryConfig(divergence="rollback"))
+    with pytest.raises(RunFailed, match=r"The loss of step 5 is nan: the 10th divergence in a row"):
+        for _ in range(20):
+            for done in range(1, 5):
+                assert found.judge(done, stats(1.0)) is None
+            finding = found.judge(5, stats(math.nan))
+            assert finding is not None
+            found.count(finding)
+
+
+def test_a_good_step_beyond_the_last_divergence_ends_the_count() -> None:
+    found = Divergence(RecoveryConfig(divergence="skip"))
+    for done in range(1, 100):
+        finding = found.judge(done, stats(math.nan if done % 2 else 1.0))
+        if finding is not None:
+            found.count(finding)
+    assert found.in_a_row == 1  # of step 99
 
 
 # --- whole runs
