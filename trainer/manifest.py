@@ -25,12 +25,6 @@ class _File(_Strict):
     block_bytes: Annotated[int, Field(gt=0, lt=1 << 62)] = OLD_BLOCK_BYTES
     blocks: list[str]
 
-    @model_validator(mode="after")
-    def _digests_cover_it(self) -> Self:
-        if len(self.blocks) != -(-self.size // self.block_bytes):
-            raise ValueError(f"{len(self.blocks)} digests are not those of {self.size:,} bytes")
-        return self
-
 
 class _Tensor(_Strict):
     shape: list[_Count]

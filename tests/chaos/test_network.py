@@ -18,11 +18,11 @@ from trainer.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(not allowed(), reason="needs root")]
 
-STEPS, CUT_AFTER, END_S = 56, 20, 240.0
+STEPS, CUT_AFTER, END_S = 600, 20, 240.0  # so many that it cannot end before it is cut
 
 
 def test_a_cut_network_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
-    changes = {"determinism": "exact", "zero": {"stage": 1}}
+    changes = {"steps": STEPS, "determinism": "exact", "zero": {"stage": 1}}
     expected, settings = (recipe(tmp_path / name) | changes for name in ("undisturbed", "cut"))
     run_workers(undisturbed, 2, expected)
     settings["resources"] = {"workers": 2, "min_workers": 1}

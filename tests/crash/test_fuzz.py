@@ -105,16 +105,6 @@ def test_digests_that_do_not_cover_a_file_are_damage(sound: Path, copied: Path, 
     assert use(copied) is None
 
 
-def test_digests_of_the_header_alone_are_damage(sound: Path, copied: Path) -> None:
-    manifest = reset(sound, copied)
-    (file,) = manifest["files"]
-    raw = (copied / "step-00000001" / file["name"]).read_bytes()
-    header = 8 + int.from_bytes(raw[:8], "little")
-    file |= {"block_bytes": header, "blocks": [xxhash.xxh3_64_hexdigest(raw[:header])]}
-    forge(copied, manifest)
-    assert newest(Store(copied), lambda _: None) is None
-
-
 @EXAMPLES
 @given(data=st.data())
 def test_a_forged_manifest(sound: Path, copied: Path, data: st.DataObject) -> None:
