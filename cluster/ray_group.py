@@ -16,7 +16,7 @@ from cluster.embedded_ray import EmbeddedRay
 from cluster.lost_nodes import LostNodes
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
-from cluster.ray_kill import Process, kill_everywhere
+from cluster.ray_kill import Process, alive_nodes, kill_everywhere
 from cluster.ray_member import Member, create_actor
 from cluster.ray_placement import Placement
 from configs.errors import ShardyardError, Unreachable
@@ -169,7 +169,11 @@ class RayWorkerGroup:
         """How many workers could train now, at most as many as the run takes."""
         if self._resources.fewest == self._resources.most:
             return len(self._members)
-        return self._placement.room(self._lost.ask())
+        room = self._placement.room(self._lost.ask())
+        if room > len(self._members):  # a node may be cut off without Ray's knowing
+            self._lost.add(alive_nodes() - {member.where["node_id"] for member in self._members})
+            room = self._placement.room(self._lost.ask(PROBE_TIMEOUT_S))
+        return room
 
     def start(self, cancelled: Callable[[], bool]) -> None:
         """Wait for the imports and tell every worker to train; returns early when one failed, or when cancelled."""

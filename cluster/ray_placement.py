@@ -64,25 +64,33 @@ class Placement:
             ray.util.remove_placement_group(group)
 
     def _reserve_anew(self, lost: Collection[str]) -> list[int]:
+        """As many as fit; fewer where the places that Ray believes to be free are not to be had."""
         import ray
-        from ray.util.placement_group import placement_group
 
         self.generation += 1
-        size = self._size(lost)
+        size, fewest = self._size(lost), self._resources.fewest
         has = ray.cluster_resources()
         if any(has.get(name, 0) < wanted for name, wanted in self._needs(size).items()):
             raise Unreachable(self._shortage(size, "is more than the whole cluster has"))
+        while not self._try(size, lost):
+            if size == fewest:
+                raise Unreachable(self._shortage(size, f"did not come free within {PLACE_TIMEOUT_S:g} s"))
+            size -= 1
+        return list(range(size))
+
+    def _try(self, size: int, lost: Collection[str]) -> bool:
+        import ray
+        from ray.util.placement_group import placement_group
+
         elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(lost))})"}] * size if lost else None
-        self._group = placement_group(
-            [self._needs(1, as_float=True)] * size, strategy="PACK", bundle_label_selector=elsewhere
-        )
+        bundles = [self._needs(1, as_float=True)] * size
+        self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=elsewhere)
         try:
             ray.get(self._group.ready(), timeout=PLACE_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            shortage = self._shortage(size, f"did not come free within {PLACE_TIMEOUT_S:g} s")
+        except ray.exceptions.GetTimeoutError:
             self.release()
-            raise Unreachable(shortage) from error
-        return list(range(size))
+            return False
+        return True
 
     def _size(self, lost: Collection[str]) -> int:
         """The most workers that there is room for; what was just given back takes a moment to be free."""

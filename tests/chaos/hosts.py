@@ -87,6 +87,7 @@ def two_hosts() -> Iterator[Hosts]:
             stack.callback(_end, node)
             if name == head:
                 _wait_for_port(hosts, head)
+        _wait_for_nodes(hosts, head)
         yield hosts
 
 
@@ -96,6 +97,13 @@ def _wait_for_port(hosts: Hosts, host: str) -> None:
     while hosts.popen(host, sys.executable, "-c", knock, stderr=subprocess.DEVNULL).wait() != 0:
         assert time.monotonic() < deadline, "Ray's head did not start"
         time.sleep(0.2)
+
+
+def _wait_for_nodes(hosts: Hosts, host: str) -> None:
+    count = (
+        f"import ray, time; ray.init('{HEAD}:{PORT}', log_to_driver=False)\nwhile len(ray.nodes()) < 2: time.sleep(0.2)"
+    )
+    assert hosts.popen(host, sys.executable, "-c", count, stderr=subprocess.DEVNULL).wait(START_S) == 0
 
 
 def _end(node: subprocess.Popen[str]) -> None:

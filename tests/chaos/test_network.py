@@ -18,11 +18,11 @@ from trainer.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(not allowed(), reason="needs root")]
 
-STEPS, CUT_AFTER, END_S = 600, 20, 240.0  # so many that it cannot end before it is cut
+STEPS, CUT_AFTER, END_S = 240, 20, 240.0  # so many that it cannot end before it is cut
 
 
 def test_a_cut_network_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
-    changes = {"steps": STEPS, "determinism": "exact", "zero": {"stage": 1}}
+    changes = {"steps": STEPS, "checkpoint": {"every": 15}, "determinism": "exact", "zero": {"stage": 1}}
     expected, settings = (recipe(tmp_path / name) | changes for name in ("undisturbed", "cut"))
     run_workers(undisturbed, 2, expected)
     settings["resources"] = {"workers": 2, "min_workers": 1}
@@ -33,7 +33,7 @@ def test_a_cut_network_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
         cut_at = train_and_cut(hosts, path, settings["store"])
     record = RunRecord.open(settings["store"], "chaos")
     failed = next(event for event in record.events() if event["kind"] == "failed")
-    assert failed["time"] - cut_at < 5.0, failed  # noticed
+    assert failed["time"] - failed["killed_s"] - cut_at < 5.0, failed  # the event is written when all are killed
     sizes = [event["world_size"] for event in record.events() if event["kind"] == "started"]
     assert sizes == [2, 1]
     assert record.status() == "finished"
