@@ -78,7 +78,8 @@ class ExactGradients:
             parameter.register_hook(lambda gradient, name=name: self._rounded(name, gradient))
 
     def _rounded(self, name: str, gradient: Tensor) -> Tensor:
-        peak = torch.linalg.vector_norm(gradient, math.inf, dtype=torch.float32)
+        low, high = torch.aminmax(gradient)  # on a CPU an eighth of the time of vector_norm
+        peak = torch.maximum(-low, high).float()
         before = self._peaks.get(name)
         self._peaks[name] = peak if before is None else torch.maximum(before, peak)
         # Adding a number of 23 bits above the quantum leaves no place for what lies below it.
