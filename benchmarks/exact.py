@@ -1,10 +1,11 @@
 """What exact mode costs: the step of determinism=exact beside that of determinism=cluster, and its losses beside those.
 
-    python benchmarks/exact.py [--rounds 6] [--steps 5] [--out benchmarks/results]
+    python benchmarks/exact.py [--steps 40] [--out benchmarks/results]
     python benchmarks/exact.py --curve    # 500 steps of a recipe in both modes, three seeds each
 
-Both engines live in one process (one worker, one thread) and take turns, some steps each; the ratio is that of their
-medians, of all steps. Time is the processor's: a lone thread waits for nobody, and others on the machine do not count.
+Both engines live in one process (one worker, one thread) and take turns, step by step; the ratio is the median of
+those of neighbouring steps. Time is the processor's: a lone thread waits for nobody, and others on the machine do not
+count.
 Models and batches are those of a recipe's size, rows are made up. The losses are those of
 language_modeling-gpt-tiny: means of the last 50 steps, and the validation loss at the end.
 """
@@ -38,6 +39,7 @@ from tests.configs.minimal import minimal  # noqa: E402
 from tests.contract.examples import batch_of, example_rows  # noqa: E402
 from trainer.bound import BoundModel, BoundTask  # noqa: E402
 
+WARM_UP = 4  # steps that do not count
 RECIPE, CURVE_STEPS, SEEDS = "language_modeling-gpt-tiny", 500, (1337, 1338, 1339)
 LANGUAGE = {"seq_len": 256, "tokenizer": {"name": "bpe", "vocab_size": 4096}}
 
@@ -81,8 +83,7 @@ CASES = (
 def main() -> int:
     """Measure all cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--curve", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -96,18 +97,14 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         world = init_world(0, 1, 0, f"file://{folder}/meet", use_gpu=False, threads=1, timeout_s=60)
-        rows = [
-            measured(case, stage, world, arguments.rounds, arguments.steps)
-            for case in CASES
-            for stage in arguments.stages
-        ]
+        rows = [measured(case, stage, world, arguments.steps) for case in CASES for stage in arguments.stages]
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "exact.json").write_text(json.dumps(rows, indent=1) + "\n")
     (arguments.out / "exact.md").write_text(page(rows))
     return 0
 
 
-def measured(case: Case, stage: int, world: Any, rounds: int, steps: int) -> dict[str, Any]:
+def measured(case: Case, stage: int, world: Any, steps: int) -> dict[str, Any]:
     """Seconds of the processor a step of both modes, in turns."""
     from trainer.engine import Engine
 
@@ -130,22 +127,20 @@ def measured(case: Case, stage: int, world: Any, rounds: int, steps: int) -> dic
             )
         )
         engines[mode], seconds[mode] = Engine(model, config, world), []
-    step = 0
-    for round_ in range(rounds + 1):
-        order = ["cluster", "exact"] if round_ % 2 else ["exact", "cluster"]
-        for mode in order:
-            for number in range(steps):
-                started = time.process_time()
-                engines[mode].train_step(task, batches, lr=1e-3, step=step + number)
-                if round_:  # the first warms up
-                    seconds[mode].append(time.process_time() - started)
-        step += steps
+    for step in range(-WARM_UP, steps):
+        for mode in ("cluster", "exact") if step % 2 else ("exact", "cluster"):
+            started = time.process_time()
+            engines[mode].train_step(task, batches, lr=1e-3, step=step + WARM_UP)
+            if step >= 0:
+                seconds[mode].append(time.process_time() - started)
     exact = engines["exact"].exact
     assert exact is not None
-    medians = {mode: statistics.median(found) for mode, found in seconds.items()}
-    row = {"case": case.name, "stage": stage, "seconds": seconds, "medians": medians}
-    row |= {"ratio": medians["exact"] / medians["cluster"], "repeats": exact.repeats, "steps": step}
-    print(f"{case.name}, stage {stage}: {row['ratio']:.3f}, {exact.repeats} of {step} steps repeated", flush=True)
+    ratios = [ours / theirs for ours, theirs in zip(seconds["exact"], seconds["cluster"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    row = {"case": case.name, "stage": stage, "seconds": seconds, "ratio": ratio, "quartiles": [low, high]}
+    row |= {"medians": {mode: statistics.median(found) for mode, found in seconds.items()}}
+    row |= {"repeats": exact.repeats, "steps": steps + WARM_UP}
+    print(f"{case.name}, stage {stage}: {ratio:.3f} ({low:.3f} to {high:.3f})", flush=True)
     return row
 
 
@@ -207,13 +202,15 @@ def page(rows: list[dict[str, Any]]) -> str:
             "",
             f"`{' '.join(['python benchmarks/exact.py', *sys.argv[1:]])}`, {datetime.date.today()},",
             f"commit {_commit()}, one worker, one thread of a CPU, fp32, AdamW;",
-            "medians of the processor time of the steps of both, in turns.",
+            "medians of the processor time of the steps of both, in turns; the ratio is the median of pairs.",
             "",
-            "| | stage | cluster, ms a step | exact, ms a step | ratio | steps repeated |",
+            "| | stage | cluster, ms a step | exact, ms a step | ratio (quartiles) | steps repeated |",
             "|---|---|---|---|---|---|",
             *(
                 f"| {row['case']} | {row['stage']} | {1e3 * row['medians']['cluster']:.1f} | "
-                f"{1e3 * row['medians']['exact']:.1f} | {row['ratio']:.3f} | {row['repeats']} of {row['steps']} |"
+                f"{1e3 * row['medians']['exact']:.1f} | "
+                f"{row['ratio']:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][1]:.3f}) | "
+                f"{row['repeats']} of {row['steps']} |"
                 for row in rows
             ),
             "",
