@@ -224,7 +224,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(CONFIGS, st.data())
 def test_a_resolved_config_is_written_and_read_back_exactly(changes: dict[str, Any], data: st.DataObject) -> None:
     resolved = load(minimal(**changes))

@@ -52,7 +52,7 @@ def test_micro_batches_hold_like_lengths_and_come_in_no_order_of_length() -> Non
     assert abs(np.corrcoef(longest[:-1], longest[1:])[0, 1]) < 0.2
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**40), st.integers(1, 12), st.lists(st.integers(1, 400), max_size=4), st.integers(1, 60))
 def test_windows_end_where_the_shares_of_a_mixture_change(
     seed: int, global_batch_size: int, changes: list[int], window: int

@@ -20,7 +20,8 @@ from data_pipelines.order import Order
 from tests.data_pipelines.test_loader import some_data, with_noise
 
 STEPS, GLOBAL_BATCH, MICRO_BATCH = 150, 11, 3
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
+SLOW = pytest.mark.slow
 
 
 def digest(batch: MicroBatch) -> str:
@@ -61,7 +62,16 @@ def lines(log: Path) -> list[Any]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["concat", "best_fit", "mixture", "ragged", "ragged mixture"])
+def latest_step(log: Path) -> int:
+    """Of the last whole line; -1 where there is none."""
+    whole, _, _ = (log.read_bytes() if log.exists() else b"").rpartition(b"\n")
+    return int(json.loads(whole[whole.rfind(b"\n") + 1 :])[0]) if whole else -1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*(pytest.param(kind, marks=SLOW) for kind in ("concat", "mixture", "ragged")), "best_fit", "ragged mixture"],
+)
 def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
     examples, order = some_data(kind, 5, GLOBAL_BATCH, MICRO_BATCH)
     assert 3 * len(examples) < STEPS * GLOBAL_BATCH  # several epochs
@@ -81,10 +91,9 @@ def test_the_same_batches_whoever_is_killed(kind: str, tmp_path: Path) -> None:
         for process in ranks:
             process.start()
         last = start + int(rng.integers(5, 40)) if attempt < 5 else STEPS  # kill when somebody is there
-        while any(each.is_alive() for each in ranks) and not any(
-            step >= last for log in logs for step, _ in lines(log)[-1:]
-        ):
+        while any(each.is_alive() for each in ranks) and not any(latest_step(log) >= last for log in logs):
             assert time.monotonic() < deadline
+            time.sleep(0.002)
         for process in ranks:
             if process.is_alive():
                 os.kill(process.pid or 0, signal.SIGKILL)

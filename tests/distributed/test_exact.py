@@ -71,7 +71,7 @@ def work(world: World, cells: list[Cell]) -> list[tuple[dict[str, Any], list[tup
     for cell in cells:
         config, zoo = cell.config(), ZooCell(cell.model, cell.stage, cell.precision, world.size)
         task = zoo.task()
-        engine = Engine(zoo.small_model(), config, world)
+        engine = Engine(zoo.bound_model(), config, world)
         stats = []
         for step in range(STEPS):
             found = engine.train_step(task, slots(config, task, world), lr=1e-2, step=step)
@@ -170,7 +170,7 @@ def part(world: World, folder: str, cell: Cell, first: int, last: int) -> None:
     from trainer.progress import Progress
 
     config, zoo = cell.config(), ZooCell(cell.model, cell.stage, cell.precision, world.size)
-    engine = Engine(zoo.small_model(), config, world)
+    engine = Engine(zoo.bound_model(), config, world)
     if first:
         checkpoint.load(engine, checkpoint.find(Store(folder), first))
     for step in range(first, last):

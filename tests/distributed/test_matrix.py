@@ -137,7 +137,7 @@ def own_slots(config: RunConfig, batches: list[dict[str, Tensor]], world: World)
 
 
 def make_engine(source: Source, stage: int, world: World) -> Engine:
-    model = ZooCell(source.model, stage, source.precision, world.size).small_model()
+    model = ZooCell(source.model, stage, source.precision, world.size).bound_model()
     return Engine(model, source.config(stage), world)
 
 
