@@ -140,6 +140,7 @@ class Controller:
         self._trained: set[int] = set()
         self._size = 0
         self._growing = False
+        self._futile_growths = 0  # in a row
         self._running_since = self._room_polled_at = clock()
 
     @property
@@ -192,7 +193,9 @@ class Controller:
         placed = self._group.prepare(self.attempt, grow=grow)
         self._record.event("placed", **placed)
         before, self._size = self._size, len(placed["workers"])
+        self._futile_growths = 0 if self._size > before else self._futile_growths + grow
         if before not in (0, self._size):
+            self._steps_s.clear()  # each does more, or less, of a step now
             self._record.event("resized", workers_before=before, workers=self._size)
             self._notice(f"{self._size} workers go on where {before} were: the same steps with the same examples.")
 
@@ -270,7 +273,8 @@ class Controller:
         if self.state is not State.RUNNING or self._growing or now - self._room_polled_at < ROOM_POLL_S:
             return
         self._room_polled_at = now
-        if next_size(len(self.workers), self._group.room(), now - self._running_since) > len(self.workers):
+        trained_s = now - self._running_since
+        if next_size(self._size, self._group.room(), trained_s, self._futile_growths) > self._size:
             self._growing = True
             self._notice("There is room for more workers: saving a checkpoint first.")
             self._group.request_stop()
@@ -303,6 +307,9 @@ class Controller:
     def _recover(self, failure: Failure) -> None:
         """Kill what is left and go on from the last good checkpoint, or give up."""
         noticed_at = self._clock()
+        if self._growing and failure.user_error:  # it would have trained on, had it not been asked to save and stop
+            failure = replace(failure, user_error=False)
+            self._futile_growths += 1
         self.failures.append(failure)
         self._group.kill()
         action = next_action(self.failures, self._recovery)

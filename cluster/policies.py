@@ -19,8 +19,12 @@ SLOW_STEP_FACTOR = 3.0
 NOTICED_AT = 0.9
 # And its node as gone after this share of silence_s, in which not even the actor there has answered.
 NODE_LOST_AT = 0.7
+# Before an attempt's first steps no data may come for this many times silence_s: a cold store is slow.
+FIRST_BATCH_FACTOR = 12.0
 # A run grows no sooner after its start, or its last change of size, or failure.
 GROW_AFTER_S = 30.0
+# Each growth that brought no more workers doubles that, this often at most: half an hour.
+MAX_GROW_DOUBLINGS = 6
 # What a step consists of; other phases (evaluation, checkpoint, restore) have no usual length.
 STEP_PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -147,12 +151,13 @@ def next_action(failures: Sequence[Failure], recovery: RecoveryConfig) -> Restar
     return Restart(f"restart {len(counted)} of {recovery.max_restarts}")
 
 
-def next_size(size: int, room: int, trained_s: float) -> int:
+def next_size(size: int, room: int, trained_s: float, futile: int = 0) -> int:
     """How many workers a run of `size` should go on with, where there is room for `room`.
 
-    Growing costs a save and a start, so it has to have trained for a while since the last one.
+    Growing costs a save and a start, so it has to have trained for a while since the last one: for longer, where the
+    last `futile` growths brought no more workers, since room was promised that was not to be had.
     """
-    return size if trained_s < GROW_AFTER_S else max(size, room)
+    return size if trained_s < GROW_AFTER_S * 2 ** min(futile, MAX_GROW_DOUBLINGS) else max(size, room)
 
 
 def first_failure(workers: Sequence[WorkerStatus]) -> Failure:
@@ -210,13 +215,13 @@ def mark_silent(
     """Workers, those that hang now as "silent". median_step_s: None for one that has not completed a step yet.
 
     A worker that answers may only wait for a slower one. So it counts as hung while nobody that has completed as few
-    steps is at work.
+    steps is at work. Who compiles, or waits for others, in its first step is not, once a first batch is overdue too.
     """
     reasons = [find_silent(worker, recovery, median_step_s(worker)) for worker in workers]
     running = [worker.state == "running" for worker in workers]
     fewest = min((worker.step for worker, runs in zip(workers, running, strict=True) if runs), default=0)
     at_work = any(
-        runs and reason is None and worker.step == fewest
+        runs and reason is None and worker.step == fewest and not _may_wait_for_data(worker, recovery)
         for worker, runs, reason in zip(workers, running, reasons, strict=True)
     )
     return [
@@ -232,7 +237,8 @@ def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, median_step_s: f
 
     A worker that answers no ping for `silence_s` is stopped or cut off. One that answers, but shows no sign of life in
     its training for that long, hangs too, unless its steps are known to be slow. Before its first step, and outside
-    of steps, it may load, restore, evaluate or wait for others for as long as a collective may take.
+    of steps, it may load, restore, compile, evaluate or wait for others for as long as a collective may take; but its
+    first batch has to come within FIRST_BATCH_FACTOR times silence_s.
     """
     if worker.state != "running":
         return None
@@ -244,6 +250,8 @@ def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, median_step_s: f
     limit_s = max(recovery.silence_s, recovery.collective_timeout_s)
     if median_step_s is not None and worker.phase in STEP_PHASES:
         limit_s = max(recovery.silence_s, SLOW_STEP_FACTOR * median_step_s)
+    elif worker.phase == "data" and worker.steps is not None:  # before they are known it opens the data set
+        limit_s = min(limit_s, FIRST_BATCH_FACTOR * recovery.silence_s)
     if worker.quiet_s > NOTICED_AT * limit_s:
         return f"no progress for {worker.quiet_s:.1f} s, where at most {limit_s:.1f} s are expected"
     return None
@@ -252,6 +260,12 @@ def find_silent(worker: WorkerStatus, recovery: RecoveryConfig, median_step_s: f
 def _unheard(worker: WorkerStatus, recovery: RecoveryConfig) -> bool:
     node_lost = worker.node_unanswered_s > NODE_LOST_AT * recovery.silence_s
     return node_lost or worker.unanswered_s > NOTICED_AT * recovery.silence_s
+
+
+def _may_wait_for_data(worker: WorkerStatus, recovery: RecoveryConfig) -> bool:
+    """Whether a worker that is in a step may do nothing but wait for one whose data does not come."""
+    limit_s = FIRST_BATCH_FACTOR * recovery.silence_s
+    return worker.phase in STEP_PHASES and worker.quiet_s > NOTICED_AT * limit_s
 
 
 def _port_was_taken(failure: Failure) -> bool:

@@ -62,6 +62,7 @@ class FakeGroup:
         self.workers: list[WorkerStatus] = []
         self.befallen: str | None = None
         self.rooms: list[int] = []  # for how many workers there is room, at each look
+        self.to_be_had: int | None = None  # of the room that is promised
 
     def prepare(self, attempt: int, *, grow: bool = False) -> dict[str, Any]:
         assert not self.alive, "the attempt before was not killed"
@@ -71,6 +72,8 @@ class FakeGroup:
         self.prepared += 1
         if self.rooms:
             self.size = self.rooms[0] if grow or self.prepared == 1 else min(self.size, self.rooms[0])
+        if self.to_be_had is not None:
+            self.size = min(self.size, self.to_be_had)
         start = self.record.saved[-1] if self.record.saved else 0
         self.workers = [
             WorkerStatus(rank, "node-a", "starting", log=f"rank-{rank:05d}.log", step=start, steps=STEPS)
@@ -105,6 +108,10 @@ class FakeGroup:
             self._befall(happens)
             return
         self.workers = [replace(worker, step=step) for worker in self.workers]
+        if self.stopping and self.script.get((self.attempt, -2)) == "no save":
+            self.befallen = "user error"
+            self._befall(self.befallen)
+            return
         if step % SAVE_EVERY == 0 or self.stopping or step == STEPS:
             self.record.saved.append(step)
         if step == STEPS or self.stopping:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -145,6 +146,52 @@ def test_it_shrinks_with_the_room_and_grows_when_more_comes(monkeypatch: pytest.
     assert restarts[0][0] == 10 and "restart 1 of 1" in restarts[0][1]
     assert restarts[1][0] % SAVE_EVERY != 0 and restarts[1][0] in bench.record.saved  # it saved in order to grow
     assert bench.record.kinds[-1] == "finished"
+
+
+def test_room_that_is_promised_and_not_to_be_had_costs_fewer_and_fewer_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(policies, "GROW_AFTER_S", 0.5)
+    monkeypatch.setattr(controller, "ROOM_POLL_S", 0.1)
+    bench = Bench()
+    bench.group.rooms, bench.group.to_be_had = [2], 1
+    assert bench.run() == Outcome("finished", STEPS, 0)
+    grew_at = [row["step"] for row in bench.record.rows if row["kind"] == "restarted"]
+    trained = [after - before for before, after in zip([0, *grew_at], grew_at, strict=False)]
+    assert len(trained) == 3, "after 5, 10 and 20 steps of 0.1 s"
+    assert all(later >= 1.5 * sooner for sooner, later in itertools.pairwise(trained))
+    assert "resized" not in bench.record.kinds
+
+
+def test_steps_of_another_size_do_not_tell_how_long_one_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench({(1, 25): "kill"})
+    bench.group.rooms = [4]
+    at_step(bench, 24, lambda: bench.group.rooms.__setitem__(0, 1))
+    poll = bench.group.poll
+
+    def slow_poll(timeout_s: float) -> list[WorkerStatus]:
+        """A step of one worker takes four times as long as one of four, of which it says nothing in between."""
+        quiet_s = bench.clock.now - step_began[0]
+        if quiet_s < 10.0 / bench.group.size:
+            bench.clock.now += timeout_s
+            return [replace(worker, quiet_s=quiet_s) for worker in bench.group.workers]
+        step_began[0] = bench.clock.now
+        return poll(timeout_s)
+
+    step_began = [0.0]
+    bench.group.poll = slow_poll  # type: ignore[method-assign]
+    assert bench.run() == Outcome("finished", STEPS, 1)
+
+
+def test_a_save_that_fails_does_not_end_a_run_that_only_wanted_to_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "GROW_AFTER_S", 1.5)
+    monkeypatch.setattr(controller, "ROOM_POLL_S", 0.2)
+    bench = Bench({(1, -2): "no save"}, max_restarts=1)
+    bench.group.rooms = [1, 2]
+    assert bench.run() == Outcome("finished", STEPS, 1)
+    reasons = [(row["step"], row["reason"]) for row in bench.record.rows if row["kind"] == "restarted"]
+    assert reasons[0] == (10, "restart 1 of 1"), reasons
+    assert "room" in reasons[1][1], "it is tried again"
 
 
 def test_a_stop_while_it_grows_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.policies import (
     GROW_AFTER_S,
+    MAX_GROW_DOUBLINGS,
     PORT_RETRIES,
     Failure,
     GiveUp,
@@ -142,6 +143,18 @@ def test_who_waits_for_a_slow_rank_does_not_hang() -> None:
     assert silent_ranks(waiting, replace(slow, state="finished")) == [0]
 
 
+def test_a_first_batch_that_does_not_come_is_told_though_the_others_wait_for_it() -> None:
+    waiting = worker(0, phase="forward", quiet_s=55.0, step=4, steps=9)
+    stuck = worker(1, phase="data", quiet_s=55.0, step=4, steps=9)
+    assert silent_ranks(waiting, stuck, median_step_s=None) == [1]
+    assert silent_ranks(waiting, replace(stuck, quiet_s=53.0), median_step_s=None) == []
+    assert silent_ranks(waiting, replace(stuck, phase="backward"), median_step_s=None) == [], "it may compile"
+    assert silent_ranks(waiting, replace(stuck, steps=None), median_step_s=None) == [], "it opens the data set"
+    assert silent_ranks(replace(waiting, phase="restore"), stuck, median_step_s=None) == [], "the other may restore"
+    assert silent_ranks(replace(waiting, quiet_s=1.0), stuck, median_step_s=None) == [], "the other is at work"
+    assert silent_ranks(waiting, stuck, median_step_s=None, collective_timeout_s=30.0) == [0, 1]
+
+
 def test_who_does_not_answer_hangs_whatever_the_others_do() -> None:
     at_work = worker(0, phase="forward", quiet_s=0.1)
     for phase in ("forward", "checkpoint", "restore", "starting"):
@@ -184,3 +197,10 @@ def test_a_run_grows_into_room_once_it_has_trained_for_a_while_and_never_shrinks
     size: int, room: int, trained_s: float
 ) -> None:
     assert next_size(size, room, trained_s) == (size if trained_s < GROW_AFTER_S or room <= size else room)
+
+
+@pytest.mark.parametrize("futile", [1, 2, 9])
+def test_a_promise_of_room_that_was_not_kept_is_tried_less_and_less_often(futile: int) -> None:
+    wait_s = GROW_AFTER_S * 2 ** min(futile, MAX_GROW_DOUBLINGS)
+    assert next_size(2, 3, 0.99 * wait_s, futile) == 2
+    assert next_size(2, 3, wait_s, futile) == 3
