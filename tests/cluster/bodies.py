@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.cluster import pauses
 from trainer.progress import Progress
 
 STEP_S = 0.02
+pausing = pauses.train
 
 
 def steps(
