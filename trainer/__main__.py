@@ -30,6 +30,8 @@ NARRATION_EVERY_S = 5.0
 WATCH_EVERY_S = 1.0
 # How a scheduler says that it needs the machine.
 PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler may tell every process of a job to end, and torchrun its ranks once more: within this time that is one.
+SAME_REQUEST_S = 1.0
 # How torch says that another rank has gone.
 LOST_PEER = ("connection", "peer", "timed out", "timeout")
 
@@ -215,13 +217,19 @@ class Stop(threading.Event):
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """What the first signal sets, so that training saves and stops; the second ends at once."""
+    """What the first signal sets, so that training saves and stops; the same one later ends at once."""
     stop = Stop()
+    asked_at: dict[int, float] = {}
 
     def request_stop(number: int, _frame: FrameType | None) -> None:
+        if number in asked_at:
+            if time.monotonic() - asked_at[number] > SAME_REQUEST_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        asked_at[number] = time.monotonic()
         stop.signal = stop.signal or number
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
         print("Saving a checkpoint, then stopping; once more ends at once.", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, *PREEMPTIONS)}

@@ -16,7 +16,7 @@ import pytest
 from cluster.cli import main as shardyard
 from tests.main_process import MainProcess, run_main
 from tests.tiny import write_recipe
-from trainer.__main__ import main
+from trainer.__main__ import SAME_REQUEST_S, main, stop_on_signal
 from trainer.checkpoint_files import CheckpointReader
 from trainer.lease import current_claim
 from trainer.record import RunRecord
@@ -78,6 +78,24 @@ def test_a_stopped_run_is_saved_and_the_same_command_goes_on(
     assert f"Stopped and saved after step {saved}." in again.err
     started = [event["step"] for event in record_of(tmp_path).events() if event["kind"] == "started"]
     assert started == [0, step]
+
+
+def test_a_signal_that_torchrun_passes_on_once_more_is_one_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, sent = [100.0], []
+    monkeypatch.setattr("trainer.__main__.time.monotonic", lambda: now[0])
+    with stop_on_signal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert (stop.is_set(), stop.signal) == (True, signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the next one would end it before it has saved"
+        signal.raise_signal(signal.SIGTERM)
+        assert capsys.readouterr().err.count("Saving a checkpoint") == 1
+        now[0] += 2 * SAME_REQUEST_S
+        monkeypatch.setattr("trainer.__main__.signal.raise_signal", sent.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert sent == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert stop.signal == signal.SIGTERM
 
 
 def test_an_interrupt_before_training_shows_no_traceback(
