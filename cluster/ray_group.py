@@ -18,7 +18,7 @@ from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
 from cluster.ray_kill import Process, alive_nodes, kill_everywhere
 from cluster.ray_member import Member, create_actor
-from cluster.ray_placement import Placement
+from cluster.ray_placement import PLACE_TIMEOUT_S, Placement
 from configs.errors import ShardyardError, Unreachable
 from configs.schema import ResourcesConfig
 from data_pipelines.storage import Store
@@ -141,7 +141,10 @@ class RayWorkerGroup:
         started = time.monotonic()
         self._attempt = attempt
         places = self._placement.generation
-        slots = self._placement.reserve(self._lost.ask(PROBE_TIMEOUT_S), grow=grow)
+        lost = self._lost.ask(PROBE_TIMEOUT_S)
+        if lost and self._placement.room(lost) < self._resources.fewest:  # it cannot go on without: they may be busy
+            lost = self._lost.ask(PLACE_TIMEOUT_S)
+        slots = self._placement.reserve(lost, grow=grow)
         kept = {member.slot: member for member in self._spare if member.slot in slots}
         if self._placement.generation != places:
             kept = {}  # they went with their places

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import embedded_ray, ray_placement
+from cluster import embedded_ray, ray_group, ray_placement
 from cluster.controller import Controller, Outcome
 from cluster.embedded_ray import EmbeddedRay
 from cluster.policies import WorkerStatus
@@ -94,8 +94,8 @@ class Launched:
     def pids(self, attempt: int = 1) -> list[int]:
         return [int(facts(self.store, attempt, rank)[3]) for rank in range(2)]
 
-    def join(self) -> None:
-        self.thread.join(60)
+    def join(self, timeout_s: float = 60.0) -> None:
+        self.thread.join(timeout_s)
         assert not self.thread.is_alive()
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -153,7 +153,10 @@ def test_a_killed_worker_is_noticed_at_once_and_the_run_goes_on(ray_here: Embedd
     assert noticed_s < NEVER_S / 10  # by its death, not by its silence
 
 
-def test_an_actor_that_dies_is_replaced_and_its_training_ends_with_it(ray_here: EmbeddedRay, tmp_path: Path) -> None:
+def test_an_actor_that_dies_is_replaced_and_its_training_ends_with_it(
+    ray_here: EmbeddedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_group, "PROBE_TIMEOUT_S", 0.0)  # the node is too busy to answer at once
     run = Launched(tmp_path, "endless_first_attempt")
     run.wait_for_step(5)
     os.kill(run.events("placed")[0]["workers"][0]["pid"], signal.SIGKILL)

@@ -208,7 +208,8 @@ class Simulation:
         self.room_since = self.clock.now if self.room_since is None else self.room_since
         wait_s = GROW_AFTER_S * 2 ** min(self.futile, MAX_GROW_DOUBLINGS)
         due = max(self.began_at + wait_s, self.room_since) + ROOM_POLL_S + SETTLE_S + 2 * TICK_S
-        if self.clock.now > due and all(rank.status.state == "running" for rank in self.ranks):
+        well = all(rank.status.state == "running" and rank.status.unanswered_s == 0.0 for rank in self.ranks)
+        if self.clock.now > due and well:  # else the run has something else to do first
             assert self.stopping, "there is room, and nobody takes it"
 
     def _advance(self, rank: Rank) -> None:
