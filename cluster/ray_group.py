@@ -364,8 +364,7 @@ class RayWorkerGroup:
                 member = pinged[ref]
                 member.ping_ref = None
                 with contextlib.suppress(ray.exceptions.RayError):  # its death shows in train_ref
-                    member.progress = {**member.progress, **ray.get(ref)}
-                    member.unanswered_s = 0.0
+                    member.hear(ray.get(ref))
         for member in self._members:
             if member.state == "running" and member.ping_ref is None and now - member.pinged_at >= PING_EVERY_S:
                 member.ping_ref, member.pinged_at = member.actor.ping.remote(), now

@@ -46,6 +46,12 @@ class Member:
         own = [self.where["process"]] if self.where else []
         return [*own, *self.warm.get("processes", []), *self.progress.get("processes", [])]
 
+    def hear(self, progress: dict[str, Any]) -> None:
+        """It answered a ping; one from before its end may be answered late."""
+        self.unanswered_s = 0.0
+        if self.state == "running":
+            self.progress = {**self.progress, **progress}
+
     def end(self, result: dict[str, Any]) -> None:
         """Its training returned: finished, stopped, raised or died (see Worker.train)."""
         self.state = result["outcome"]

@@ -22,6 +22,7 @@ from cluster.embedded_ray import EmbeddedRay
 from cluster.policies import WorkerStatus
 from cluster.ray_cluster import join
 from cluster.ray_group import RayWorkerGroup, import_paths
+from cluster.ray_member import Member
 from configs.errors import RunFailed, Unreachable
 from configs.schema import RecoveryConfig, ResourcesConfig
 from tests.cluster.fakes import FakeRecord
@@ -130,6 +131,15 @@ def test_workers_finish_with_ranks_threads_and_logs(ray_here: EmbeddedRay, tmp_p
     ]
     for where in placed["workers"]:
         assert not alive(where["pid"])
+
+
+def test_an_answer_from_before_the_end_does_not_undo_it() -> None:
+    member = Member(None, 0, state="running")
+    member.hear({"step": 8})
+    assert member.status(0).step == 8
+    member.end({"outcome": "finished", "step": 20})
+    member.hear({"step": 9})
+    assert (member.status(0).state, member.status(0).step) == ("finished", 20)
 
 
 def test_a_killed_worker_is_noticed_at_once_and_the_run_goes_on(ray_here: EmbeddedRay, tmp_path: Path) -> None:
