@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines.damage import DamagePolicy
 from data_pipelines.local_files import explain
-from data_pipelines.storage import Store
+from data_pipelines.storage import Store, s3_with
 from data_pipelines.time_limit import Stalled, within
 
 FIRST_PAUSE_S = 0.1
@@ -200,21 +200,11 @@ class RangeReader:
 
 
 def without_retries(file_system: Any, timeout_s: float) -> Any:
-    """An S3 file system that tells of a failed request at once; any other as it is.
+    """An S3 file system that tells of a failed request at once; any other as it is."""
+    from pyarrow.fs import AwsStandardS3RetryStrategy
 
-    pyarrow's own would make a request 31 times within a few seconds, unseen, and knows no jitter. The settings are
-    those that the file system gives to be pickled with; should a later pyarrow give others, it stays as it is.
-    """
-    from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
-
-    if type(file_system) is not S3FileSystem:
-        return file_system
-    try:
-        _, (settings,) = file_system.__reduce__()
-        once = AwsStandardS3RetryStrategy(max_attempts=1)
-        return S3FileSystem(**settings | {"retry_strategy": once, "request_timeout": timeout_s})
-    except (TypeError, ValueError):
-        return file_system
+    once = AwsStandardS3RetryStrategy(max_attempts=1)
+    return s3_with(file_system, retry_strategy=once, request_timeout=timeout_s)
 
 
 def in_passing(error: Exception) -> bool:

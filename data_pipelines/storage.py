@@ -29,6 +29,8 @@ from data_pipelines.time_limit import Stalled, within
 __all__ = ["FileFacts", "OutputFile", "SegmentWriter", "Store", "explain"]
 
 _CONTACT_S = 30.0  # after which a store that has not answered yet is out of reach
+# Of a request to S3: the connection; silence; and how often it is made before the store is out of reach.
+_CONNECT_S, _SILENCE_S, _TRIES = 5.0, 10.0, 4
 _reached: set[str] = set()  # addresses of stores that have answered
 
 Names = list[str]  # inside the class, `list` is the method
@@ -54,6 +56,7 @@ class Store:
     def __init__(self, uri: str | Path) -> None:
         text = str(uri)
         self._root: Path | None = None
+        self._parent: tuple[Store, tuple[str, ...]] | None = None  # and the folders below it
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
         if "://" not in text:
@@ -74,7 +77,15 @@ class Store:
 
     @cached_property
     def _remote(self) -> tuple[Any, str]:
-        """(pyarrow file system, root path in it)."""
+        """(pyarrow file system, root path in it).
+
+        A folder uses its parent's: pyarrow opens no file system of S3 while a request of another one is under way, and
+        that may take a minute.
+        """
+        if self._parent is not None:
+            parent, folders = self._parent
+            file_system, root = parent._remote
+            return file_system, "/".join([root, *folders])
         scheme, _, rest = self.uri.partition("?")[0].partition("://")
         address = f"{scheme}://{rest.partition('/')[0]}"
         try:
@@ -100,7 +111,9 @@ class Store:
     def child(self, *parts: str) -> Store:
         """The store whose root is a folder of this one (which need not exist yet)."""
         base, question_mark, query = self.uri.partition("?")
-        return Store("/".join([base.rstrip("/"), *parts]) + question_mark + query)
+        found = Store("/".join([base.rstrip("/"), *parts]) + question_mark + query)
+        found._parent = None if self.is_local else (self, parts)
+        return found
 
     def path(self, path: str = "") -> str:
         """The full path or URI of a file, for messages."""
@@ -306,7 +319,40 @@ def _opened(uri: str) -> tuple[Any, str]:
                 f"The store {uri} is not understood: {error}. Use a local folder or a URI such as s3://bucket/path."
             ) from error
         return _fsspec(uri, error)
-    return file_system, root
+    return _with_limits(file_system), root
+
+
+def _with_limits(file_system: Any) -> Any:
+    """An S3 file system that gives a request up after a minute, and writes a small file in one request; others as is.
+
+    pyarrow's own makes a request 31 times: within 6 s where it is refused, for 100 s where nothing comes. A small file
+    takes it three requests, and leaves an upload without an end where the last one does not arrive.
+    """
+    from pyarrow.fs import AwsStandardS3RetryStrategy
+
+    return s3_with(
+        file_system,
+        connect_timeout=_CONNECT_S,
+        request_timeout=_SILENCE_S,
+        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_TRIES),
+        allow_delayed_open=True,
+    )
+
+
+def s3_with(file_system: Any, **settings: Any) -> Any:
+    """An S3 file system with some settings of pyarrow.fs.S3FileSystem changed; any other file system as it is.
+
+    The others are those that it gives to be pickled with; should a later pyarrow give none, it stays as it is.
+    """
+    from pyarrow.fs import S3FileSystem
+
+    if type(file_system) is not S3FileSystem:
+        return file_system
+    try:
+        _, (own,) = file_system.__reduce__()
+        return S3FileSystem(**own | settings)
+    except (TypeError, ValueError):
+        return file_system
 
 
 def _fsspec(uri: str, refusal: Exception | None) -> tuple[Any, str]:
@@ -431,8 +477,8 @@ class OutputFile(io.RawIOBase):
         super().close()
         with self._store.explained("write", self._path):
             try:
-                self._file.flush()
                 if self._store.is_local:
+                    self._file.flush()
                     os.fsync(self._file.fileno())
             finally:
                 self._file.close()

@@ -11,11 +11,13 @@ The order of a save, and what a crash leaves at each point (durable: fsync on a 
        manifest and make it durable.            -- from here the checkpoint exists
     4. rank 0's thread: delete the parts and leftovers; then what `keep` lets go.
 
-A save that fails is logged and recorded, its files are deleted, and training goes on.
+A save that fails is logged and recorded, then its files are deleted, and training goes on. Of a manifest that an object
+store has not acknowledged nobody knows whether it is there, or comes yet: what it lists stays until the next start.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -23,12 +25,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from configs.errors import ShardyardError, TimedOut, UsageError
+from configs.errors import ShardyardError, TimedOut, Unreachable, UsageError
 from configs.schema import CheckpointConfig
 from data_pipelines.local_files import sync_folder
 from data_pipelines.storage import Store
@@ -38,6 +40,7 @@ from trainer.checkpoint_files import (
     CheckpointReader,
     file_name,
     part_name,
+    read_manifest,
     save_id,
     write_failure,
     write_manifest,
@@ -80,6 +83,10 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 PARTS_TIMEOUT_S = 600.0
+
+
+class Unacknowledged(Unreachable):
+    """The store has not said whether it has the manifest."""
 
 
 # --- loading
@@ -257,9 +264,11 @@ class Checkpointer:
             _log.error("%s Training goes on, and earlier checkpoints are as they were.", self.last_error)
             if self._world.rank == 0:
                 self._event("checkpoint_failed", step=snapshot.step, error=_cause(error))
+                if not isinstance(error, Unacknowledged):
+                    self._discard(folder, snapshot.save)
 
     def _write_part(self, folder: Store, snapshot: Snapshot) -> Exception | None:
-        """Copy and write what this rank holds; after an error none of it stays, and rank 0 is told of it."""
+        """Copy and write what this rank holds; an error of another rank is told to rank 0, and nothing of it stays."""
         rank, save = self._world.rank, snapshot.save
         try:
             try:
@@ -269,32 +278,31 @@ class Checkpointer:
             write_part(folder, rank, save, tensors, ranges)
             return None
         except Exception as error:
-            folder.delete(file_name(rank, save))
             if rank != 0:
-                write_failure(folder, rank, save, _cause(error))
+                with _warned("A part of a failed save was not deleted"):
+                    folder.delete(file_name(rank, save))
+                with _warned("Rank 0 could not be told of a failed save"):
+                    write_failure(folder, rank, save, _cause(error))
             return error
 
     def _commit(self, folder: Store, snapshot: Snapshot, own_error: Exception | None) -> int:
         """Make a checkpoint of all ranks' parts; returns the bytes of its files."""
+        parts = self._wait_for_parts(folder, snapshot.save, own_error)
+        failures = [f"Rank {rank}: {part['error']}" for rank, part in enumerate(parts) if "error" in part]
+        if failures:
+            raise ShardyardError(" ".join(failures))
+        if (path := folder.local_path()) is not None:
+            sync_folder(path.parent)
+            sync_folder(path.parent.parent)
+        if self._record is not None:  # a run that goes on from here does not repeat the steps that led to it
+            self._record.flush()
         try:
-            parts = self._wait_for_parts(folder, snapshot.save, own_error)
-            failures = [f"Rank {rank}: {part['error']}" for rank, part in enumerate(parts) if "error" in part]
-            if failures:
-                raise ShardyardError(" ".join(failures))
-            if (path := folder.local_path()) is not None:
-                sync_folder(path.parent)
-                sync_folder(path.parent.parent)
-            if self._record is not None:  # a run that goes on from here does not repeat the steps that led to it
-                self._record.flush()
             manifest = write_manifest(folder, snapshot.header | {"save": snapshot.save}, parts)
-        except Exception:
-            self._discard(folder, snapshot.save)
-            raise
-        try:
+        except Unreachable as error:
+            manifest = _arrived(folder, snapshot.save, error)
+        with _warned("Old checkpoints were not deleted"):
             delete_unlisted(folder, manifest)
             self._retention.apply()
-        except ShardyardError as error:
-            _log.warning("Old checkpoints were not deleted: %s", error)
         return sum(entry["size"] for entry in manifest["files"])
 
     def _wait_for_parts(self, folder: Store, save: str, own_error: Exception | None) -> list[dict[str, Any]]:
@@ -302,7 +310,7 @@ class Checkpointer:
         first = 0 if own_error is None else 1
         wanted = {part_name(rank, save): rank for rank in range(first, self._world.size)}
         deadline, pause_s = time.monotonic() + PARTS_TIMEOUT_S, 0.005
-        while missing := wanted.keys() - set(folder.list()):
+        while wanted and (missing := wanted.keys() - set(folder.list())):
             if time.monotonic() > deadline:
                 ranks = ", ".join(str(wanted[name]) for name in sorted(missing))
                 raise TimedOut(f"Rank(s) {ranks} wrote nothing within {PARTS_TIMEOUT_S:.0f} s. Check their disks.")
@@ -313,19 +321,37 @@ class Checkpointer:
 
     def _discard(self, folder: Store, save: str) -> None:
         """Delete the files of a failed save; what an earlier save left in the folder stays."""
-        try:
+        with _warned("The files of a failed save were not deleted"):
             names = folder.list()
             for name in names:
                 if f"-{save}." in name:
                     folder.delete(name)
             if MANIFEST not in names and not folder.list():
                 folder.delete_dir()
-        except ShardyardError as error:
-            _log.warning("The files of a failed save were not deleted: %s", error)
 
     def _event(self, kind: str, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(kind, **fields)
+
+
+def _arrived(folder: Store, save: str, error: Unreachable) -> dict[str, Any]:
+    """The manifest of a save, which is in the store although writing it ended with `error`; raises Unacknowledged."""
+    try:
+        manifest = read_manifest(folder)
+    except ShardyardError:
+        manifest = {}
+    if manifest.get("save") != save:
+        raise Unacknowledged(f"{error} Should it have arrived all the same, the next start finds it.") from error
+    return manifest
+
+
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Log what the store refuses, and go on."""
+    try:
+        yield
+    except ShardyardError as error:
+        _log.warning("%s: %s", what, error)
 
 
 @functools.cache

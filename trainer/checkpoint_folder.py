@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.errors import Damaged, NotFound, ShardyardError
+from configs.errors import Damaged, NotFound, ShardyardError, Unreachable
 from configs.schema import CheckpointConfig, KeepBestConfig
 from data_pipelines.storage import Store
 from trainer.checkpoint_files import MANIFEST, CheckpointReader, is_later_save, read_manifest
@@ -41,6 +40,9 @@ def newest(
 
     report: told of each newer one that is damaged or unfinished, and what is wrong with it. before: only older ones
     than of this step. contents: False to verify manifest and sizes alone, and the rest as it is read.
+
+    Raises:
+        Unreachable: the store does not answer. What is out of reach is not damaged: an older checkpoint is no way out.
     """
     for step in saved_steps(checkpoints):
         if before is not None and step >= before:
@@ -51,6 +53,8 @@ def newest(
             damage = reader.verify(contents=contents)
         except NotFound:
             damage = [f"it has no {MANIFEST}: its save was cut off."]
+        except Unreachable:
+            raise
         except ShardyardError as error:
             damage = [str(error)]
         if not damage:
@@ -156,7 +160,8 @@ class Retention:
     `keep_every` and `keep_best` name, and that with which early stopping would end.
 
     Each is verified once: every byte on a local disk, sizes in a remote store. A damaged one does not count, and goes
-    when it is older than `keep` good ones, so the last good one is never deleted.
+    when it is older than `keep` good ones, so the last good one is never deleted. While the store does not answer all
+    methods raise Unreachable, and nothing goes.
     """
 
     def __init__(self, checkpoints: Store, rule: CheckpointConfig) -> None:
@@ -194,10 +199,14 @@ class Retention:
     def _best(self, rule: KeepBestConfig) -> set[int]:
         values = {}
         for step in saved_steps(self._checkpoints):
-            with contextlib.suppress(ShardyardError):  # damaged: it is no best one
+            try:
                 found = self._manifest(step).get("evaluation", {})
-                if rule.metric in found:
-                    values[step] = found[rule.metric] if rule.goal == "min" else -found[rule.metric]
+            except Unreachable:
+                raise
+            except ShardyardError:  # damaged: it is no best one
+                continue
+            if rule.metric in found:
+                values[step] = found[rule.metric] if rule.goal == "min" else -found[rule.metric]
         return set(sorted(values, key=lambda step: (values[step], step))[: rule.count])
 
     def _manifest(self, step: int) -> dict[str, Any]:
@@ -210,6 +219,8 @@ class Retention:
             known = digest in self._good
             if reader.verify(contents=self._checkpoints.is_local and not known):
                 return False
+        except Unreachable:
+            raise
         except ShardyardError:
             return False
         self._good.add(digest)

@@ -83,8 +83,12 @@ def reader_digest(reader: CheckpointReader) -> str:
 
 def load(folder: Path) -> Loaded:
     """What a run that starts on this folder goes on from, and what it is told of the rest."""
+    return load_from(Store(folder / "checkpoints"))
+
+
+def load_from(checkpoints: Store) -> Loaded:
+    """The same of any store."""
     told: list[str] = []
-    checkpoints = Store(folder / "checkpoints")
     found = newest(checkpoints, told.append)
     delete_leftovers(checkpoints)  # a start cleans up; what it found must not be among it
     if found is None:
