@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from cluster.commands.output import run_and_step, run_arguments, say, table
-from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from configs.errors import Damaged, NotFound, ShardyardError, Unreachable, UsageError
 from configs.schema import CheckpointConfig
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
@@ -111,6 +111,8 @@ def _described(checkpoints: Store, step: int) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "path": checkpoints.child(folder_name(step)).path()}
     try:
         reader = CheckpointReader(checkpoints.child(folder_name(step)))
+    except Unreachable:
+        raise
     except ShardyardError as error:
         nothing = dict.fromkeys(("size_bytes", "world_size", "zero_stage", "precision"))
         return row | nothing | {"evaluation": {}, "error": str(error)}
@@ -129,5 +131,7 @@ def _damage(checkpoints: Store, step: int) -> list[str]:
 
     try:
         return CheckpointReader(checkpoints.child(folder_name(step))).verify()
+    except Unreachable:
+        raise
     except ShardyardError as error:
         return [str(error)]

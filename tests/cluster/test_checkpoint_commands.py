@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
+from configs.errors import Unreachable
 from tests.tiny import tiny_config
 from tests.trainer.attempts import train
 from trainer.record import RunRecord
@@ -79,6 +80,16 @@ def test_damage_is_named_and_the_good_ones_are_told(run: RunRecord) -> None:
     code, _, err = ckpt(run, "verify", f"{run.name}@5")
     assert code == 4 and "There is: 6, 4, 2" in err
     assert ckpt(run, "verify", f"{run.name}@x")[0] == 2
+
+
+def test_a_store_out_of_reach_is_not_called_damaged(run: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any) -> Any:
+        raise Unreachable("The store does not answer.")
+
+    monkeypatch.setattr("trainer.checkpoint_files.read_manifest", unreachable)
+    for command in ("ls", "verify"):
+        code, _, err = ckpt(run, command, run.name)
+        assert code == Unreachable.exit_code and "does not answer" in err and "damaged" not in err
 
 
 def test_prune_keeps_the_newest_good_ones_and_what_is_asked_for(run: RunRecord) -> None:
