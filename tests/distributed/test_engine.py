@@ -209,8 +209,9 @@ def train_quietly(world: World, case: Case, folder: Path) -> None:
     subprocess.Popen.__init__ = refuse  # type: ignore[method-assign]
     os.environ["PATH"] = str(folder)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
-    with (folder / f"stdout-{world.rank}").open("w") as file:
-        os.dup2(file.fileno(), 1)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (folder / f"{name}-{world.rank}").open("w") as file:
+            os.dup2(file.fileno(), number)
     engine = make_engine(world, case)
     step(engine, case, 0)
     engine.evaluate(task(), rank_micro_batches(case.config(), 0, world.rank, world.size))
@@ -218,12 +219,15 @@ def train_quietly(world: World, case: Case, folder: Path) -> None:
         os.fsync(1)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_nothing_is_compiled_started_or_printed(stage: int, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [(0, "fp32", "adamw"), (1, "bf16", "sgd"), (2, "fp32", "adamw"), (3, "bf16", "adamw")],
+)
+def test_nothing_is_compiled_started_or_printed(stage: int, precision: str, optimizer: str, tmp_path: Path) -> None:
     """With an empty PATH there is neither ninja nor a compiler."""
-    run_workers(train_quietly, 2, Case(stage=stage, precision=precision), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stdout-0", "stdout-1"]
-    assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["", ""]
+    run_workers(train_quietly, 2, Case(stage=stage, precision=precision, optimizer=optimizer), tmp_path)
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written == dict.fromkeys(("stdout-0", "stdout-1", "stderr-0", "stderr-1"), "")
 
 
 # --- the world
