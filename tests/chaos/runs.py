@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 
 from cluster.ray_group import IMPORTS, RayWorkerGroup
@@ -23,6 +24,12 @@ from trainer.record import RunRecord
 from trainer.validate import validate
 
 RUN, WORKERS, SAVE_EVERY = "chaos", 2, 4
+
+
+def seeds(config: pytest.Config, schedules_each: int = 1) -> range:
+    """Seeds of a test's schedules: one and, of those that were asked for, one more for so many."""
+    first, schedules = (config.getoption(name) for name in ("--first-seed", "--schedules"))
+    return range(first, first + max(1, schedules // schedules_each))
 
 
 def recipe(folder: Path, steps: int) -> dict[str, Any]:

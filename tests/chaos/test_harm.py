@@ -29,6 +29,7 @@ from tests.chaos.runs import (
     examples_of,
     noted_steps,
     recipe,
+    seeds,
     state_of,
     train_undisturbed,
 )
@@ -82,8 +83,7 @@ def mlflow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each long schedule of `make chaos`; else one, of a short schedule."""
-    first, schedules = (metafunc.config.getoption(name) for name in ("--first-seed", "--schedules"))
-    metafunc.parametrize("seed", range(first, first + max(1, schedules)))
+    metafunc.parametrize("seed", seeds(metafunc.config))
 
 
 def test_no_harm_leaves_a_trace_in_the_weights(
