@@ -27,6 +27,7 @@ from trainer.worker import run_worker
 
 SCHEDULE = "schedule.json"
 MLFLOW = "mlflow-processes.json"
+HOLD, HELD = "hold", "held"
 WAIT_S = 60.0
 SMALL_FILE_BYTES = 1 << 16  # what this module writes is smaller, a checkpoint's file is larger
 
@@ -83,6 +84,36 @@ def train_until_harmed(
             arguments = (harm, progress, folder, folder / run, threading.get_ident())
             threading.Thread(target=_carry_out, args=arguments, daemon=True).start()
     return run_worker(store_uri, run, attempt, rank, progress=progress, **rest)
+
+
+def train_and_hold(
+    store_uri: str,
+    run: str,
+    attempt: int,
+    rank: int,
+    world_size: int,
+    stop: threading.Event,
+    progress: Progress,
+    **rest: Any,
+) -> dict[str, Any]:
+    """trainer.worker.run_worker, which does not begin the step after HOLD until it is asked to stop, if it is alone.
+
+    So it does not reach its end before there is room for more workers. It says so in HELD.
+    """
+    folder = Path(store_uri)
+    note_examples(folder, attempt, rank)
+    hold = folder / HOLD
+    if world_size == 1 and hold.exists():
+        given, step_held = Session.micro_batches, int(hold.read_text())
+
+        def held(session: Session, step: int) -> list[MicroBatch]:
+            while step == step_held and not stop.wait(0.05):
+                (folder / HELD).touch()
+                progress.touch()
+            return given(session, step)
+
+        Session.micro_batches = held  # type: ignore[method-assign]
+    return run_worker(store_uri, run, attempt, rank, world_size=world_size, stop=stop, progress=progress, **rest)
 
 
 def note_examples(folder: Path, attempt: int, rank: int) -> None:

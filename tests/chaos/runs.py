@@ -45,8 +45,8 @@ def recipe(folder: Path, steps: int) -> dict[str, Any]:
         "seed": 7,
         "steps": steps,
         "store": str(folder / "runs"),
-        "task": {"name": "language_modeling", "seq_len": 128, "tokenizer": {"name": "bytes"}},
-        "model": {"name": "gpt", "num_layers": 2, "hidden_size": 64, "num_heads": 4, "dropout": 0.1},
+        "task": {"name": "language_modeling", "seq_len": 64, "tokenizer": {"name": "bytes"}},
+        "model": {"name": "gpt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "dropout": 0.1},
         "data": {"name": "text", "paths": [str(texts)], "validation_fraction": 0.1},
         # Five micro-batches on two workers: one slot of each step is idle.
         "batch": {"global_batch_size": 20, "micro_batch_size": 4},
