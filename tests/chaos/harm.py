@@ -51,11 +51,11 @@ def make_schedule(
 ) -> list[Harm]:
     """One harm of each kind, in an order of the seed's, spread over the run, each after a checkpoint to go back to.
 
-    And between two checkpoints, so that what follows has steps to repeat.
+    And between two checkpoints, so that what follows has steps to repeat; the last one with a save before the end.
     """
     rng = random.Random(seed)
     kinds = rng.sample(kinds, len(kinds))
-    part = (steps - 2 * save_every) // len(kinds)
+    part = (steps - 3 * save_every) // len(kinds)
     schedule: list[Harm] = []
     attempt = 1
     for index, kind in enumerate(kinds):

@@ -56,7 +56,7 @@ class MlflowServer:
         return [self._process.pid, *(child.pid for child in children)]
 
     def bring_back(self) -> None:
-        """Undo a SIGSTOP or a SIGKILL."""
+        """Undo a SIGSTOP or a SIGKILL, if there was one."""
         if self._process.poll() is None:
             for pid in self.pids():
                 os.kill(pid, signal.SIGCONT)
@@ -75,6 +75,7 @@ class Outage:
     """
 
     def __init__(self, server: MlflowServer, store: Path, harm: Harm) -> None:
+        server.bring_back()  # from a schedule that failed in its outage
         (store / MLFLOW).write_text(json.dumps(server.pids()))
         self._server = server
         self._landed = store / f"landed-{harm.kind}.json"

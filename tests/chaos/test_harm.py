@@ -37,7 +37,7 @@ from trainer.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
-STEPS = 44
+STEPS = 48
 UNHARMED_GAP_S = 5.0  # between two steps beside an outage of MLflow: far more than a step, less than a timeout of 10 s
 
 
