@@ -111,7 +111,6 @@ def killed(world: World, store: str, run: str, attempt: int, kill: Kill) -> None
 
 
 @pytest.mark.parametrize("determinism", ["exact", pytest.param("cluster", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("determinism", ["exact", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_a_rollback_survives_kills(seed: int, determinism: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     kills = KILLS if request.config.getoption("--schedules") else 2
     settings = {"determinism": determinism, "zero": {"stage": 3}, "steps": STEPS}
