@@ -45,8 +45,8 @@ lint: setup  ## ruff: style and format
 types: setup  ## mypy
 	$(BIN)/mypy
 
-chaos: setup  ## kill a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)
-	$(BIN)/python -m pytest tests/chaos --schedules=$(or $(N),20) --first-seed=$(or $(SEED),0)
+chaos: setup  ## harm a run at random, N schedules from seed SEED (make chaos N=20 SEED=0)
+	$(BIN)/python -m pytest -s tests/chaos --schedules=$(or $(N),20) --first-seed=$(or $(SEED),0)
 
 matrix: setup  ## checkpoints from every ZeRO stage and world size to every other (many minutes)
 	$(BIN)/python -m pytest -s -m "slow or not slow" tests/distributed/test_matrix.py

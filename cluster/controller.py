@@ -40,6 +40,8 @@ ROOM_POLL_S = 5.0
 RECENT_STEPS = 50
 # How long to look for the cause when all that is known is that some workers lost a peer.
 SETTLE_S = 1.0
+# And longer, while a node has not answered for so long, though it is asked more often: it may be the cause.
+MUTE_S = 0.6
 
 
 class State(StrEnum):
@@ -245,7 +247,7 @@ class Controller:
             any(worker.failed for worker in workers)
             and all(is_consequence(worker) for worker in workers if worker.failed)
             and any(worker.state == "running" for worker in workers)  # else there is nobody left to fail
-            and self._clock() < deadline
+            and (self._clock() < deadline or any(_is_mute(worker) for worker in workers))
         ):
             self.workers = workers = self._poll()
         failed = [worker for worker in workers if worker.failed]
@@ -353,3 +355,8 @@ class Controller:
             f"{failure.describe().rstrip('.')}. Given up, since {action.reason}. {saved} Log: {failure.log}. When the "
             f"cause is mended, go on with: {self._resume_command}"
         )
+
+
+def _is_mute(worker: WorkerStatus) -> bool:
+    """Whether a worker's node has left pings unanswered, but does not count as lost yet."""
+    return worker.state == "running" and worker.node_unanswered_s > MUTE_S

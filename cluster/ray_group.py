@@ -235,7 +235,7 @@ class RayWorkerGroup:
         """Ask every worker to save a checkpoint and return. Does not wait."""
         for member in self._members:
             if member.state == "running":
-                member.actor.stop.remote()
+                member.actor.stop.remote(self._attempt)
 
     def stacks(self) -> dict[int, str]:
         """Python stacks of the training threads by rank, of those that can be had within a second.

@@ -28,6 +28,7 @@ class Worker:
         die_with()
         self._warm: WarmProcess | None = None
         self._child: Child | None = None
+        self._stopped = 0  # the attempt that was asked to stop last
 
     def describe(self) -> dict[str, Any]:
         """Where this process is: what the group needs to rank, reach, watch and kill it."""
@@ -67,26 +68,35 @@ class Worker:
         A child that left without a word: {"outcome": "died", "error"}.
         """
         assert self._warm is not None, "warm() comes first"
-        self._child = self._warm.fork(arguments)
-        return self._child.wait()
+        self._child = child = self._warm.fork(arguments)
+        if self._stopped == arguments["arguments"]["attempt"]:  # it was asked before there was a child
+            child.stop()
+        return child.wait()
 
     def ping(self) -> dict[str, Any]:
         """What training does now, and `unheard_s`: since its process last said so."""
-        return {} if self._child is None else self._child.report()
+        child = self._child
+        return {} if child is None else child.report()
 
-    def stop(self) -> None:
-        """Ask training to save a checkpoint and return."""
-        if self._child is not None:
-            self._child.stop()
+    def stop(self, attempt: int) -> None:
+        """Ask training of an attempt to save a checkpoint and return; it may be about to begin."""
+        self._stopped, child = attempt, self._child
+        if child is not None:
+            child.stop()
 
     def stack(self) -> tuple[str, str]:
         """Python stacks of the training thread, and of all threads."""
-        return ("", "") if self._child is None else self._child.stack()
+        child = self._child
+        return ("", "") if child is None else child.stack()
 
     def end(self) -> bool:
-        """Kill the child, if there is one; whether it is gone, and another one can be forked."""
-        if self._child is not None:
-            self._child.kill()
+        """Kill the child, if there is one, and forget it; whether it is gone, and another one can be forked.
+
+        A ping that comes before the next one is there must not be answered with this one's silence.
+        """
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
         return self._warm is not None and self._warm.can_fork()
 
 

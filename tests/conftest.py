@@ -77,5 +77,5 @@ def _has_gpu() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--schedules", type=int, default=1, help="how many seeded schedules tests/chaos runs")
+    parser.addoption("--schedules", type=int, default=0, help="long schedules that tests/chaos runs; 0: a short one")
     parser.addoption("--first-seed", type=int, default=0, help="seed of the first schedule, to replay one that failed")

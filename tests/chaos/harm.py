@@ -1,6 +1,6 @@
 """A worker body that harms its own run where a schedule says, in the middle of real training.
 
-With it comes what training imports, for the process that attempts are forked from.
+It writes down what it trains on. With it comes what training imports, for the process that attempts are forked from.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import tests.preload  # noqa: F401
+from data_pipelines.batches import MicroBatch
 from trainer.progress import Progress
+from trainer.session import Session
 from trainer.worker import run_worker
 
 SCHEDULE = "schedule.json"
+MLFLOW = "mlflow-processes.json"
+HOLD, HELD = "hold", "held"
 WAIT_S = 60.0
+SMALL_FILE_BYTES = 1 << 16  # what this module writes is smaller, a checkpoint's file is larger
 
 
 @dataclass(frozen=True)
 class Harm:
     """What befalls `rank` in attempt `attempt`, `delay_s` after it has completed `step` steps.
 
-    kind: a function of this file. Each ends the attempt.
+    kind: a function of this file. Each ends the attempt but those of OUTAGES.
     """
 
     kind: str
@@ -46,11 +51,11 @@ def make_schedule(
 ) -> list[Harm]:
     """One harm of each kind, in an order of the seed's, spread over the run, each after a checkpoint to go back to.
 
-    And between two checkpoints, so that what follows has steps to repeat.
+    And between two checkpoints, so that what follows has steps to repeat; the last one with a save before the end.
     """
     rng = random.Random(seed)
     kinds = rng.sample(kinds, len(kinds))
-    part = (steps - 2 * save_every) // len(kinds)
+    part = (steps - 3 * save_every) // len(kinds)
     schedule: list[Harm] = []
     attempt = 1
     for index, kind in enumerate(kinds):
@@ -58,7 +63,8 @@ def make_schedule(
         candidates = [step for step in range(first + 1, first + part) if step % save_every not in (0, save_every - 1)]
         rank = workers - 1 if kind == "full_disk" else rng.randrange(workers)  # rank 0 writes the record as well
         schedule.append(Harm(kind, attempt, rank, rng.choice(candidates), rng.uniform(0, step_s)))
-        attempt += 2 if kind == "corrupt_shard" else 1  # the next one ends at once, and its launch with it
+        if kind not in OUTAGES:
+            attempt += 2 if kind == "corrupt_shard" else 1  # the next one ends at once, and its launch with it
     return schedule
 
 
@@ -71,6 +77,7 @@ def train_until_harmed(
 ) -> dict[str, Any]:
     """trainer.worker.run_worker, with a thread that carries out this rank's harm and writes down where it landed."""
     folder = Path(store_uri)
+    note_examples(folder, attempt, rank)
     for entry in json.loads((folder / SCHEDULE).read_text()):
         harm = Harm(**entry)
         if (harm.attempt, harm.rank) == (attempt, rank):
@@ -79,14 +86,62 @@ def train_until_harmed(
     return run_worker(store_uri, run, attempt, rank, progress=progress, **rest)
 
 
+def train_and_hold(
+    store_uri: str,
+    run: str,
+    attempt: int,
+    rank: int,
+    world_size: int,
+    stop: threading.Event,
+    progress: Progress,
+    **rest: Any,
+) -> dict[str, Any]:
+    """trainer.worker.run_worker, which does not begin the step after HOLD until it is asked to stop, if it is alone.
+
+    So it does not reach its end before there is room for more workers. It says so in HELD.
+    """
+    folder = Path(store_uri)
+    note_examples(folder, attempt, rank)
+    hold = folder / HOLD
+    if world_size == 1 and hold.exists():
+        given, step_held = Session.micro_batches, int(hold.read_text())
+
+        def held(session: Session, step: int) -> list[MicroBatch]:
+            while step == step_held and not stop.wait(0.05):
+                (folder / HELD).touch()
+                progress.touch()
+            return given(session, step)
+
+        Session.micro_batches = held  # type: ignore[method-assign]
+    return run_worker(store_uri, run, attempt, rank, world_size=world_size, stop=stop, progress=progress, **rest)
+
+
+def note_examples(folder: Path, attempt: int, rank: int) -> None:
+    """Have this process write down what each step is given to train on, as that step begins.
+
+    A line of `examples-{attempt}-{rank}`: {done: completed steps before it, time: epoch seconds, ids: [[k, sample ids
+    of global micro-batch k], ...]}, without idle ones. One system call a line, so that a kill loses none.
+    """
+    given = Session.micro_batches
+    file = os.open(folder / f"examples-{attempt}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def noted(session: Session, step: int) -> list[MicroBatch]:
+        batches = given(session, step)
+        ids = [[batch.index, batch.sample_ids.tolist()] for batch in batches if not batch.idle]
+        os.write(file, json.dumps({"done": step, "time": time.time(), "ids": ids}).encode() + b"\n")
+        return batches
+
+    Session.micro_batches = noted  # type: ignore[method-assign]
+
+
 def _carry_out(harm: Harm, progress: Progress, folder: Path, run: Path, thread: int) -> None:
     while progress.step < harm.step:
         time.sleep(0.0005)
     time.sleep(harm.delay_s)
 
     def landed() -> None:
-        where = {**asdict(harm), "step": progress.step, "phase": progress.phase}
-        descriptor = os.open(folder / f"landed-{harm.attempt}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        where = {**asdict(harm), "step": progress.step, "phase": progress.phase, "time": time.time()}
+        descriptor = os.open(folder / f"landed-{harm.kind}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         os.write(descriptor, json.dumps(where).encode())
         os.fsync(descriptor)
 
@@ -125,7 +180,7 @@ def full_disk(landed: Callable[[], None], run: Path, _thread: int) -> None:
     By the limit of a file's size, which the kernel enforces at the same calls as a full disk.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILE_BYTES, before[1]))
     events, deadline = run / "events", time.monotonic() + WAIT_S
     while time.monotonic() < deadline and not _mentions(events, "checkpoint_failed"):
         time.sleep(0.01)
@@ -142,6 +197,23 @@ def corrupt_shard(landed: Callable[[], None], run: Path, _thread: int) -> None:
             _flip_bits(shard, 8)
     landed()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_mlflow(landed: Callable[[], None], run: Path, _thread: int) -> None:
+    """SIGKILL to MLflow's server: connections to it are refused."""
+    _signal_mlflow(run, signal.SIGKILL)
+    landed()
+
+
+def stop_mlflow(landed: Callable[[], None], run: Path, _thread: int) -> None:
+    """SIGSTOP to MLflow's server: it takes connections, and answers nothing."""
+    _signal_mlflow(run, signal.SIGSTOP)
+    landed()
+
+
+def _signal_mlflow(run: Path, number: signal.Signals) -> None:
+    for pid in json.loads((run.parent / MLFLOW).read_text()):
+        os.kill(pid, number)
 
 
 def mend_shards(store: Path) -> int:
@@ -168,4 +240,6 @@ def _mentions(folder: Path, kind: str) -> bool:
     return any(f'"{kind}"' in path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
 
 
-HARMS = {each.__name__: each for each in (kill, stop, raise_error, corrupt_newest, full_disk, corrupt_shard)}
+ENDINGS = {each.__name__: each for each in (kill, stop, raise_error, corrupt_newest, full_disk, corrupt_shard)}
+OUTAGES = {each.__name__: each for each in (kill_mlflow, stop_mlflow)}
+HARMS = ENDINGS | OUTAGES

@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.chaos.hosts import HEAD, PORT, Hosts, allowed, two_hosts
-from tests.chaos.test_harm import recipe, state_of, undisturbed
-from tests.pool import run_workers
+from tests.chaos.runs import differing, recipe, state_of, train_undisturbed
 from trainer.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(not allowed(), reason="needs root")]
@@ -22,9 +20,9 @@ STEPS, CUT_AFTER, END_S = 240, 20, 240.0  # so many that it cannot end before it
 
 
 def test_a_cut_network_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
-    changes = {"steps": STEPS, "checkpoint": {"every": 15}, "determinism": "exact", "zero": {"stage": 1}}
-    expected, settings = (recipe(tmp_path / name) | changes for name in ("undisturbed", "cut"))
-    run_workers(undisturbed, 2, expected)
+    changes = {"checkpoint": {"every": 15}, "determinism": "exact", "zero": {"stage": 1}}
+    expected, settings = (recipe(tmp_path / name, STEPS) | changes for name in ("undisturbed", "cut"))
+    train_undisturbed(expected)
     settings["resources"] = {"workers": 2, "min_workers": 1}
     settings["recovery"] = {"max_restarts": 3}
     path = tmp_path / "run.yaml"
@@ -37,8 +35,7 @@ def test_a_cut_network_leaves_no_trace_in_the_weights(tmp_path: Path) -> None:
     sizes = [event["world_size"] for event in record.events() if event["kind"] == "started"]
     assert sizes == [2, 1]
     assert record.status() == "finished"
-    state, expected_state = state_of(settings["store"], STEPS), state_of(expected["store"], STEPS)
-    assert [key for key in expected_state if not torch.equal(state[key], expected_state[key])] == []
+    assert differing(state_of(settings["store"], STEPS), state_of(expected["store"], STEPS)) == []
 
 
 def train_and_cut(hosts: Hosts, recipe: Path, store: str) -> float:

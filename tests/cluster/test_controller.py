@@ -65,6 +65,27 @@ def test_the_cause_is_awaited_when_only_a_consequence_is_seen() -> None:
     assert (bench.record.rows[2]["cause"], bench.record.rows[2]["rank"]) == ("died", 0)
 
 
+def test_a_node_that_does_not_answer_is_awaited_when_only_a_consequence_is_seen() -> None:
+    """It is gone, but all that is known for seconds is that its peer has lost a connection."""
+    bench = Bench({(1, 27): "a lost node"})
+    poll, mute_s = bench.group.poll, 0.0
+
+    def poll_without_node(timeout_s: float) -> list[WorkerStatus]:
+        nonlocal mute_s
+        first, second = poll(timeout_s)
+        if bench.group.befallen is None:
+            return [first, second]
+        mute_s += timeout_s
+        peer = replace(second, state="raised", error="RuntimeError: Connection closed by peer", failed_at=1.0)
+        return [replace(first, node_unanswered_s=mute_s, unanswered_s=mute_s, quiet_s=mute_s), peer]
+
+    bench.group.poll = poll_without_node  # type: ignore[method-assign]
+    assert bench.run() == Outcome("finished", STEPS, 1)
+    failed = bench.record.rows[2]
+    assert (failed["cause"], failed["rank"]) == ("silent", 0)
+    assert failed["detected_s"] < SILENCE_S
+
+
 def test_a_worker_that_comes_back_in_time_is_left_alone() -> None:
     bench = Bench({(1, 27): "hang in python"})
     poll = bench.group.poll

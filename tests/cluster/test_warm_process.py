@@ -18,6 +18,7 @@ import pytest
 
 from cluster.channel import Channel
 from cluster.warm_process import WarmProcess
+from cluster.worker import Worker
 from tests.cluster.waiting import alive, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,6 +148,7 @@ OWNER = """
     import sys, threading, time
     from pathlib import Path
     from cluster.warm_process import WarmProcess
+from cluster.worker import Worker
     from tests.cluster.test_warm_process import arguments
     warm = WarmProcess()
     warm.import_modules([])
@@ -200,3 +202,33 @@ def test_messages_arrive_whole_and_in_order_from_many_threads() -> None:
     with pytest.raises(EOFError):
         theirs.receive()
     theirs.close()
+
+
+# --- the actor that owns it
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    monkeypatch.setattr("cluster.worker.die_with", lambda: None)  # this process is nobody's actor
+    worker = Worker(os.getcwd(), {})
+    assert "imported_s" in worker.warm(["trainer.progress", "cluster.child"])
+    yield worker
+    assert worker._warm is not None
+    worker._warm.close()
+
+
+def test_the_silence_of_the_attempt_before_is_not_the_next_ones(worker: Worker, tmp_path: Path) -> None:
+    """A ping may come before the next child is forked."""
+    training = threading.Thread(target=lambda: worker.train(**arguments(tmp_path, "endless")))
+    training.start()
+    wait_for(lambda: worker.ping().get("step", 0) > 2, "training")
+    assert worker.end()
+    assert worker.ping() == {}
+    training.join()
+
+
+def test_a_stop_that_comes_before_the_child_is_kept_for_it_alone(worker: Worker, tmp_path: Path) -> None:
+    worker.stop(1)
+    assert worker.train(**arguments(tmp_path, "endless"))["outcome"] == "stopped"
+    assert worker.end()
+    assert worker.train(**arguments(tmp_path, "steps", attempt=2))["outcome"] == "finished"
