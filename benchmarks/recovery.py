@@ -136,7 +136,7 @@ def ray_train_worker(settings: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from benchmarks.recovery_worker import StepLog
+    from benchmarks.step_log import StepLog
 
     torch.set_num_threads(1)
     import deepspeed
