@@ -55,6 +55,10 @@ bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loaders.py
 	$(BIN)/python benchmarks/crash_consistency.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/exact.py
+	$(BIN)/python benchmarks/exact.py --curve
 	$(BIN)/python benchmarks/parity_grid.py
 
 results: setup  ## train every recipe of real data, 3 seeds each, beside its baseline: docs/results.md (one task: TASK=...)
