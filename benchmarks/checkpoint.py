@@ -1,6 +1,6 @@
 """What a checkpoint costs training: this project's save behind the training, beside DeepSpeed's save_checkpoint.
 
-    python benchmarks/checkpoint.py [--rounds 12] [--steps 10] [--stages 1 2 3] [--workers 1] [--out benchmarks/results]
+    python benchmarks/checkpoint.py [--rounds 40] [--steps 10] [--stages 1 2 3] [--workers 1] [--out benchmarks/results]
 
 One engine trains on; blocks of steps take turns, in all orders: without a save, with one of ours at the beginning, and
 with one of DeepSpeed's at the beginning. The seconds of a block include its save; ours writes behind the block's
@@ -45,7 +45,7 @@ from trainer.progress import Progress  # noqa: E402
 
 VARIANTS = ("none", "ours", "deepspeed")
 TASK = {"seq_len": 64, "tokenizer": {"name": "bpe", "vocab_size": 4096}}
-MODEL = {"num_layers": 8, "hidden_size": 384, "num_heads": 8}
+MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 8}  # small, so that blocks of all kinds take close turns
 EXAMPLES, MICRO_BATCH = 4, 2
 STALL_BAR, STALL_AIM, SLOWDOWN_BAR = 1 / 10, 1 / 50, 0.03
 
@@ -53,7 +53,7 @@ STALL_BAR, STALL_AIM, SLOWDOWN_BAR = 1 / 10, 1 / 50, 0.03
 def main() -> int:
     """Measure all stages and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="blocks of each kind that count")
+    parser.add_argument("--rounds", type=int, default=40, help="blocks of each kind that count")
     parser.add_argument("--steps", type=int, default=10, help="steps between two saves")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, choices=(1, 2), default=1)
@@ -72,7 +72,11 @@ def main() -> int:
 
 def _worker(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
     world = init_world(rank, arguments.workers, rank, f"file://{folder}/meet", use_gpu=False, threads=1, timeout_s=120)
-    rows = [measured(stage, world, folder, arguments.rounds, arguments.steps) for stage in arguments.stages]
+    rows = []
+    for stage in arguments.stages:
+        rows.append(measured(stage, world, folder, arguments.rounds, arguments.steps))
+        if rank == 0:
+            print(f"stage {stage}: slowdown {rows[-1]['slowdown_ours'][0]:+.1%}", flush=True)
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
 

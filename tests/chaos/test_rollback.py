@@ -25,7 +25,7 @@ from trainer.progress import Progress
 from trainer.record import RunRecord
 from trainer.session import Session
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 18
 KILLS = 3  # of a long schedule; 2 of the short one of `make test`
@@ -110,7 +110,7 @@ def killed(world: World, store: str, run: str, attempt: int, kill: Kill) -> None
     work(world, store, run, attempt, None)
 
 
-@pytest.mark.parametrize("determinism", ["exact", pytest.param("cluster", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("determinism", ["exact", "cluster"])
 def test_a_rollback_survives_kills(seed: int, determinism: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     kills = KILLS if request.config.getoption("--schedules") else 2
     settings = {"determinism": determinism, "zero": {"stage": 3}, "steps": STEPS}

@@ -125,7 +125,7 @@ def start_build(recipe: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process(tmp_path: Path) -> None:
-    data = write_lines(tmp_path / "source", [texts(40, seed) for seed in range(12)], row_s=0.02)
+    data = write_lines(tmp_path / "source", [texts(40, seed) for seed in range(12)], row_s=0.01)
     recipe = write_recipe(tmp_path, data=data.model_dump())
     build = start_build(recipe, "--workers", "2")
     try:

@@ -192,7 +192,9 @@ def saved(folder: str, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("model", "precision"), [("cnn", "fp32"), ("lstm", "bf16")])
+@pytest.mark.parametrize(
+    ("model", "precision"), [("cnn", "fp32"), pytest.param("lstm", "bf16", marks=pytest.mark.slow)]
+)
 def test_resized_and_cut_elsewhere_in_the_middle_it_ends_with_the_same_bits(
     model: str, precision: str, tmp_path: Path
 ) -> None:
