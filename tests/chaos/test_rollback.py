@@ -28,7 +28,7 @@ from trainer.session import Session
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 18
-KILLS = 3  # of a long schedule; 2 of the short one of `make test`
+KILLS = 3  # of a schedule
 SCHEDULES_A_ROLLBACK = 5  # so many schedules of test_harm.py for one more of these
 
 
@@ -111,27 +111,26 @@ def killed(world: World, store: str, run: str, attempt: int, kill: Kill) -> None
 
 
 @pytest.mark.parametrize("determinism", ["exact", "cluster"])
-def test_a_rollback_survives_kills(seed: int, determinism: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    kills = KILLS if request.config.getoption("--schedules") else 2
+def test_a_rollback_survives_kills(seed: int, determinism: str, tmp_path: Path) -> None:
     settings = {"determinism": determinism, "zero": {"stage": 3}, "steps": STEPS}
     plain = config(tmp_path, "plain", "rollback", NAN, **settings)
     expected = launched(plain)
     counts = run_workers(counted, 2, plain["store"], "plain", expected.next_attempt())
     assert len(events(expected, "rolled_back")) >= 2
-    record = survived(config(tmp_path, "killed", "rollback", NAN, **settings), seed, kills, counts)
+    record = survived(config(tmp_path, "killed", "rollback", NAN, **settings), seed, counts)
     assert same_weights(record, expected, STEPS)
     assert curve(record) == curve(expected)
 
 
-def survived(settings: dict[str, Any], seed: int, kills: int, counts: list[list[int]]) -> RunRecord:
-    """The run, killed so many times and then let go on to its end; in exact mode with one worker and with two.
+def survived(settings: dict[str, Any], seed: int, counts: list[list[int]]) -> RunRecord:
+    """The run, killed KILLS times and then let go on to its end; in exact mode with one worker and with two.
 
     counts: of the calls in each rollback, by rank.
     """
     chance = random.Random(seed)
     exact = settings["determinism"] == "exact"
     record = launched(settings)
-    for number in range(kills):
+    for number in range(KILLS):
         workers = chance.choice((1, 2)) if exact else 2
         rank = chance.randrange(workers)
         kill = Kill(rank, call=chance.randrange(counts[rank][0] * 3 // 4))  # fewer calls where it is alone
