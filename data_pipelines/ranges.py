@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 
 from configs.errors import NotFound, ShardyardError, Unreachable
 from data_pipelines.damage import DamagePolicy
+from data_pipelines.file_systems import s3_with
 from data_pipelines.local_files import explain
-from data_pipelines.storage import Store, s3_with
+from data_pipelines.storage import Store
 from data_pipelines.time_limit import Stalled, within
 
 FIRST_PAUSE_S = 0.1

@@ -8,7 +8,6 @@ as numbered segments (see SegmentWriter), and a file is there as a whole or not 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -21,16 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from configs.errors import ShardyardError, Unreachable, UsageError
+from configs.errors import ShardyardError, Unreachable
+from data_pipelines.file_systems import CONTACT_S, open_file_system
 from data_pipelines.local_files import explain, is_temporary, replace_file
 from data_pipelines.segments import SegmentWriter
 from data_pipelines.time_limit import Stalled, within
 
 __all__ = ["FileFacts", "OutputFile", "SegmentWriter", "Store", "explain"]
 
-_CONTACT_S = 30.0  # after which a store that has not answered yet is out of reach
-# Of a request to S3: the connection; silence; and how often it is made before the store is out of reach.
-_CONNECT_S, _SILENCE_S, _TRIES = 5.0, 10.0, 4
 _reached: set[str] = set()  # addresses of stores that have answered
 
 Names = list[str]  # inside the class, `list` is the method
@@ -89,10 +86,12 @@ class Store:
         scheme, _, rest = self.uri.partition("?")[0].partition("://")
         address = f"{scheme}://{rest.partition('/')[0]}"
         try:
-            file_system, root = _opened(self.uri) if address in _reached else within(_CONTACT_S, self._first_contact)
+            file_system, root = (
+                open_file_system(self.uri) if address in _reached else within(CONTACT_S, self._first_contact)
+            )
         except Stalled as error:
             raise Unreachable(
-                f"{address} has not answered for {_CONTACT_S:g} s. Check the network, the address, and the proxy if "
+                f"{address} has not answered for {CONTACT_S:g} s. Check the network, the address, and the proxy if "
                 "there is one."
             ) from error
         except OSError as error:
@@ -102,7 +101,7 @@ class Store:
 
     def _first_contact(self) -> tuple[Any, str]:
         """Open the file system, and ask it for something; what it says to that is for the requests that follow."""
-        file_system, root = _opened(self.uri)
+        file_system, root = open_file_system(self.uri)
         if file_system.type_name != "s3":  # which limits its time itself
             with contextlib.suppress(Exception):
                 file_system.get_file_info(root)
@@ -300,142 +299,6 @@ class Store:
         """All whole lines written under a prefix, in order; the torn last line of a killed writer is left out."""
         parts = [self.read_bytes(path) for path in self.segments(path_prefix)]
         return b"".join(part[: part.rfind(b"\n") + 1] for part in parts)
-
-
-def _opened(uri: str) -> tuple[Any, str]:
-    """(pyarrow file system, root path in it) for a URI. Raises UsageError for one that nobody serves, and OSErrors."""
-    from pyarrow import ArrowInvalid, ArrowNotImplementedError
-    from pyarrow.fs import FileSystem
-
-    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:  # else it tries for 15 minutes
-        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_CONTACT_S:g}"
-    if uri.startswith(("hf://", "fsspec+")):  # pyarrow hands these to fsspec too
-        return _fsspec(uri.removeprefix("fsspec+"), None)
-    try:
-        file_system, root = FileSystem.from_uri(uri)
-    except (ArrowInvalid, ArrowNotImplementedError) as error:
-        if not str(error).startswith(("Unrecognized filesystem type", "Got ")):  # or pyarrow was built without it
-            raise UsageError(
-                f"The store {uri} is not understood: {error}. Use a local folder or a URI such as s3://bucket/path."
-            ) from error
-        return _fsspec(uri, error)
-    return _with_limits(file_system), root
-
-
-def _with_limits(file_system: Any) -> Any:
-    """An S3 file system that gives a request up after a minute, and writes a small file in one request; others as is.
-
-    pyarrow's own makes a request 31 times: within 6 s where it is refused, for 100 s where nothing comes. A small file
-    takes it three requests, and leaves an upload without an end where the last one does not arrive.
-    """
-    from pyarrow.fs import AwsStandardS3RetryStrategy
-
-    return s3_with(
-        file_system,
-        connect_timeout=_CONNECT_S,
-        request_timeout=_SILENCE_S,
-        retry_strategy=AwsStandardS3RetryStrategy(max_attempts=_TRIES),
-        allow_delayed_open=True,
-    )
-
-
-def s3_with(file_system: Any, **settings: Any) -> Any:
-    """An S3 file system with some settings of pyarrow.fs.S3FileSystem changed; any other file system as it is.
-
-    The others are those that it gives to be pickled with; should a later pyarrow give none, it stays as it is.
-    """
-    from pyarrow.fs import S3FileSystem
-
-    if type(file_system) is not S3FileSystem:
-        return file_system
-    try:
-        _, (own,) = file_system.__reduce__()
-        return S3FileSystem(**own | settings)
-    except (TypeError, ValueError):
-        return file_system
-
-
-def _fsspec(uri: str, refusal: Exception | None) -> tuple[Any, str]:
-    """(pyarrow file system over fsspec's, root path in it) for a URI that pyarrow itself does not serve."""
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    scheme = uri.partition("://")[0]
-    try:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-
-        file_system, root = url_to_fs(uri.partition("?")[0])
-    except ImportError as error:
-        raise UsageError(
-            f"{uri} needs a package for {scheme}:// that is not installed: {error}. Install it, or copy the files to a "
-            "local folder."
-        ) from error
-    except ValueError as error:
-        raise UsageError(
-            f"{uri} is not understood: {refusal or error}. Use a local folder or a URI such as s3://bucket/path."
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:
-        raise _os_error(error) from error
-    return PyFileSystem(FSSpecHandler(_FsspecFiles(file_system))), root
-
-
-class _OnlyOSErrors:
-    """A file system of fsspec, or a file of one, whose calls raise OSErrors, whatever its network library raises."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        if not callable(found):
-            return found
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                result = found(*args, **kwargs)
-            except FileNotFoundError as error:
-                raise _not_found(error) from error
-            except OSError:
-                raise
-            except Exception as error:
-                raise _os_error(error) from error
-            return _OnlyOSErrors(result) if hasattr(result, "read") else result
-
-        return call
-
-
-def _os_error(error: Exception) -> OSError:
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, NotImplementedError):
-        return OSError(errno.EROFS, text)
-    only_forward = "Cannot seek" in text or "range requests" in text  # of an HTTP server that gives whole files
-    return OSError(errno.ESPIPE if only_forward else errno.EREMOTEIO, text)
-
-
-def _not_found(error: FileNotFoundError) -> OSError:
-    """The error, or what is behind it: fsspec takes for missing whatever it cannot get of an HTTP server."""
-    cause = error.__cause__
-    if isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT)):
-        return cause
-    status = getattr(cause, "status", 404)
-    return error if status in (404, 410) else OSError(errno.EREMOTEIO, f"the server says {status}")
-
-
-class _FsspecFiles(_OnlyOSErrors):
-    """A file system of fsspec, where what cannot be looked up is an error, and not taken for what is not there."""
-
-    def isfile(self, path: str) -> bool:
-        """Whether there is a file of this name."""
-        return self.exists(path) and self.info(path)["type"] == "file"
-
-    def exists(self, path: str) -> bool:
-        """Whether there is something of this name."""
-        try:
-            self.info(path)
-        except FileNotFoundError:
-            return False
-        return True
 
 
 class OutputFile(io.RawIOBase):

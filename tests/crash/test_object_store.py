@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import Unreachable
 from configs.schema import CheckpointConfig
-from data_pipelines import storage
+from data_pipelines import file_systems
 from data_pipelines.storage import Store
 from tests.crash.object_store import (
     ATTEMPTS,
@@ -48,8 +48,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request is made once, and silence ends it after 3 s, where it takes a minute otherwise."""
-    monkeypatch.setattr(storage, "_SILENCE_S", 3.0)
-    monkeypatch.setattr(storage, "_TRIES", 1)
+    monkeypatch.setattr(file_systems, "_SILENCE_S", 3.0)
+    monkeypatch.setattr(file_systems, "_TRIES", 1)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_training_goes_on_while_a_save_stalls(
     server: Server, proxy: StoreProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And so does what reads the store meanwhile; the save ends well once the store answers."""
-    monkeypatch.setattr(storage, "_SILENCE_S", 30.0)
+    monkeypatch.setattr(file_systems, "_SILENCE_S", 30.0)
     run = Run(server, proxy.port)
     run.train()
     proxy.fail(STALLED, count=1)
@@ -130,7 +130,7 @@ def test_training_goes_on_while_a_save_stalls(
 @pytest.mark.slow
 def test_a_fault_at_every_write(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """In passing: all saves succeed."""
-    monkeypatch.setattr(storage, "_SILENCE_S", 3.0)
+    monkeypatch.setattr(file_systems, "_SILENCE_S", 3.0)
     every = range(1, count_requests(server, reads=False) + 1)
     results = save_cases(server, [Case(fault, at) for fault, at in product(FAULTS, every)])
     assert_as_promised(results)
@@ -174,7 +174,7 @@ def test_a_fault_at_every_read(server: Server, hasty: None) -> None:
 
 @pytest.mark.slow
 def test_a_load_gets_over_a_fault_at_every_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_SILENCE_S", 3.0)
+    monkeypatch.setattr(file_systems, "_SILENCE_S", 3.0)
     every = range(1, count_requests(server, reads=True) + 1)
     assert_as_promised(load_cases(server, [Case(fault, at) for fault, at in product(FAULTS, every)]))
 
@@ -199,13 +199,14 @@ def test_what_is_out_of_reach_is_not_pruned(server: Server, proxy: StoreProxy, h
 
 SAVER = """
 import sys
-from data_pipelines import storage
-storage._SILENCE_S, storage._TRIES = 1.0, 1
+from data_pipelines import file_systems
+from data_pipelines.storage import Store
+file_systems._SILENCE_S, file_systems._TRIES = 1.0, 1
 from configs.schema import CheckpointConfig
 from tests.crash.object_store import WORLD, make_engine, train
 from trainer.checkpoint import Checkpointer
 from trainer.progress import Progress
-saver = Checkpointer(storage.Store(sys.argv[1]), WORLD, CheckpointConfig(), Progress())
+saver = Checkpointer(Store(sys.argv[1]), WORLD, CheckpointConfig(), Progress())
 engine = make_engine(WORLD, 0)
 train(engine, 1)
 print("ready", flush=True)

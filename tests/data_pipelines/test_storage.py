@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import LocalFileSystem
 
 from configs.errors import NotFound, ShardyardError, Unreachable, UsageError
-from data_pipelines import local_files, segments, storage
+from data_pipelines import file_systems, local_files, segments, storage
 from data_pipelines.input_files import read_file
 from data_pipelines.storage import Store, explain
 
@@ -195,7 +195,7 @@ def test_an_http_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_that_is_silent_at_first_is_told(failing: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_CONTACT_S", 0.05)
+    monkeypatch.setattr(storage, "CONTACT_S", 0.05)
     Failing.fault = threading.Event()
     try:
         with pytest.raises(Unreachable, match=r"failing://bucket has not answered for 0\.05 s\. Check the network"):
@@ -212,7 +212,7 @@ def test_google_cloud_storage_does_not_try_for_minutes(monkeypatch: pytest.Monke
     fake = SimpleNamespace(from_uri=lambda uri: asked.append(uri) or (LocalFileSystem(), "x"))
     monkeypatch.setattr(pyarrow.fs, "FileSystem", fake)
     for uri in ("gs://anonymous@b/x", "gcs://b/x?a=b", "gs://b/x?retry_limit_seconds=7", "s3://b/x"):
-        storage._opened(uri)
+        file_systems.open_file_system(uri)
     assert asked == [
         "gs://anonymous@b/x?retry_limit_seconds=30",
         "gcs://b/x?a=b&retry_limit_seconds=30",
