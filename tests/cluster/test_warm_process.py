@@ -148,7 +148,6 @@ OWNER = """
     import sys, threading, time
     from pathlib import Path
     from cluster.warm_process import WarmProcess
-from cluster.worker import Worker
     from tests.cluster.test_warm_process import arguments
     warm = WarmProcess()
     warm.import_modules([])
@@ -170,7 +169,7 @@ def test_nothing_outlives_a_killed_owner(tmp_path: Path) -> None:
     try:
         assert owner.stdout is not None
         pids = [int(pid) for pid in owner.stdout.readline().split()]
-        assert all(alive(pid) for pid in pids)
+        assert len(pids) == 2 and all(alive(pid) for pid in pids)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # not even those that cannot notice
     finally:
@@ -229,6 +228,12 @@ def test_the_silence_of_the_attempt_before_is_not_the_next_ones(worker: Worker, 
 
 def test_a_stop_that_comes_before_the_child_is_kept_for_it_alone(worker: Worker, tmp_path: Path) -> None:
     worker.stop(1)
-    assert worker.train(**arguments(tmp_path, "endless"))["outcome"] == "stopped"
+    outcomes: list[str] = []
+    training = threading.Thread(
+        target=lambda: outcomes.append(worker.train(**arguments(tmp_path, "endless"))["outcome"])
+    )
+    training.start()
+    training.join(60)
     assert worker.end()
+    assert outcomes == ["stopped"]
     assert worker.train(**arguments(tmp_path, "steps", attempt=2))["outcome"] == "finished"
