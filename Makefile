@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-workers test-rest check lint types chaos matrix bench results peers lock clean
+.PHONY: help setup demo test test-runs test-rest check lint types chaos matrix bench results peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,14 +26,15 @@ demo: setup  ## train a small GPT on this machine's Python standard library, 2 R
 	$(BIN)/python -m cluster.demo
 
 test: lint types  ## lint, types and all tests that need no root and no daemon, at most 10 minutes on 2 cores
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-workers test-rest
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-runs test-rest
 
-# Two processes side by side: tests of several workers wait more than they compute.
-test-workers: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/cluster tests/chaos tests/crash tests/distributed
+# Two processes side by side, of which each takes about half of the time.
+RUNS := tests/trainer tests/cluster tests/chaos
+test-runs: setup
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(RUNS)
 
 test-rest: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 --ignore=tests/cluster --ignore=tests/chaos --ignore=tests/crash --ignore=tests/distributed
+	$(BIN)/python -m pytest -m "not slow" --durations=15 $(RUNS:%=--ignore=%)
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
 	$(BIN)/python -m pytest -m "not slow and not longer and not distributed and not ray"

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread may be there when a w
 import deepspeed.runtime.zero.muon.muon_optimizer
 import deepspeed.runtime.zero.stage3  # noqa: F401
 import torch._dynamo  # noqa: F401
+import transformers.modeling_utils  # noqa: F401
 
 from trainer.engine import _import_deepspeed
 
