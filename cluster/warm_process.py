@@ -189,17 +189,22 @@ class Child:
     def stack(self) -> tuple[str, str]:
         """Python stacks of its training thread, shortened, and of all threads; empty where they cannot be had.
 
-        A stopped process goes on: kill it next.
+        A stopped process goes on until they are written: it may end a step, and is stopped again.
         """
         if self.pid is None or start_ticks(self.pid) != self._started_ticks:
             return "", ""
+        stat = _stat(self.pid)
+        stopped = stat is not None and stat[0] == b"T"
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, STACK_SIGNAL)
             os.kill(self.pid, signal.SIGCONT)
         deadline, size = time.monotonic() + STACK_TIMEOUT_S, -1
         while time.monotonic() < deadline and (size <= 0 or os.fstat(self.stacks.fileno()).st_size != size):
             size = os.fstat(self.stacks.fileno()).st_size
-            time.sleep(0.05)
+            time.sleep(0.01)
+        if stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGSTOP)
         text = os.pread(self.stacks.fileno(), max(size, 0), 0).decode("utf-8", "replace")
         return training_stack(text, self._progress.get("thread", 0)), text
 
@@ -215,9 +220,14 @@ class Child:
 
 def processor_ticks(pid: int | None) -> int | None:
     """Processor time that a process has used, in clock ticks; None where it cannot be told."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[11]) + int(fields[12])
+
+
+def _stat(pid: int | None) -> list[bytes] | None:
+    """Fields of /proc/PID/stat behind the name, the state first (see proc(5)); None where there are none."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-        return int(fields[11]) + int(fields[12])
+        return file.read().rpartition(b")")[2].split()
     return None
 
 

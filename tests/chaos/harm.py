@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ SCHEDULE = "schedule.json"
 MLFLOW = "mlflow-processes.json"
 HOLD, HELD = "hold", "held"
 WAIT_S = 60.0
+SWITCH_S = sys.getswitchinterval()
+_LIBC = ctypes.PyDLL(None)  # its calls keep Python's lock
 SMALL_FILE_BYTES = 1 << 16  # what this module writes is smaller, a checkpoint's file is larger
 
 
@@ -139,25 +142,35 @@ def _carry_out(harm: Harm, progress: Progress, folder: Path, run: Path, thread: 
         time.sleep(0.0005)
     time.sleep(harm.delay_s)
 
+    path = os.fsencode(folder / f"landed-{harm.kind}.json")
+
     def landed() -> None:
+        """Write down where it lands. Training begins no step before the harm is done: it waits for Python's lock."""
+        sys.setswitchinterval(WAIT_S)
         where = {**asdict(harm), "step": progress.step, "phase": progress.phase, "time": time.time()}
-        descriptor = os.open(folder / f"landed-{harm.kind}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        os.write(descriptor, json.dumps(where).encode())
-        os.fsync(descriptor)
+        text = json.dumps(where).encode()
+        descriptor = _LIBC.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        assert descriptor >= 0 and _LIBC.write(descriptor, text, len(text)) == len(text)
 
     HARMS[harm.kind](landed, run, thread)
+    sys.setswitchinterval(SWITCH_S)
+
+
+def _signal_self(number: signal.Signals) -> None:
+    """At once: to this thread, which runs. One to the process would wait until its main thread gets a core."""
+    _LIBC.pthread_kill(ctypes.c_ulong(threading.get_ident()), int(number))
 
 
 def kill(landed: Callable[[], None], _run: Path, _thread: int) -> None:
     """SIGKILL."""
     landed()
-    os.kill(os.getpid(), signal.SIGKILL)
+    _signal_self(signal.SIGKILL)
 
 
 def stop(landed: Callable[[], None], _run: Path, _thread: int) -> None:
     """SIGSTOP: it answers nothing, and nothing tells that it is gone."""
     landed()
-    os.kill(os.getpid(), signal.SIGSTOP)
+    _signal_self(signal.SIGSTOP)
 
 
 def raise_error(landed: Callable[[], None], _run: Path, thread: int) -> None:
@@ -171,7 +184,7 @@ def corrupt_newest(landed: Callable[[], None], run: Path, _thread: int) -> None:
     newest = max(path for path in (run / "checkpoints").glob("step-*") if (path / "manifest.json").exists())
     _flip_bits(min(newest.glob("*.safetensors")), 1)
     landed()
-    os.kill(os.getpid(), signal.SIGKILL)
+    _signal_self(signal.SIGKILL)
 
 
 def full_disk(landed: Callable[[], None], run: Path, _thread: int) -> None:
@@ -186,7 +199,7 @@ def full_disk(landed: Callable[[], None], run: Path, _thread: int) -> None:
         time.sleep(0.01)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     landed()
-    os.kill(os.getpid(), signal.SIGKILL)
+    _signal_self(signal.SIGKILL)
 
 
 def corrupt_shard(landed: Callable[[], None], run: Path, _thread: int) -> None:
@@ -196,7 +209,7 @@ def corrupt_shard(landed: Callable[[], None], run: Path, _thread: int) -> None:
             shutil.copy(shard, shard.with_suffix(".whole"))
             _flip_bits(shard, 8)
     landed()
-    os.kill(os.getpid(), signal.SIGKILL)
+    _signal_self(signal.SIGKILL)
 
 
 def kill_mlflow(landed: Callable[[], None], run: Path, _thread: int) -> None:

@@ -38,6 +38,7 @@ from trainer.record import RunRecord
 pytestmark = [pytest.mark.ray, pytest.mark.distributed]
 
 STEPS = 48
+STOPPED_S = 3.0  # a stopped process begins no step for so long: less than the silence after which it is noticed
 UNHARMED_GAP_S = 5.0  # between two steps beside an outage of MLflow: far more than a step, less than a timeout of 10 s
 
 
@@ -148,8 +149,12 @@ def prove_harms(store: str, schedule: list[Harm]) -> None:
             assert before and after, f"{landed} is not between two steps"
             assert min(after) - max(before) < UNHARMED_GAP_S, f"{landed} delayed a step"
             continue
-        resumed_at = min(starts[attempt] for attempt in starts if attempt > harm.attempt)
-        assert resumed_at < landed["step"], f"{landed}, resumed at {resumed_at}, repeats nothing"
+        if harm.kind == "stop":  # before it is killed it may end a step and save, while its stacks are written
+            begun = [each["time"] - landed["time"] for each in noted_steps(store, harm.attempt, harm.rank)]
+            assert min(begun) < 0 and not [each for each in begun if 0 < each < STOPPED_S], f"{landed} stopped nothing"
+        else:
+            resumed_at = min(starts[attempt] for attempt in starts if attempt > harm.attempt)
+            assert resumed_at < landed["step"], f"{landed}, resumed at {resumed_at}, repeats nothing"
         blamed = failures[harm.attempt]
         assert blamed["rank"] == landed["rank"], f"{blamed} blames another rank than {landed}"
         assert blamed["cause"] == {"stop": "silent", "raise_error": "raised"}.get(harm.kind, "died"), blamed

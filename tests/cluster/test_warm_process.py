@@ -75,6 +75,20 @@ def test_a_killed_child_is_told_by_its_signal_and_replaced(warm: WarmProcess, tm
     assert warm.fork(arguments(tmp_path, "steps", attempt=2)).wait()["outcome"] == "finished"
 
 
+def test_a_stopped_child_stays_stopped_when_it_has_told_where_it_is(warm: WarmProcess, tmp_path: Path) -> None:
+    child = warm.fork(arguments(tmp_path, "endless"))
+    wait_for(lambda: child.report().get("step", 0) > 2, "training")
+    assert child.pid is not None
+    process = psutil.Process(child.pid)
+    process.suspend()
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, "its stop")
+    shortened, whole = child.stack()
+    assert "bodies.py" in shortened and shortened in whole
+    wait_for(lambda: process.status() == psutil.STATUS_STOPPED, "its stop once more")
+    child.kill()
+    assert child.wait()["outcome"] == "died"
+
+
 def test_a_child_that_leaves_is_told_by_its_exit_code(warm: WarmProcess, tmp_path: Path) -> None:
     outcome = warm.fork(arguments(tmp_path, "leaving", rank=1)).wait()
     assert outcome == {"outcome": "died", "error": "the process is gone: it exited with code 3"}
