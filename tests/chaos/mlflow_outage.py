@@ -55,6 +55,10 @@ class MlflowServer:
         children = psutil.Process(self._process.pid).children(recursive=True)
         return [self._process.pid, *(child.pid for child in children)]
 
+    def wait_for_death(self) -> None:
+        """After a SIGKILL, which takes a while on a machine that is at work."""
+        self._process.wait(START_S)
+
     def bring_back(self) -> None:
         """Undo a SIGSTOP or a SIGKILL, if there was one."""
         if self._process.poll() is None:
@@ -94,6 +98,7 @@ class Outage:
         wait_for(lambda: self._landed.exists() and self._copies[-1].last_error, "a copy that misses MLflow", 120.0)
         self._missed = True
         if not self._stays:
+            self._server.wait_for_death()
             self._server.bring_back()
 
     def prove(self, record: RunRecord, expected: list[tuple[float, float]]) -> None:
