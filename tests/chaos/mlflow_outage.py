@@ -58,6 +58,7 @@ class MlflowServer:
     def wait_for_death(self) -> None:
         """After a SIGKILL, which takes a while on a machine that is at work."""
         self._process.wait(START_S)
+        wait_for(lambda: not self.answers(), "the end of MLflow's last process", START_S)
 
     def bring_back(self) -> None:
         """Undo a SIGSTOP or a SIGKILL, if there was one."""
