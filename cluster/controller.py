@@ -312,12 +312,12 @@ class Controller:
         if self._growing and failure.user_error:  # it would have trained on, had it not been asked to save and stop
             failure = replace(failure, user_error=False)
             self._futile_growths += 1
-        self.failures.append(failure)
         self._group.kill()
+        step, path = self._last_checkpoint()
+        self.failures.append(replace(failure, saved=step or 0))
         action = next_action(self.failures, self._recovery)
         if self._stop_reason is not None:
             action = GiveUp("the run was stopping")
-        step, path = self._last_checkpoint()
         self._record.event(
             "failed",
             rank=failure.rank,

@@ -95,7 +95,8 @@ class WorkerStatus:
 class Failure:
     """The first cause of an attempt's end. detected_s: from the worker's last sign of life to its discovery.
 
-    phase: what it was in when it failed; "collective" where it hung there, waiting for others.
+    phase: what it was in when it failed; "collective" where it hung there, waiting for others. step: the last that it
+    told of, which may be some steps old where it died. saved: of the newest checkpoint by then.
     """
 
     kind: State
@@ -108,6 +109,7 @@ class Failure:
     detected_s: float
     user_error: bool = False
     stack: str | None = None
+    saved: int = 0
 
     def describe(self) -> str:
         """Who failed, where, in what and why, in a sentence."""
@@ -144,7 +146,7 @@ def next_action(failures: Sequence[Failure], recovery: RecoveryConfig) -> Restar
         return GiveUp(f"{tries} ports in a row were taken by other programs between being chosen and being used")
     counted = [failure for failure in failures if not _port_was_taken(failure)]
     recent = counted[-SAME_STEP_LIMIT:]
-    if len(recent) == SAME_STEP_LIMIT and len({(failure.kind, failure.step) for failure in recent}) == 1:
+    if len(recent) == SAME_STEP_LIMIT and len({(each.kind, each.step, each.saved) for each in recent}) == 1:
         return GiveUp(f"it ended {SAME_STEP_LIMIT} times in a row after the same step, {latest.step}")
     if len(counted) > recovery.max_restarts:
         return GiveUp(f"recovery.max_restarts={recovery.max_restarts} restarts are used up")

@@ -121,6 +121,18 @@ def test_it_gives_up_with_cause_checkpoint_log_and_command() -> None:
     assert [row["final"] for row in bench.record.rows if row["kind"] == "failed"] == [False, False, True]
 
 
+def test_deaths_whose_steps_were_not_told_do_not_count_as_one_while_checkpoints_come() -> None:
+    bench = Bench({(attempt, 5 + 10 * attempt): "kill" for attempt in range(1, 5)}, max_restarts=50)
+    poll = bench.group.poll
+
+    def poll_late(timeout_s: float) -> list[WorkerStatus]:
+        return [replace(each, step=0) if each.state == "died" else each for each in poll(timeout_s)]
+
+    bench.group.poll = poll_late  # type: ignore[method-assign]
+    assert bench.run().outcome == "finished"
+    assert [row["step"] for row in bench.record.rows if row["kind"] == "failed"] == [0] * 4
+
+
 def test_the_same_step_again_and_again() -> None:
     bench = Bench({(attempt, 27): "raise" for attempt in range(1, 99)}, max_restarts=50)
     with pytest.raises(RunFailed, match="3 times in a row after the same step, 26"):

@@ -59,6 +59,13 @@ def test_the_same_step_three_times_in_a_row_ends_the_run_early() -> None:
     assert isinstance(decide([failure(7), failure(8), failure(7), failure(7)], 100), Restart)
 
 
+def test_a_run_that_saves_between_its_failures_is_not_stuck() -> None:
+    """Whatever step was told last: who is killed has not told its newest."""
+    failures = [replace(failure(0), saved=saved) for saved in (8, 12, 20)]
+    assert isinstance(decide(failures, 100), Restart)
+    assert isinstance(decide([replace(failure(0), saved=8)] * 3, 100), GiveUp)
+
+
 def test_an_error_of_the_user_is_not_retried() -> None:
     assert isinstance(decide([failure(user_error=True)], 100), GiveUp)
 
