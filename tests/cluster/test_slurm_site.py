@@ -124,7 +124,7 @@ def test_a_preempted_job_is_warned_requeued_and_started_again(site: SlurmSite, t
 
 def test_where_the_site_says_so_preemption_warns_the_batch_script_instead(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
-    with SlurmSite(tmp_path / "site", "PreemptParameters=send_user_signal\n") as site:
+    with SlurmSite(tmp_path / "site", "SlurmctldParameters=preempt_send_user_signal\n") as site:
         low = submit(site, tmp_path, PREEMPTED, "--partition=low", "--signal=B:USR1@30", *WHOLE)
         wait_for(lambda: lines(tmp_path).count("step") == 2, "both tasks")
         (tmp_path / "high").mkdir()
