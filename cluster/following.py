@@ -84,6 +84,9 @@ class Following:
             self._narrator.show(View("", latest["step"], steps, values["loss"], values.get("tokens_per_s")))
 
     def _ended(self, status: Status) -> dict[str, Any]:
+        if status.state == "refused":
+            self._target.stop(self._id)
+            raise UsageError(f"{self._name} will never start the job, which was taken back: {status.reason}")
         outcome = self._record.status()
         failures = [event for event in self._record.events() if event["kind"] == "failed"]
         if outcome in ("finished", "stopped"):

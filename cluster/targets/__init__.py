@@ -14,8 +14,8 @@ from configs.load import Resolved, dump
 from configs.schema import Section
 from configs.targets import TYPES
 
-State = Literal["pending", "running", "finished", "failed", "stopped", "gone"]
-ENDED: tuple[State, ...] = ("finished", "failed", "stopped", "gone")
+State = Literal["pending", "running", "finished", "failed", "stopped", "gone", "refused"]
+ENDED: tuple[State, ...] = ("finished", "failed", "stopped", "gone", "refused")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Status:
-    """A job's state. reason: why it is pending, or how it ended, in the target's words. exit_code: of the launcher."""
+    """A job's state; "refused" is pending for a reason that does not go away.
+
+    reason: why it is pending, or how it ended, in the target's words. exit_code: of the launcher.
+    """
 
     state: State
     reason: str = ""

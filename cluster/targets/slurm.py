@@ -41,11 +41,20 @@ _REASONS = {
     "BeginTime": "it was queued again, and starts after a while",
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "PartitionDown": "the partition is down",
-    "PartitionNodeLimit": "it asks for more nodes than the partition gives; ask for fewer",
-    "PartitionTimeLimit": "it asks for more time than the partition gives; set a shorter time in the target",
     "Dependency": "a job that it depends on has not ended",
     "JobHeldUser": "it is held; `scontrol release` lets it go",
     "JobHeldAdmin": "an administrator holds it",
+}
+# Of these none goes by itself.
+_NEVER = {
+    "PartitionConfig": "The partition has no such nodes: set a smaller workers_per_node in the target.",
+    "BadConstraints": "No node has all that is asked for: look at the target's options, and at resources.",
+    "PartitionNodeLimit": "The partition gives fewer nodes: use fewer workers, or more on each node.",
+    "PartitionTimeLimit": "The partition gives less time: set a shorter time in the target.",
+    "InvalidAccount": "Set the target's account to one of `sacctmgr show assoc user=$USER`.",
+    "InvalidQOS": "Set another --qos in the target's options.",
+    "QOSMaxNodePerUserLimit": "The QOS gives a user fewer nodes: use fewer workers.",
+    "QOSMaxGRESPerUser": "The QOS gives a user fewer GPUs: use fewer workers.",
 }
 
 
@@ -115,6 +124,8 @@ class Target:
         slurm_state = fields["JobState"]
         state = _STATES.get(slurm_state, "failed")
         reason = fields.get("Reason", "None")
+        if state == "pending" and reason in _NEVER:
+            return Status("refused", f"{reason}. {_NEVER[reason]}")
         code = int(fields["ExitCode"].partition(":")[0]) if state in ("finished", "failed") else None
         said = slurm_state if reason == "None" else f"{slurm_state} ({reason})"
         return Status(state, said, code)
@@ -136,8 +147,9 @@ class Target:
         return Path(path).read_text(errors="replace")
 
     def stop(self, job_id: str) -> None:
-        """SIGTERM to the batch script, which hands it on to the launcher."""
-        self._call("scancel", "--batch", "--signal=TERM", job_id)
+        """SIGTERM to the batch script, which hands it on to the launcher; a job that waits is cancelled."""
+        waits = self.status(job_id).state in ("pending", "refused")
+        self._call("scancel", *([] if waits else ["--batch", "--signal=TERM"]), job_id)
 
     def _show(self, job_id: str) -> dict[str, str] | None:
         try:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     folder = Path(argv[0], f"slurm-{os.environ['SLURM_JOB_ID']}")
     os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"] = "token", str(folder / TOKEN)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_raylet_start_wait_time_s"] = f"{START_S:.0f}"  # noqa: SIM112 - Ray's own spelling
     if len(argv) > 1:
         return run_node(folder, is_head=argv[1] == "--head")
     shutil.rmtree(folder, ignore_errors=True)  # of the time before it was queued again
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
     with os.fdopen(os.open(folder / TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     try:
-        with Launcher() as launcher, ray_nodes(Path(argv[0]), folder) as address:
+        launcher = Launcher()
+        with ray_nodes(Path(argv[0]), folder) as address:
             code = launcher.run(recipe, address)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -58,14 +60,8 @@ class Launcher:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._signal: int | None = None
-
-    def __enter__(self) -> Launcher:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._hand_on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def run(self, recipe: Path, address: str) -> int:
         """Its exit code."""
@@ -86,32 +82,48 @@ class Launcher:
 @contextlib.contextmanager
 def ray_nodes(base: Path, folder: Path) -> Iterator[str]:
     """Ray on all nodes of the allocation; the head's address."""
+    import ray
+
+    from cluster.ray_cluster import join
+    from cluster.ray_kill import alive_nodes
+
     names = subprocess.run(["scontrol", "show", "hostnames"], check=True, capture_output=True, text=True).stdout.split()
-    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--export=ALL"]
-    step += [sys.executable, "-m", "cluster.targets.slurm_job", str(base)]
-    # In sessions of their own: what ends the batch script's group is not to end them before the run is saved.
-    steps = [
-        subprocess.Popen(
-            [*step[:5], f"--nodelist={name}", *step[5:], "--worker" if number else "--head"],
+    step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--cpus-per-task={os.environ['SLURM_CPUS_PER_TASK']}"]
+    program = [sys.executable, "-m", "cluster.targets.slurm_job", str(base)]
+    nodes = {
+        # In sessions of their own: what ends the batch script's group is not to end them before the run is saved.
+        name: subprocess.Popen(
+            [*step, f"--nodelist={name}", *program, "--worker" if number else "--head"],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
         for number, name in enumerate(names)
-    ]
+    }
     try:
-        deadline = time.monotonic() + START_S
-        while not (folder / ADDRESS).exists():
-            if steps[0].poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"Ray did not start on {names[0]}: its step's output is above.")
-            time.sleep(POLL_S)
-        yield (folder / ADDRESS).read_text()
+        _wait_until(lambda: (folder / ADDRESS).exists(), nodes, "no head answers")
+        address = (folder / ADDRESS).read_text()
+        join(address)
+        _wait_until(lambda: len(alive_nodes()) == len(names), nodes, f"not all of {len(names)} nodes have joined")
+        ray.shutdown()
+        yield address
     finally:
         (folder / END).touch()
         deadline = time.monotonic() + END_S
-        for each in steps:
+        for each in nodes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 each.wait(max(0.0, deadline - time.monotonic()))
             each.kill()
+
+
+def _wait_until(condition: Callable[[], bool], nodes: dict[str, subprocess.Popen[bytes]], otherwise: str) -> None:
+    """Raises SystemExit where a node's step ends before that, or it takes too long."""
+    deadline = time.monotonic() + START_S
+    while not condition():
+        ended = [name for name, step in nodes.items() if step.poll() is not None]
+        if ended or time.monotonic() > deadline:
+            where = f"on {', '.join(ended)}: the step's output is above" if ended else f"within {START_S:.0f} s"
+            raise SystemExit(f"Ray did not start {where} ({otherwise}).")
+        time.sleep(POLL_S)
 
 
 def run_node(folder: Path, *, is_head: bool) -> int:
@@ -119,7 +131,7 @@ def run_node(folder: Path, *, is_head: bool) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a preempted job saves first, and ends its nodes itself
     own = _own_address()
     # Unix sockets lie below it, whose paths may be 107 bytes long.
-    scratch = Path(tempfile.mkdtemp(prefix="shardyard-ray-", dir="/tmp"))
+    scratch = Path(tempfile.mkdtemp(prefix="shardyard-slurm-", dir="/tmp"))
     ports = ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
     ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *ports]
     ray += [f"--node-ip-address={own}", f"--num-cpus={os.environ.get('SLURM_CPUS_PER_TASK', '1')}"]
