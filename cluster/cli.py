@@ -114,6 +114,9 @@ def _add_recipe_commands(commands: Any, command: Any) -> None:
     _add_recipe(check)
     train = command(commands, "train", "train:train", "train a recipe; the same name launched again resumes the run")
     _add_recipe(train)
+    train.add_argument("--on", metavar="TARGET", default="local", help="a target of targets.yaml (default: local)")
+    train.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and do nothing")
+    train.add_argument("-d", "--detach", action="store_true", help="with --on: submit, and do not wait")
     train.add_argument("--address", help="join this Ray cluster instead of starting one here")
     train.add_argument(
         "--from",

@@ -54,7 +54,7 @@ def _network_of(address: str) -> contextlib.AbstractContextManager[None]:
         raise Unreachable(f"--address {address} is not understood. Use auto or HOST:PORT (usually port 6379).")
     host = host.strip("[]")
     try:
-        _knock(host, int(port))
+        knock(host, int(port))
     except OSError as error:
         raise Unreachable(
             f"No Ray answers at {address}: {error}. Start one there with `ray start --head --port={port}`, or "
@@ -64,13 +64,14 @@ def _network_of(address: str) -> contextlib.AbstractContextManager[None]:
         import ray
 
         try:
-            _knock(ray.util.get_node_ip_address(), int(port))
+            knock(ray.util.get_node_ip_address(), int(port))
         except OSError:
             return loopback()
     return contextlib.nullcontext()
 
 
-def _knock(host: str, port: int) -> None:
+def knock(host: str, port: int) -> None:
+    """See that something listens there, within seconds. Raises OSError."""
     socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
 
 

@@ -12,9 +12,13 @@ POLL_S = 2.0
 
 
 class RecordTail:
-    """Follows a record for what is told while the run goes on: evaluations, and checkpoints that are not good."""
+    """Follows a record for what is told while the run goes on: evaluations, and checkpoints that are not good.
+
+    latest: the newest row of a step, {step, values}; None before the first.
+    """
 
     def __init__(self, record: RunRecord) -> None:
+        self.latest: dict[str, Any] | None = None
         self._record = record
         self._metrics: Cursor | None = None
         self._events: Cursor | None = None
@@ -28,6 +32,8 @@ class RecordTail:
         first = self._metrics is None
         rows, self._metrics = read_rows(self._record.store, "metrics", self._metrics)
         events, self._events = read_rows(self._record.store, "events", self._events)
+        steps = [row for row in rows if "loss" in row["values"]]
+        self.latest = steps[-1] if steps else self.latest
         if first:
             return [], []  # of earlier launches
         prefix = "validation/"

@@ -43,6 +43,7 @@ _RESERVED_NAMES = {  # beside runs, in a store
     "tokenizers": "tokenizers",
     "mlflow.db": "MLflow's records",
     "mlflow-artifacts": "MLflow's files",
+    "jobs": "logs of jobs",
 }
 
 

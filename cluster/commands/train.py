@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.commands.output import run_arguments, say
 from configs.errors import NotFound, ShardyardError, UsageError
-from configs.schema import ParentConfig, RunConfig
+from configs.schema import ParentConfig, RunConfig, Section
 
 if TYPE_CHECKING:
     from cluster.launch import Run
+    from cluster.targets import Job
 
 
 def train(arguments: Namespace) -> dict[str, Any]:
@@ -34,7 +35,68 @@ def train(arguments: Namespace) -> dict[str, Any]:
             say(arguments, f"The text is encoded with the parent's tokenizer: {overrides[-1]}")
     elif arguments.branch:
         raise UsageError("--branch goes with --from: `shardyard train RECIPE --from RUN@STEP --branch name=...`.")
-    return foreground(arguments, arguments.recipe, overrides)
+    return on_target(arguments, overrides)
+
+
+def on_target(arguments: Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Train where `--on` says: here in the foreground, or as a job of a target, which is followed or left alone."""
+    from configs.targets import LocalTarget, load_target
+
+    settings = load_target(arguments.on)
+    if isinstance(settings, LocalTarget):
+        if arguments.detach:
+            raise UsageError("-d leaves a job at a target; a run on this machine ends with its command. Use --on.")
+        arguments.address = arguments.address or settings.address
+        if arguments.dry_run:
+            return dry_run_here(arguments, overrides)
+        return foreground(arguments, arguments.recipe, overrides)
+    if arguments.address:
+        raise UsageError(f"--address is for this machine, and --on {arguments.on} for another. Use one of them.")
+    return send(arguments, settings, overrides)
+
+
+def dry_run_here(arguments: Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Print the run's config as it would be trained."""
+    from configs.load import dump
+    from trainer.validate import load_recipe, validate
+
+    resolved = load_recipe(arguments.recipe, overrides)
+    validate(resolved)
+    say(arguments, dump(resolved))
+    return {"target": "local", "rendered": dump(resolved)}
+
+
+def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> dict[str, Any]:
+    """Queue the run at a target, and follow it unless told to leave it."""
+    from cluster.following import Following, shared_store
+    from cluster.following import send as submit
+    from cluster.targets import Job, open_target
+    from trainer.validate import load_recipe, validate
+
+    resolved = load_recipe(arguments.recipe, overrides)
+    plan = validate(resolved)
+    job, target, name = Job(resolved), open_target(settings), arguments.on
+    if arguments.dry_run:
+        shared_store(job)
+        text = target.render(job)
+        say(arguments, text)
+        return {"target": name, "rendered": text}
+    job_id = submit(target, name, job)
+    come_back = f"the same command comes back to it, and `shardyard runs stop {_named(job)}` saves and ends it"
+    sent = {"run": job.run, "target": name, "job": job_id}
+    say(arguments, f"{plan.headline()}\nJob {job_id} at {name}.")
+    if arguments.detach:
+        say(arguments, f"It goes on without this command: {come_back}.")
+        return sent
+    try:
+        return Following(target, name, job, job_id, json=arguments.json).wait()
+    except KeyboardInterrupt:
+        say(arguments, f"\nLeft alone, run '{job.run}' goes on at {name}: {come_back}.")
+        return sent
+
+
+def _named(job: Job) -> str:
+    return run_arguments(job.run, job.resolved.config.store)
 
 
 def foreground(arguments: Namespace, recipe: str | Path | RunConfig, overrides: Sequence[str]) -> dict[str, Any]:

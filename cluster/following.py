@@ -1,0 +1,109 @@
+"""A run that is sent to a target, from its submission to its end, as whoever sent it sees it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from cluster.progress_bar import Narrator, View
+from cluster.record_tail import RecordTail
+from cluster.targets import ENDED, Job, Status, Target
+from configs.errors import RunFailed, ShardyardError, UsageError
+from data_pipelines.storage import Store
+from trainer.record import RunRecord
+from trainer.record_rows import decode_value
+
+POLL_S = 2.0
+TAIL_LINES = 15
+
+
+def shared_store(job: Job) -> Store:
+    """The run's store, refused where a target could not see the same. It may be out of sight from here."""
+    uri = job.resolved.config.store
+    if "://" not in uri and not uri.startswith("/"):
+        raise UsageError(
+            f"store={uri} is a folder of this machine, relative to this one. For a target give one that its nodes "
+            "and this machine see alike: an absolute path on a shared file system, or an object store "
+            "(store=/shared/runs, store=s3://bucket/runs)."
+        )
+    return Store(uri)
+
+
+def send(target: Target, name: str, job: Job) -> str:
+    """Queue the run, or find its job that is queued or running already; the job's id."""
+    store = shared_store(job)
+    known = target.find(job.run, job.resolved.config.store)
+    if known is not None:
+        return known
+    record = RunRecord.create(store, job.resolved)  # refused here, not there, if the name is another run's
+    record.event("submitted", target=name)
+    record.close()  # before the job's launcher writes
+    return target.submit(job)
+
+
+class Following:
+    """Tells of a job until it ends. Ctrl-C leaves it: the job goes on."""
+
+    def __init__(self, target: Target, name: str, job: Job, job_id: str, *, json: bool) -> None:
+        self._target, self._name, self._job, self._id = target, name, job, job_id
+        self._narrator = Narrator(sys.stderr if json else sys.stdout)
+        self._record = RunRecord.open(job.resolved.config.store, job.run)
+        self._tail = RecordTail(self._record)
+
+    def wait(self) -> dict[str, Any]:
+        """How it ended.
+
+        Raises:
+            RunFailed: with the run's own account where it has one, else with the last lines of the job's log.
+        """
+        try:
+            while (status := self._target.status(self._id)).state not in ENDED:
+                self._show(status)
+                time.sleep(POLL_S)
+            self._show(status)
+        finally:
+            self._narrator.close()
+        return self._ended(status)
+
+    def _show(self, status: Status) -> None:
+        evaluations, warnings = self._tail.read(now=True)
+        for warning in warnings:
+            self._narrator.notice(warning)
+        for step, values in evaluations:
+            self._narrator.evaluation(step, values)
+        latest = self._tail.latest
+        if status.state == "pending":
+            reason = self._target.why_pending(self._id)
+            self._narrator.show(View(f"waiting at {self._name}: {reason or 'it gives no reason'}"))
+        elif latest is None:
+            self._narrator.show(View(f"starting at {self._name}"))
+        else:
+            values = {key: decode_value(value) for key, value in latest["values"].items()}
+            steps = self._job.resolved.config.steps
+            self._narrator.show(View("", latest["step"], steps, values["loss"], values.get("tokens_per_s")))
+
+    def _ended(self, status: Status) -> dict[str, Any]:
+        if status.state == "refused":
+            self._target.stop(self._id)
+            raise UsageError(f"{self._name} will never start the job, which was taken back: {status.reason}")
+        outcome = self._record.status()
+        failures = [event for event in self._record.events() if event["kind"] == "failed"]
+        if outcome in ("finished", "stopped"):
+            rows = self._record.stitched()
+            step = rows[-1]["step"] if rows else 0
+            return {"run": self._job.run, "outcome": outcome, "step": step, "target": self._name, "job": self._id}
+        if outcome == "failed" and failures:
+            summary = failures[-1].get("summary") or failures[-1].get("error")
+            raise RunFailed(f"{summary} (job {self._id} at {self._name})")
+        raise RunFailed(
+            f"Job {self._id} at {self._name} has ended without the run: {status.reason or status.state}"
+            f"{'' if status.exit_code is None else f', exit code {status.exit_code}'}.{self._last_lines()}"
+        )
+
+    def _last_lines(self) -> str:
+        try:
+            lines = self._target.logs(self._id).splitlines()[-TAIL_LINES:]
+        except ShardyardError as error:
+            return f" Its log cannot be had: {error}"
+        return "\n".join([" Its last lines:", *lines]) if lines else " It has printed nothing."

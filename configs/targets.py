@@ -1,0 +1,168 @@
+"""Where runs can go: the targets of a site, by name, in a file of their own that serves every recipe.
+
+    lab:  {type: ray,     address: "http://head:8265"}
+    hpc:  {type: slurm,   partition: h100, time: "2-00:00:00"}
+    prod: {type: kuberay, namespace: ml, queue: team-a, image: "registry/shardyard:1"}
+
+`local`, this machine, is always there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from configs.errors import NotFound, UsageError
+from configs.messages import explain, nearest, shown
+from configs.problems import ConfigError, Problem, where
+from configs.schema import Section
+from configs.yaml_text import parse
+
+FILE = "targets.yaml"
+_SLURM_TIME = re.compile(r"(?:\d+-)?\d+(?::\d\d){0,2}")
+
+
+class LocalTarget(Section):
+    """This machine: a Ray of the run's own, or one that is running already."""
+
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A Ray to join (auto, HOST:PORT); null starts one for the run.",
+    )
+
+
+class RayTarget(Section):
+    """A Ray cluster that is there already, by its Jobs API."""
+
+    address: str = Field(pattern=r"^https?://", description="The head's dashboard.", examples=["http://head:8265"])
+
+
+def _checked_time(value: Any) -> Any:
+    if isinstance(value, str) and not _SLURM_TIME.fullmatch(value):
+        text = f"{shown(value)} is no time of Slurm's; write 90 (minutes), 12:00:00 or 2-00:00:00 (days-hours)"
+        raise PydanticCustomError("slurm_time", "{text}", {"text": text})
+    return value
+
+
+class SlurmTarget(Section):
+    """A Slurm site, from one of its login nodes; the store is on a file system that all nodes see."""
+
+    partition: str | None = Field(default=None, min_length=1, description="Partition; null is the site's default.")
+    time: Annotated[str | None, BeforeValidator(_checked_time)] = Field(
+        default=None, description="Time limit of a job; null is the partition's.", examples=["2-00:00:00"]
+    )
+    account: str | None = Field(default=None, min_length=1, description="Account; null is the user's default.")
+    workers_per_node: int = Field(default=1, ge=1, description="Workers on each node, by its devices.")
+    notice_s: int = Field(
+        default=120, ge=1, description="Seconds before the time limit at which the run saves and is queued again."
+    )
+    python: str | None = Field(
+        default=None, min_length=1, description="Python on the nodes; null is the one that submits."
+    )
+    setup: tuple[str, ...] = Field(
+        default=(), description="Shell lines before anything else, such as `module load cuda`."
+    )
+    options: tuple[str, ...] = Field(
+        default=(), description="Further options of sbatch, such as --qos=long or --exclusive."
+    )
+
+
+class KuberayTarget(Section):
+    """A Kubernetes cluster with the KubeRay operator; the store is an object store that its pods reach."""
+
+    image: str = Field(min_length=1, description="Image that holds Shardyard.", examples=["registry/shardyard:1"])
+    namespace: str = Field(default="default", min_length=1, description="Namespace of the job.")
+    queue: str | None = Field(default=None, min_length=1, description="Kueue's LocalQueue; null is no queue.")
+    context: str | None = Field(
+        default=None, min_length=1, description="Context of the kubeconfig; null is its current one."
+    )
+    service_account: str | None = Field(
+        default=None, min_length=1, description="Service account of the pods; null is the namespace's."
+    )
+    memory: str = Field(default="8Gi", min_length=1, description="Memory of a worker's pod.")
+    shared_memory: str = Field(default="2Gi", min_length=1, description="Of it, /dev/shm.")
+    secrets: tuple[str, ...] = Field(
+        default=(), description="Secrets whose keys become environment variables of the pods."
+    )
+    time_s: int | None = Field(default=None, ge=1, description="Seconds after which the job is ended; null is never.")
+
+
+TYPES: dict[str, type[Section]] = {
+    "local": LocalTarget,
+    "ray": RayTarget,
+    "slurm": SlurmTarget,
+    "kuberay": KuberayTarget,
+}
+
+
+def target_file() -> Path | None:
+    """The file that holds the targets: in the current folder, else in the user's configuration; None without one."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return next((path for path in (Path(FILE), home / "shardyard" / FILE) if path.is_file()), None)
+
+
+def load_target(name: str) -> Section:
+    """Settings of the target of this name; their class tells its type.
+
+    Raises:
+        NotFound: no target has this name. ConfigError: all that is wrong with the file. UsageError: it is no file of
+        targets.
+    """
+    file = target_file()
+    targets = {} if file is None else load_targets(file)
+    if name in targets:
+        return targets[name]
+    if name == "local":
+        return LocalTarget()
+    known = sorted({*targets, "local"})
+    close = nearest(name, known)
+    hint = f" Did you mean '{close}'?" if close else ""
+    there = f"{file} has: {', '.join(known)}." if file else f"Write it into {FILE}, as in docs/targets.md."
+    raise NotFound(f"There is no target '{name}'.{hint} {there}")
+
+
+def load_targets(file: Path) -> dict[str, Section]:
+    """All targets of a file, by name. Raises as load_target."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}. Check the file and its permissions.") from None
+    parsed = parse(text)
+    origins = {".".join(path): f"{file}:{line}" for path, line in parsed.lines.items() if path}
+    problems = [Problem(f"{file}:{line}", ".".join(path), message) for line, path, message in parsed.problems]
+    if not isinstance(parsed.values, Mapping):
+        problems = problems or [Problem(str(file), "", "write targets in it, each as 'name: {type: ..., ...}'")]
+        raise ConfigError(problems)
+    targets = {}
+    for name, settings in parsed.values.items():
+        target, found = _target(name, settings)
+        targets[name] = target
+        problems += [Problem(where(key, origins, str(file)), key, message) for key, message in found]
+    if problems:
+        raise ConfigError(problems)
+    return {name: target for name, target in targets.items() if target is not None}
+
+
+def _target(name: str, settings: Any) -> tuple[Section | None, list[tuple[str, str]]]:
+    """The target, and (key, message) of all that is wrong with it."""
+    choices = ", ".join(TYPES)
+    if not isinstance(settings, Mapping):
+        return None, [(name, f"a target is a mapping with a type, one of {choices}")]
+    kind = settings.get("type")
+    schema = TYPES.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        close = nearest(str(kind), TYPES)
+        hint = f" did you mean '{close}'?" if close else ""
+        return None, [(f"{name}.type", f"{shown(kind)} is no type of target;{hint} there is {choices}")]
+    values = {key: value for key, value in settings.items() if key != "type"}
+    try:
+        return schema.model_validate(values), []
+    except ValidationError as error:
+        return None, [(f"{name}.{key}", message) for key, message in explain(error, schema, values)]

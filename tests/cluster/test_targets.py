@@ -1,0 +1,115 @@
+"""What targets would submit, and what they say where nothing can be submitted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli import main
+from cluster.following import shared_store
+from cluster.targets import Job, open_target
+from configs.errors import Unreachable, UsageError
+from configs.load import load, load_resolved
+from configs.schema import Section
+from configs.targets import RayTarget, SlurmTarget
+from tests.configs.minimal import minimal
+
+
+def job(**settings: Any) -> Job:
+    return Job(load(minimal(name="demo", store="/shared/runs", **settings)))
+
+
+def slurm_options(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.mark.parametrize(
+    ("workers", "per_node", "gpus", "nodes", "cpus", "gpus_per_node"),
+    [(1, 8, 0, "1", "2", None), (4, 1, 0, "4", "2", None), (9, 4, 1, "3", "8", "4"), (2, 4, 1, "1", "4", "2")],
+)
+def test_slurm_asks_for_what_the_workers_need(
+    workers: int, per_node: int, gpus: int, nodes: str, cpus: str, gpus_per_node: str | None
+) -> None:
+    resources = {"workers": workers, "threads": 2, "gpus_per_worker": gpus}
+    settings = SlurmTarget(workers_per_node=per_node, partition="h100", time="2-00:00:00", options=("--qos=long",))
+    found = slurm_options(open_target(settings).render(job(resources=resources)))
+    assert (found["nodes"], found["cpus-per-task"], found.get("gpus-per-node")) == (nodes, cpus, gpus_per_node)
+    assert (found["partition"], found["time"], found["qos"]) == ("h100", "2-00:00:00", "long")
+    assert "no-kill" not in found and "requeue" in found
+
+
+def test_a_slurm_job_that_may_shrink_survives_a_node() -> None:
+    script = open_target(SlurmTarget()).render(job(resources={"workers": 4, "min_workers": 2}))
+    assert "no-kill" in slurm_options(script)
+
+
+def test_the_slurm_script_is_bash_and_holds_the_whole_config(tmp_path: Path) -> None:
+    sent = job(seed=3)
+    script = open_target(SlurmTarget(setup=("module load cuda",), python="/opt/my env/bin/python")).render(sent)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    replaced = script.replace("exec '/opt/my env/bin/python' -m cluster.targets.slurm_job /shared/runs/jobs", "cat")
+    assert replaced != script
+    replaced = replaced.replace("module load cuda", "true")
+    received = subprocess.run(["bash"], input=replaced, text=True, capture_output=True, check=True).stdout
+    assert load_resolved(received) == sent.resolved
+
+
+def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unreachable, match=r"There is no squeue on this machine\. Submit from a login node"):
+        open_target(SlurmTarget()).find("demo", "/shared/runs")
+
+
+def test_a_ray_head_that_is_not_there() -> None:
+    with pytest.raises(Unreachable, match=r"No Ray dashboard answers at http://127.0.0.1:9: .*port 8265"):
+        open_target(RayTarget(address="http://127.0.0.1:9")).find("demo", "/shared/runs")
+
+
+def test_a_store_that_no_other_machine_sees_is_refused() -> None:
+    relative = Job(load(minimal(name="demo", store="runs")))
+    with pytest.raises(UsageError, match="absolute path on a shared file system, or an object store"):
+        shared_store(relative)
+
+
+@pytest.mark.parametrize(
+    "settings", [RayTarget(address="http://head:8265"), SlurmTarget()], ids=lambda each: type(each).__name__
+)
+def test_a_dry_run_prints_it_and_touches_nothing(
+    settings: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = {RayTarget: "ray", SlurmTarget: "slurm"}[type(settings)]
+    monkeypatch.chdir(tmp_path)
+    given = {"type": kind, **settings.model_dump(exclude_unset=True)}
+    (tmp_path / "targets.yaml").write_text(json.dumps({"there": given}))
+    command = [
+        "train",
+        "language_modeling-gpt-tiny",
+        f"store={tmp_path}/runs",
+        "name=dry",
+        "--on",
+        "there",
+        "--dry-run",
+    ]
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rendered"] in printed.err
+    assert "name: dry" in printed.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_excludes_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "targets.yaml").write_text("there: {type: slurm}\n")
+    recipe = "language_modeling-gpt-tiny"
+    assert main(["train", recipe, "-d"]) == 2
+    assert "-d leaves a job at a target" in capsys.readouterr().err
+    assert main(["train", recipe, "--on", "there", "--address", "auto"]) == 2
+    assert "--address is for this machine" in capsys.readouterr().err
+    assert main(["train", recipe, "--on", "nowhere"]) == 4
