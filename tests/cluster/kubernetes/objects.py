@@ -1,7 +1,8 @@
 """The kinds of objects that a Kubernetes API server knows, and what it demands of one before it is stored.
 
 After kubernetes.io: "Object Names and IDs", "Labels and Selectors", "Kubernetes API Concepts" (Field validation), and
-the project's "API conventions" (Metadata, Response Status Kind). Messages are the real ones.
+the project's "API conventions" (Metadata, Response Status Kind). Messages have the real server's form; none has been
+compared with a running one.
 """
 
 from __future__ import annotations
