@@ -138,7 +138,7 @@ def test_pods_are_restricted_and_bounded(folder: Path) -> None:
 
 @every_folder
 def test_names_are_those_of_something(folder: Path) -> None:
-    """Volumes, claims, ports, selectors; the three Secrets are made by hand."""
+    """Volumes, claims, ports, selectors; the two Secrets are made by hand."""
     manifests = [*render(folder), *render(DEPLOY / "kubernetes/base/platform")]
     made = {(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests}
     for manifest in manifests:
