@@ -153,7 +153,8 @@ def test_following_a_run_and_reading_it_anew_tell_the_same(store: Store) -> None
     record.close()
 
 
-def test_a_run_that_was_begun_anew_under_the_same_name(store: Store) -> None:
+@pytest.mark.parametrize("seen_gone", [True, False])
+def test_a_run_that_was_begun_anew_under_the_same_name(store: Store, seen_gone: bool) -> None:
     page = StorePage(store)
     record = begin(store, "first")
     record.next_attempt()
@@ -161,10 +162,47 @@ def test_a_run_that_was_begun_anew_under_the_same_name(store: Store) -> None:
     record.close()
     assert of(parsed(page.text()), "first")["restarts_total"] == 1
     store.delete_dir("first")
-    assert of(parsed(page.text()), "first") == {}
+    if seen_gone:
+        assert of(parsed(page.text()), "first") == {}
     begin(store, "first", steps=7).close()
     found = of(parsed(page.text()), "first")
     assert (found["steps"], found["restarts_total"]) == (7, 0)
+
+
+def test_a_scrape_reads_what_is_new_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, read = begin(store, "first"), []
+    record.next_attempt()
+
+    class Counted:
+        """A file that says how many bytes are read of it."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self._file.close()
+
+        def seek(self, offset: int) -> None:
+            self._file.seek(offset)
+
+        def read(self) -> bytes:
+            data: bytes = self._file.read()
+            read.append(len(data))
+            return data
+
+    opened = Store.open_input
+    monkeypatch.setattr(Store, "open_input", lambda self, path: Counted(opened(self, path)))
+    page = StorePage(store)
+    for step in range(1, 30):
+        trained(record, step)
+        record.flush()
+        read.clear()
+        assert of(parsed(page.text()), "first")["step"] == step
+        assert sum(read) < 600
+    record.close()
 
 
 def test_what_is_damaged_is_counted_and_hides_nothing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
