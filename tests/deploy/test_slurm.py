@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +83,9 @@ class Job:
             "HEAD_TAKES": "a moment",
         }
         arguments = ["bash", str(SCRIPT), "recipe.yaml", "name=a b"]
-        self.process = subprocess.Popen(arguments, env=given | environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            arguments, env=given | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     @property
     def log(self) -> str:
@@ -102,16 +107,32 @@ class Job:
         return self.process.returncode
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Starts a job; what a failing one would leave is removed."""
+    jobs: list[Job] = []
+
+    def started(**options: Any) -> Job:
+        jobs.append(Job(tmp_path, **options))
+        return jobs[-1]
+
+    yield started
+    for job in jobs:
+        with suppress(ProcessLookupError):
+            os.killpg(job.process.pid, signal.SIGKILL)
+        shutil.rmtree(job.local, ignore_errors=True)
+
+
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_the_jobs_exit_code_is_the_runs(tmp_path: Path, code: int) -> None:
-    job = Job(tmp_path, ENDS_WITH=str(code))
+def test_the_jobs_exit_code_is_the_runs(start: Callable[..., Job], code: int) -> None:
+    job = start(ENDS_WITH=str(code))
     assert job.end() == code
     assert "shardyard train recipe.yaml name=a b --address 10.0.0.1:4321" in job.log
     assert "scontrol" not in job.log
 
 
-def test_ray_is_started_on_every_node_with_a_token_and_no_fixed_port(tmp_path: Path) -> None:
-    job = Job(tmp_path, nodes=4)
+def test_ray_is_started_on_every_node_with_a_token_and_no_fixed_port(start: Callable[..., Job]) -> None:
+    job = start(nodes=4)
     assert job.end() == 0
     head, *others = [line for line in job.log.splitlines() if line.startswith("ray start")]
     (worker,) = others
@@ -127,15 +148,15 @@ def test_ray_is_started_on_every_node_with_a_token_and_no_fixed_port(tmp_path: P
     assert job.log.index("python - 10.0.0.1:4321 4") < job.log.index("shardyard train")
 
 
-def test_one_node_has_no_workers_step(tmp_path: Path) -> None:
-    job = Job(tmp_path, nodes=1)
+def test_one_node_has_no_workers_step(start: Callable[..., Job]) -> None:
+    job = start(nodes=1)
     assert job.end() == 0
     assert job.log.count("ray start --block") == 2  # srun's line and ray's own
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_run_that_makes_room_is_queued_again(tmp_path: Path, number: signal.Signals) -> None:
-    job = Job(tmp_path, ENDS_WITH="never")
+def test_a_run_that_makes_room_is_queued_again(start: Callable[..., Job], number: signal.Signals) -> None:
+    job = start(ENDS_WITH="never")
     job.wait_for(lambda: "shardyard train" in job.log)
     job.process.send_signal(number)
     assert job.end() == 75
@@ -144,8 +165,8 @@ def test_a_run_that_makes_room_is_queued_again(tmp_path: Path, number: signal.Si
     assert job.log.index("ray ended") < job.log.index("scontrol")
 
 
-def test_told_twice_it_ends_as_once(tmp_path: Path) -> None:
-    job = Job(tmp_path, ENDS_WITH="never")
+def test_told_twice_it_ends_as_once(start: Callable[..., Job]) -> None:
+    job = start(ENDS_WITH="never")
     job.wait_for(lambda: "shardyard train" in job.log)
     for _ in range(2):
         job.process.send_signal(signal.SIGUSR1)
@@ -154,22 +175,22 @@ def test_told_twice_it_ends_as_once(tmp_path: Path) -> None:
     assert job.log.count("scontrol requeue") == 1
 
 
-def test_told_before_the_run_began(tmp_path: Path) -> None:
-    job = Job(tmp_path, HEAD_TAKES="long")
+def test_told_before_the_run_began(start: Callable[..., Job]) -> None:
+    job = start(HEAD_TAKES="long")
     job.wait_for(lambda: "ray start" in job.log and job.local.exists())
     job.process.send_signal(signal.SIGUSR1)
     assert job.end() == 75
     assert "shardyard train" not in job.log and "scontrol requeue" in job.log
 
 
-def test_a_head_that_does_not_start_is_said(tmp_path: Path) -> None:
-    job = Job(tmp_path, HEAD_FAILS="yes")
+def test_a_head_that_does_not_start_is_said(start: Callable[..., Job]) -> None:
+    job = start(HEAD_FAILS="yes")
     assert job.end() == 3
     assert "shardyard train" not in job.log and "scontrol" not in job.log
 
 
-def test_the_tokens_folder_is_the_owners_alone(tmp_path: Path) -> None:
-    job = Job(tmp_path, ENDS_WITH="never")
+def test_the_tokens_folder_is_the_owners_alone(start: Callable[..., Job], tmp_path: Path) -> None:
+    job = start(ENDS_WITH="never")
     job.wait_for(lambda: "shardyard train" in job.log)
     (folder,) = tmp_path.glob(".shardyard-*")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
