@@ -203,6 +203,19 @@ def test_a_job_ends() -> None:
     assert recipe.store == "/runs"
 
 
+@every_folder
+def test_rays_shared_memory_is_bounded_memory(folder: Path) -> None:
+    """A container's own /dev/shm has 64 MiB."""
+    for manifest in render(folder):
+        if manifest["kind"] in CUSTOM:
+            rays = [pod for pod in pods(manifest) if pod["containers"][0]["name"].startswith("ray-")]
+            assert len(rays) == 2
+            for pod in rays:
+                (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["mountPath"] == "/dev/shm"]
+                (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+                assert volume["emptyDir"]["medium"] == "Memory" and volume["emptyDir"]["sizeLimit"].endswith("Gi")
+
+
 def test_the_cluster_of_a_job_is_the_one_that_stays() -> None:
     def bare(folder: str, kind: str) -> Any:
         (manifest,) = [m for m in render(DEPLOY / "kubernetes" / folder) if m["kind"] == kind]
