@@ -86,6 +86,17 @@ def test_the_image_holds_the_packages() -> None:
     assert images == {version}
 
 
+def test_the_driver_that_postgres_is_asked_through_is_installed() -> None:
+    """SQLAlchemy's own choice for postgresql:// is another one."""
+    uris = {uri for path in texts() for uri in re.findall(r"\bpostgresql[\w+]*://[\w@.:/]+", path.read_text())}
+    assert uris and all(uri.startswith("postgresql+psycopg2://mlflow@") for uri in uris)  # and no password
+    assert re.search(r"pip install .*\bpsycopg2-binary$", DOCKERFILE.read_text(), re.MULTILINE)
+    pytest.importorskip("psycopg2", reason=f"needs psycopg2-binary: {EXTRA}")
+    from sqlalchemy import make_url
+
+    assert {make_url(uri).get_dialect().import_dbapi().__name__ for uri in uris} == {"psycopg2"}
+
+
 # --- compose
 
 
