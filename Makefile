@@ -6,11 +6,11 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-runs test-rest check lint types chaos matrix bench results peers lock clean
+.PHONY: help setup demo test test-runs test-rest test-cluster check lint types chaos matrix bench results peers lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## a .venv with the pinned versions (uses the network)
 
@@ -31,13 +31,16 @@ test: lint types  ## lint, types and all tests that need no root and no daemon, 
 # Two processes side by side, of which each takes about half of the time.
 RUNS := tests/trainer tests/cluster tests/chaos
 test-runs: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 $(RUNS)
+	$(BIN)/python -m pytest -m "not slow and not daemon" --durations=15 $(RUNS)
 
 test-rest: setup
-	$(BIN)/python -m pytest -m "not slow" --durations=15 $(RUNS:%=--ignore=%)
+	$(BIN)/python -m pytest -m "not slow and not daemon" --durations=15 $(RUNS:%=--ignore=%)
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
-	$(BIN)/python -m pytest -m "not slow and not longer and not distributed and not ray"
+	$(BIN)/python -m pytest -m "not slow and not daemon and not longer and not distributed and not ray"
+
+test-cluster: setup  ## the tests that need root, or tools of the system (-rs says which were missing)
+	$(BIN)/python -m pytest -rs -m "daemon"
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data_commands(commands, command)
     doctor = command(commands, "doctor", "doctor:doctor", "check this machine: packages, devices, Ray, MLflow, disk")
     _add_store(doctor)
+    _add_metrics_command(commands, command)
     return parser
 
 
@@ -209,6 +210,21 @@ def _add_data_commands(commands: Any, command: Any) -> None:
     export = command(data, "export", "data:export", "write a data set as Parquet files")
     _add_recipe(export, _DATA_SET)
     export.add_argument("--out", metavar="FOLDER", required=True, help="folder or URI to write to")
+
+
+def _add_metrics_command(commands: Any, command: Any) -> None:
+    metrics = command(commands, "metrics", "metrics:metrics", "tell Prometheus how the runs of a store go")
+    _add_store(metrics)
+    metrics.add_argument("--once", action="store_true", help="print the page and end")
+    metrics.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    metrics.add_argument("--port", type=_port, default=9871, help="default: 9871; 0 takes a free one")
+    metrics.add_argument("--token-file", metavar="FILE", help="who asks must show what is in it as a bearer token")
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port, from 0 to 65535")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -26,7 +26,7 @@ from tests.data_pipelines.small_sets import some_rows, write_set
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "tests/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "tests/**/*.md", "deploy/**/*.md")
     for page in ROOT.glob(pattern)
 )
 # The text of `...`, but not of a fenced block; a code span may be broken over lines.

@@ -95,7 +95,8 @@ def test_every_command_has_a_function() -> None:
 
     found = set()
     for command in [
-        *(["init"], ["check", "r"], ["train", "r"], ["logs", "r"], ["generate", "r"], ["export", "r", "f"], ["doctor"]),
+        *(["init"], ["check", "r"], ["train", "r"], ["logs", "r"], ["generate", "r"], ["export", "r", "f"]),
+        *(["doctor"], ["metrics"]),
         *(["runs", "ls"], *(["runs", name, "r"] for name in ("show", "stop", "sync", "resume"))),
         *(["data", name, "r"] for name in ("build", "inspect", "verify")),
         *(["data", "diff", "a", "b"], ["data", "export", "r", "--out", "f"]),
@@ -103,7 +104,7 @@ def test_every_command_has_a_function() -> None:
         module, _, function = build_parser().parse_args(command).handler.partition(":")
         assert callable(getattr(importlib.import_module(f"cluster.commands.{module}"), function))
         found.add(f"{module}:{function}")
-    assert len(found) == 17
+    assert len(found) == 18
 
 
 def test_overrides_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
