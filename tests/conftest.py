@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Files without processes of their own that still take many seconds together; `make check` leaves them out.
 LONGER = (
     "cluster/test_data_commands.py",
+    "cluster/test_kubernetes_server.py",
     "cluster/test_mlflow_copy.py",
     "contract/test_models.py",
     "data_pipelines/test_buckets.py",

@@ -16,7 +16,7 @@ import pytest
 from tests.cluster.slurm_site import GRACE_S, NODES, ROOT, SlurmSite, missing
 from tests.cluster.waiting import alive, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")]
+pytestmark = [pytest.mark.daemon, pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")]
 
 # Whole nodes, as training takes them; else two jobs of one CPU each would run beside each other.
 WHOLE = ("--nodes=2", "--ntasks-per-node=1", "--exclusive", "--open-mode=append")

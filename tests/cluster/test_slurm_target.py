@@ -18,7 +18,7 @@ from tests.cluster.slurm_site import ROOT, SlurmSite, missing
 from tests.cluster.waiting import wait_for
 from trainer.record import RunRecord
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")]
+pytestmark = [pytest.mark.daemon, pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")]
 
 TARGETS = """\
 hpc: {type: slurm, partition: low, time: "10", options: [--exclusive]}
