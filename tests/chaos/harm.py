@@ -22,6 +22,7 @@ from typing import Any
 
 import tests.preload  # noqa: F401
 from data_pipelines.batches import MicroBatch
+from tests.distributed.small_runs import allow_emulated_fp16
 from trainer.progress import Progress
 from trainer.session import Session
 from trainer.worker import run_worker
@@ -103,6 +104,7 @@ def train_and_hold(
 
     So it does not reach its end before there is room for more workers. It says so in HELD.
     """
+    allow_emulated_fp16()
     folder = Path(store_uri)
     note_examples(folder, attempt, rank)
     hold = folder / HOLD

@@ -17,6 +17,7 @@ from configs.load import load
 from configs.schema import ResourcesConfig
 from data_pipelines.storage import Store
 from tests.chaos.harm import note_examples
+from tests.distributed.small_runs import allow_emulated_fp16
 from tests.pool import run_workers
 from trainer import checkpoint
 from trainer.distributed import World
@@ -70,6 +71,7 @@ def undisturbed(world: World, settings: dict[str, Any]) -> None:
     from trainer.run_datasets import decide_together
     from trainer.session import open_session
 
+    allow_emulated_fp16()
     record = RunRecord.create(Store(settings["store"]), load(settings)) if world.rank == 0 else None
     torch.distributed.barrier()
     record = record or RunRecord.open(settings["store"], settings["name"], rank=world.rank)

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster import controller, policies, train
-from configs.errors import RunFailed
 from tests.chaos.harm import HELD, HOLD
 from tests.chaos.runs import (
     WORKERS,
@@ -28,7 +26,6 @@ from tests.chaos.runs import (
     train_undisturbed,
 )
 from tests.cluster.waiting import wait_for
-from trainer.device import unsupported
 from trainer.record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.distributed, pytest.mark.slow]
@@ -138,12 +135,6 @@ def test_the_loss_stays_close(
     seed: int, precision: str, nodes: Any, tmp_path: Path, undisturbed: dict[tuple[str, str], str]
 ) -> None:
     settings = elastic(tmp_path) | {"precision": precision}
-    if (refusal := unsupported(torch.device("cpu"), precision)) is not None:
-        with pytest.raises(RunFailed) as refused:  # by the workers: the launcher may be another machine
-            train(settings, quiet=True).wait()
-        assert refusal in str(refused.value)
-        print(f"{precision}: {refusal}")
-        return
     expected = undisturbed[precision, "cluster"]
     resized(nodes, settings, make_schedule(seed), f"{precision}, seed {seed}")
     assert examples_of(settings["store"]) == examples_of(expected)

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from configs.schema import CheckpointConfig, RunConfig
 from data_pipelines.storage import Store
 from tests.distributed.language_batches import rank_micro_batches
+from tests.distributed.small_runs import allow_emulated_fp16
 from tests.distributed.test_parity import Case, task
 from tests.pool import WorkerFailed, run_workers
 from trainer import checkpoint, engine_state
 from trainer.checkpoint import Checkpointer
 from trainer.checkpoint_files import file_name, save_id
-from trainer.device import unsupported
 from trainer.engine import Engine, _import_deepspeed
 from trainer.progress import Progress
 from trainer.snapshot import Reading
@@ -73,6 +73,8 @@ class Model(nn.Module):
 def make_engine(world: Any, cell: Cell, seed: int = 0) -> Any:
     gc.freeze()  # DeepSpeed collects garbage for each engine, which walks all that the warm process imported
     deepspeed = _import_deepspeed()
+    if cell.precision == "fp16":
+        allow_emulated_fp16()
     torch.manual_seed(seed)
     module = Model()
     decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
@@ -228,7 +230,6 @@ def test_resuming_is_bit_identical_to_never_having_stopped(tmp_path: Path, world
     assert classes["stage3-fp32-AdamW"] == "DeepSpeedZeroOptimizer_Stage3"
 
 
-@pytest.mark.skipif(unsupported(torch.device("cpu"), "fp16") is not None, reason="no fp16 on this processor")
 def test_fp16_resumes_with_its_loss_scaler(tmp_path: Path) -> None:
     cells = [Cell(stage, "fp16") for stage in (1, 2, 3)]
     reports = run_workers(resume_worker, 2, str(tmp_path), cells)

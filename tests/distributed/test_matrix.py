@@ -23,13 +23,13 @@ from configs.schema import CheckpointConfig, RunConfig
 from data_pipelines.loader import MicroBatch
 from data_pipelines.storage import Store
 from tests.configs.minimal import minimal
+from tests.distributed.small_runs import allow_emulated_fp16
 from tests.distributed.test_checkpoint import everything
 from tests.distributed.zoo import Cell as ZooCell
 from tests.distributed.zoo import micro_batches
 from tests.pool import run_workers
 from trainer import checkpoint
 from trainer.checkpoint import Checkpointer
-from trainer.device import unsupported
 from trainer.distributed import World
 from trainer.engine import Engine
 from trainer.engine_layout import persistent_buffers
@@ -37,11 +37,10 @@ from trainer.progress import Progress
 
 pytestmark = pytest.mark.distributed
 
-PRECISIONS = [each for each in ("fp32", "bf16", "fp16") if unsupported(torch.device("cpu"), each) is None]
 FACTORS: dict[str, list[Any]] = {
     "model": ["gpt", "cnn", "lstm"],
     "optimizer": ["adamw", "sgd"],
-    "precision": PRECISIONS,
+    "precision": ["fp32", "bf16", "fp16"],
     "offload": [False, True],
     "stage": [0, 1, 2, 3],
     "size": [1, 2, 3, 4],
@@ -137,6 +136,8 @@ def own_slots(config: RunConfig, batches: list[dict[str, Tensor]], world: World)
 
 
 def make_engine(source: Source, stage: int, world: World) -> Engine:
+    if source.precision == "fp16":
+        allow_emulated_fp16()
     model = ZooCell(source.model, stage, source.precision, world.size).bound_model()
     return Engine(model, source.config(stage), world)
 
