@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.cli import parse
 from cluster.commands import train as command
 from configs.load import load
 from data_pipelines.loader import evaluation_batches
@@ -162,7 +162,7 @@ def launched_from(monkeypatch: pytest.MonkeyPatch, recipe: Path, source: str, *o
     """The config with which `shardyard train RECIPE --from SOURCE` launches."""
     found: list[Any] = []
     monkeypatch.setattr(command, "foreground", lambda _, recipe, overrides: found.append(load(recipe, overrides)))
-    command.train(Namespace(recipe=str(recipe), overrides=list(overrides), parent=source, branch=False, json=False))
+    command.train(parse(["train", str(recipe), "--from", source, *overrides]))
     config: dict[str, Any] = found[0].config.model_dump(mode="json")
     return config
 
