@@ -37,6 +37,11 @@ def send(target: Target, name: str, job: Job) -> str:
     if known is not None:
         return known
     record = RunRecord.create(store, job.resolved)  # refused here, not there, if the name is another run's
+    if record.status() == "finished":
+        raise UsageError(
+            f"Run '{job.run}' has finished already; there is nothing left to train. Start a new run under another name "
+            f"(name=...), from this one's weights if you like: --from {job.run}."
+        )
     record.event("submitted", target=name)
     record.close()  # before the job's launcher writes
     return target.submit(job)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 Status = Literal["queued", "running", "finished", "stopped", "failed", "lost"]
 Row = dict[str, Any]
 
-_WAITING = {"created", "queued"}
+_WAITING = {"created", "submitted", "queued"}
 _WORKING = {"placed", "started", "restarted"}
 _ENDED: dict[str, Status] = {"finished": "finished", "stopped": "stopped"}
 

@@ -89,10 +89,15 @@ def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> d
         say(arguments, f"It goes on without this command: {come_back}.")
         return sent
     try:
-        return Following(target, name, job, job_id, json=arguments.json).wait()
+        result = Following(target, name, job, job_id, json=arguments.json).wait()
     except KeyboardInterrupt:
         say(arguments, f"\nLeft alone, run '{job.run}' goes on at {name}: {come_back}.")
         return sent
+    say(
+        arguments,
+        f"Run '{job.run}' has {result['outcome']} after step {result['step']:,}: shardyard runs show {_named(job)}",
+    )
+    return result
 
 
 def _named(job: Job) -> str:

@@ -192,13 +192,11 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     """End Ray on this node; its exit code where it ended by itself."""
     import psutil
 
+    from cluster.embedded_ray import end_processes
+
     if process.poll() is not None:
         return process.returncode
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    psutil.wait_procs(family, timeout=5)
+    end_processes([psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)])
     return 0
 
 

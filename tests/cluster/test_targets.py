@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from cluster.cli import main
-from cluster.following import shared_store
-from cluster.targets import Job, open_target
-from configs.errors import Unreachable, UsageError
+from cluster.following import Following, send, shared_store
+from cluster.targets import Job, Status, open_target
+from configs.errors import RunFailed, Unreachable, UsageError
 from configs.load import load, load_resolved
 from configs.schema import Section
 from configs.targets import RayTarget, SlurmTarget
+from data_pipelines.storage import Store
 from tests.configs.minimal import minimal
+from trainer.record import RunRecord
 
 
 def job(**settings: Any) -> Job:
@@ -113,3 +115,62 @@ def test_what_excludes_each_other(
     assert main(["train", recipe, "--on", "there", "--address", "auto"]) == 2
     assert "--address is for this machine" in capsys.readouterr().err
     assert main(["train", recipe, "--on", "nowhere"]) == 4
+
+
+class Dead:
+    """A target whose job ends before its launcher has written a word."""
+
+    def __init__(self, status: Status) -> None:
+        self.ends, self.stopped = status, False
+
+    def find(self, run: str, store: str) -> None:
+        return None
+
+    def submit(self, job: Job) -> str:
+        return "1"
+
+    def status(self, job_id: str) -> Status:
+        return self.ends
+
+    def why_pending(self, job_id: str) -> str:
+        return self.ends.reason
+
+    def logs(self, job_id: str) -> str:
+        return "one\ntwo"
+
+    def stop(self, job_id: str) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize("before", [None, "stopped", "failed"])
+def test_a_job_that_dies_before_its_launcher_is_a_failure_whatever_the_run_was_before(
+    tmp_path: Path, before: str | None
+) -> None:
+    sent = Job(load(minimal(name="demo", store=str(tmp_path))))
+    if before is not None:
+        record = RunRecord.create(Store(str(tmp_path)), sent.resolved)
+        record.event(before, step=3, final=True)
+        record.close()
+    target = Dead(Status("failed", "NODE_FAIL", 9))
+    following = Following(target, "hpc", sent, send(target, "hpc", sent), json=True)
+    with pytest.raises(
+        RunFailed, match=r"Job 1 at hpc has ended without the run: NODE_FAIL, exit code 9\. Its last lines:\none\ntwo"
+    ):
+        following.wait()
+
+
+def test_a_run_that_has_finished_is_not_sent_again(tmp_path: Path) -> None:
+    sent = Job(load(minimal(name="demo", store=str(tmp_path))))
+    record = RunRecord.create(Store(str(tmp_path)), sent.resolved)
+    record.event("finished", step=3)
+    record.close()
+    with pytest.raises(UsageError, match="has finished already; there is nothing left to train"):
+        send(Dead(Status("failed")), "hpc", sent)
+    assert RunRecord.open(str(tmp_path), "demo").status() == "finished"
+
+
+def test_a_job_that_will_never_start_is_taken_back(tmp_path: Path) -> None:
+    sent, target = Job(load(minimal(name="demo", store=str(tmp_path)))), Dead(Status("refused", "no such nodes"))
+    with pytest.raises(UsageError, match="will never start the job, which was taken back: no such nodes"):
+        Following(target, "hpc", sent, send(target, "hpc", sent), json=True).wait()
+    assert target.stopped
