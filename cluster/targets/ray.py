@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 import sysconfig
 import tempfile
@@ -20,16 +21,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.commands.output import age
 from cluster.ray_cluster import knock
-from cluster.targets import Job, Status
+from cluster.ray_queue import TABLE_FILE
+from cluster.targets import Job, Queued, Status, same_store
 from configs.errors import Unreachable, UsageError
 from configs.targets import RayTarget
 
 PACKAGES = ("configs", "data_pipelines", "trainer", "cluster")
-ENTRYPOINT = "python -m cluster.cli train run.yaml --address auto"
+PROGRAM = "python -m cluster.targets.ray_job"
 # Ray kills a job that it is told to stop after 3 s otherwise: too soon for a save.
 STOP_WAIT_S = 300
-AGENT_WAIT_S = 5.0
+AGENT_WAIT_S = ANSWER_TIMEOUT_S = 5.0
+# A table of the queue that is so old is of a queue that is gone.
+STALE_S = 30.0
 _STATES = {
     "PENDING": "pending",
     "RUNNING": "running",
@@ -47,19 +52,20 @@ class Target:
 
     def render(self, job: Job) -> str:
         """The request, and run.yaml."""
-        request = self._request(job) | {"working_dir": [*PACKAGES, *map(str, _own_modules(job)), "run.yaml"]}
+        request = self._request(job, f"{job.run}-XXXXXXXX")
+        request["runtime_env"]["working_dir"] = [*PACKAGES, *map(str, _own_modules(job)), "run.yaml"]
         return f"POST {self._address}/api/jobs/\n{json.dumps(request, indent=2)}\n\n# run.yaml\n{job.recipe}"
 
     def submit(self, job: Job) -> str:
         """Upload the code and the config, and queue the launcher."""
         with self._client() as client, tempfile.TemporaryDirectory(prefix="shardyard-job-") as folder:
             _fill(Path(folder), job)
-            request = self._request(job)
+            request = self._request(job, f"{job.run}-{os.urandom(4).hex()}")
             request["runtime_env"]["working_dir"] = folder
             deadline = time.monotonic() + AGENT_WAIT_S
             while True:
                 try:
-                    return str(client.submit_job(submission_id=f"{job.run}-{os.urandom(4).hex()}", **request))
+                    return str(client.submit_job(**request))
                 except RuntimeError as error:  # a head that has just started
                     if "No available agent" not in str(error) or time.monotonic() > deadline:
                         raise
@@ -69,8 +75,8 @@ class Target:
         """The run's job that has not ended."""
         with self._client() as client:
             for details in client.list_jobs():
-                mine = (details.metadata or {}).get("shardyard.run") == run
-                mine = mine and (details.metadata or {}).get("shardyard.store") == store
+                labels = details.metadata or {}
+                mine = labels.get("shardyard.run") == run and same_store(labels["shardyard.store"], store)
                 if mine and details.submission_id and _STATES[details.status.value] in ("pending", "running"):
                     found: str = details.submission_id
                     return found
@@ -85,13 +91,23 @@ class Target:
                 if "does not exist" in str(error):
                     return Status("gone", f"the cluster at {self._address} knows no job {job_id}")
                 raise
-        state = _STATES[details.status.value]
+            state = _STATES[details.status.value]
+            rows = self._table(client) if state == "running" else []
+        for row in rows:
+            if row["job"] == job_id and row["state"] == "waiting":
+                return Status("pending", f"{row['position']} in the queue: {row['why']}{_may_start(row['may_start'])}")
         code = 0 if state == "finished" else details.driver_exit_code
         return Status(state, details.message or "", code)  # type: ignore[arg-type]
 
     def why_pending(self, job_id: str) -> str:
-        """Ray's words."""
+        """The queue's reason."""
         return self.status(job_id).reason
+
+    def queue(self) -> list[Queued]:
+        """As the cluster's queue published it last."""
+        with self._client() as client:
+            rows = self._table(client)
+        return [Queued(**row) for row in rows]
 
     def logs(self, job_id: str) -> str:
         """Asked for anew each time, since a stream of them can end before the job does."""
@@ -104,13 +120,33 @@ class Target:
         with self._client() as client:
             client.stop_job(job_id)
 
-    def _request(self, job: Job) -> dict[str, Any]:
+    def _request(self, job: Job, job_id: str) -> dict[str, Any]:
         config = job.resolved.config
+        expected = "" if job.expected_s is None else f" --expected-s {job.expected_s:.0f}"
+        seat = f"--user {shlex.quote(job.user)} --priority {job.priority} --submitted-at {time.time():.3f}{expected}"
         return {
-            "entrypoint": ENTRYPOINT,
+            "submission_id": job_id,
+            "entrypoint": f"{PROGRAM} {job_id} {seat}",
             "metadata": {"shardyard.run": config.name, "shardyard.store": config.store},
             "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
         }
+
+    def _table(self, client: Any) -> list[dict[str, Any]]:
+        """What cluster/ray_queue.py wrote among the head's logs; nothing where there is no queue at the moment."""
+        found = client._do_request("GET", "/api/v0/nodes", timeout=ANSWER_TIMEOUT_S)
+        if found.status_code != 200:
+            raise RuntimeError(f"Request failed with status code {found.status_code}: {found.text}")
+        nodes = found.json()["data"]["result"]["result"]
+        head = next((node["node_id"] for node in nodes if node["is_head_node"]), None)
+        if head is None:
+            return []
+        where = f"/api/v0/logs/file?node_id={head}&filename={TABLE_FILE}&lines=1"
+        answer = client._do_request("GET", where, timeout=ANSWER_TIMEOUT_S)
+        try:
+            table = json.loads(answer.text[answer.text.index("{") :])
+        except ValueError:  # no such file, in words
+            return []
+        return list(table["jobs"]) if time.time() < table["time"] + STALE_S else []
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
@@ -165,6 +201,10 @@ def _own_modules(job: Job) -> list[Path]:
             path = Path(spec.origin)
             found.append(path.parent if path.name == "__init__.py" else path)
     return sorted(set(found))
+
+
+def _may_start(may_start: float | None) -> str:
+    return "" if may_start is None else f"; it may start in {age(max(0.0, may_start - time.time()))}"
 
 
 def _first_line(error: Exception) -> str:
