@@ -1,4 +1,4 @@
-"""The queue on a real Ray cluster of three hosts: gangs, preemption with the same weights, and the loss of the queue."""
+"""The queue on a real Ray cluster of three hosts: gangs, preemption with the same weights, the loss of the queue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,15 @@ def placed_until(user: User) -> list[tuple[float, float]]:
     return spans
 
 
-def queue_process(site: RaySite) -> psutil.Process:
-    """The queue's, of this cluster."""
+def queue_processes(site: RaySite) -> list[psutil.Process]:
+    """The queue's, of this cluster: one, or none."""
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             of_site = process.environ().get("RAY_AUTH_TOKEN_PATH") == site.environment["RAY_AUTH_TOKEN_PATH"]
             if of_site and "QueueActor" in " ".join(process.cmdline()):
-                return process
-    raise AssertionError("there is no queue")
+                found.append(process)
+    return found
 
 
 def test_two_gangs_of_the_whole_cluster_run_one_after_the_other(site: RaySite, tmp_path: Path) -> None:
@@ -102,7 +104,8 @@ def test_a_preempted_run_ends_with_the_same_weights_though_the_queue_is_killed(s
     assert 10 <= saved < LONG
     assert low.record().events()[-1]["kind"] == "queued"
 
-    queue_process(site).kill()
+    (queue,) = queue_processes(site)
+    queue.kill()
     wait_for(lambda: len(queue_of(low)) == 3, "all in the queue again", TRAIN_S)
     found = [(row["store"], row["state"]) for row in queue_of(low)]
     if status(high) == "running":
@@ -111,7 +114,7 @@ def test_a_preempted_run_ends_with_the_same_weights_though_the_queue_is_killed(s
     for user in (low, high, later):
         wait_for(lambda user=user: status(user) == "finished", "its end", TRAIN_S)
     spans = sorted(span for user in (low, high, later) for span in placed_until(user))
-    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False)), "two had places at once"
+    assert all(before[1] <= after[0] for before, after in pairwise(spans)), "two had places at once"
     assert len(placed_until(low)) == 2, "it was preempted once"
     assert placed_until(low)[1] < placed_until(later)[0], "the one that was there first goes on first"
     undisturbed = recipe(tmp_path / "undisturbed", LONG) | EXACT
@@ -146,13 +149,4 @@ def test_quotas_hold_and_the_queue_goes_when_nobody_needs_it(site: RaySite, tmp_
         assert time.monotonic() - began < 60
     finally:
         quota.unlink()
-    wait_for(lambda: "QueueActor" not in str([process.cmdline() for process in _of(site)]), "the queue's end", TRAIN_S)
-
-
-def _of(site: RaySite) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("RAY_AUTH_TOKEN_PATH") == site.environment["RAY_AUTH_TOKEN_PATH"]:
-                found.append(process)
-    return found
+    wait_for(lambda: queue_processes(site) == [], "the queue's end", TRAIN_S)
