@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sysconfig
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from cluster.ray_cluster import knock
 from cluster.targets import Job, Status
+from cluster.targets.ray_dashboard import open_client, refuse_too_much
 from configs.errors import Unreachable, UsageError
 from configs.targets import RayTarget
 
@@ -53,6 +53,7 @@ class Target:
     def submit(self, job: Job) -> str:
         """Upload the code and the config, and queue the launcher."""
         with self._client() as client, tempfile.TemporaryDirectory(prefix="shardyard-job-") as folder:
+            refuse_too_much(client, job.resolved.config.resources)
             _fill(Path(folder), job)
             request = self._request(job)
             request["runtime_env"]["working_dir"] = folder
@@ -115,26 +116,24 @@ class Target:
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         """A client, whose errors become ours."""
-        from ray.job_submission import JobSubmissionClient
+        from ray.exceptions import AuthenticationError
 
         parts = urlsplit(self._address)
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of each upload
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
             knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-            yield JobSubmissionClient(self._address)
+            yield open_client(self._address)
         except (ConnectionError, OSError) as error:
             raise Unreachable(
                 f"No Ray dashboard answers at {self._address}: {_first_line(error)} Is the address that of the head's "
                 "dashboard (port 8265), and was the head started with --dashboard-host 0.0.0.0, or is there a tunnel?"
             ) from error
+        except AuthenticationError as error:
+            raise Unreachable(
+                f"The Ray cluster at {self._address} refuses us: {_first_line(error).partition('. ')[0]}. Set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+            ) from error
         except RuntimeError as error:
             said = _first_line(error)
-            if "401" in said or "403" in said or "oken" in said:
-                raise Unreachable(
-                    f"The Ray cluster at {self._address} refuses us: {said} Set RAY_AUTH_MODE=token and "
-                    "RAY_AUTH_TOKEN_PATH to the cluster's token."
-                ) from error
             if "No available agent" in said:
                 raise Unreachable(
                     f"The Ray cluster at {self._address} has a dashboard, but no agent that starts jobs: see "
