@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from cluster.commands.output import run_arguments
 from cluster.progress_bar import Narrator, View
 from cluster.record_tail import RecordTail
 from cluster.targets import ENDED, Job, Status, Target
@@ -153,16 +154,20 @@ class Following:
             return {"run": self._job.run, "outcome": outcome, "step": step, "target": self._name, "job": self._id}
         if outcome == "failed" and failures:
             summary = failures[-1].get("summary") or failures[-1].get("error")
-            raise RunFailed(f"{summary} (job {self._id} at {self._name})")
+            named = run_arguments(self._job.run, self._job.resolved.config.store)
+            raise RunFailed(
+                f"{summary} (job {self._id} at {self._name}) All of it: shardyard runs show {named}. Once that is put "
+                "right, the same command goes on with the run."
+            )
         if status.state == "gone":
             raise Unreachable(
-                f"{self._name} has lost job {self._id} ({status.reason}), as when its cluster was started anew, and run "
-                f"'{self._job.run}' has not ended: {self._go_on()}"
+                f"{self._name} has lost job {self._id} ({status.reason}), as when its cluster was started anew, and "
+                f"run '{self._job.run}' has not ended: {self._go_on()}"
             )
-        raise RunFailed(
-            f"Job {self._id} at {self._name} has ended without the run: {status.reason or status.state}"
-            f"{'' if status.exit_code is None else f', exit code {status.exit_code}'}.{self._last_lines()}"
-        )
+        reason = status.reason or status.state
+        if status.exit_code is not None and f"exit code {status.exit_code}" not in reason:
+            reason += f", exit code {status.exit_code}"
+        raise RunFailed(f"Job {self._id} at {self._name} has ended without the run: {reason}.{self._last_lines()}")
 
     def _last_lines(self) -> str:
         try:

@@ -88,7 +88,8 @@ class Target:
                 raise
         state = _STATES[details.status.value]
         code = 0 if state == "finished" else details.driver_exit_code
-        return Status(state, details.message or "", code)  # type: ignore[arg-type]
+        reason = (details.message or "").partition(", last available logs")[0]  # they are in logs(), too
+        return Status(state, reason, code)  # type: ignore[arg-type]
 
     def why_pending(self, job_id: str) -> str:
         """Ray's words."""
@@ -128,8 +129,9 @@ class Target:
                 "dashboard (port 8265), and was the head started with --dashboard-host 0.0.0.0, or is there a tunnel?"
             ) from error
         except AuthenticationError as error:
+            said = _first_line(error).partition(". ")[0]
             raise Unreachable(
-                f"The Ray cluster at {self._address} refuses us: {_first_line(error).partition('. ')[0]}. Set RAY_AUTH_MODE=token and "
+                f"The Ray cluster at {self._address} refuses us: {said}. Set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
             ) from error
         except RuntimeError as error:
@@ -160,9 +162,9 @@ def _own_modules(job: Job) -> list[Path]:
     found = []
     for name in (config.task.name, config.model.name, config.data.name):
         spec = importlib.util.find_spec(name.partition(".")[0]) if "." in name else None
-        if spec is not None and spec.origin is not None and not spec.origin.startswith(installed):
-            path = Path(spec.origin)
-            found.append(path.parent if path.name == "__init__.py" else path)
+        if spec is not None:  # a package, with or without an __init__.py, has folders; a module has a file alone
+            paths = spec.submodule_search_locations or filter(None, [spec.origin])
+            found += [Path(path) for path in paths if not path.startswith(installed)]
     return sorted(set(found))
 
 

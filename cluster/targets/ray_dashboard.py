@@ -25,7 +25,8 @@ def open_client(address: str) -> Any:
             timeout_s = ANSWER_S if method == "GET" else SUBMIT_S
             return super()._do_request(method, endpoint, timeout=timeout_s, **rest)
 
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # it tells of each upload
+    for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):  # they tell of each upload
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     return Client(address)
 
 

@@ -120,6 +120,11 @@ class Network:
         self._on_bridge("link", "del", f"to-{name}")
         self._places.pop(name).end()
 
+    def stop_hosts(self) -> None:
+        """The same for all hosts that are there."""
+        for name in [name for name in self._places if name != _BRIDGE]:
+            self.stop_host(name)
+
     def cut(self, name: str) -> None:
         """From now on nothing gets to or from a host; nobody is told."""
         self._on_bridge("link", "set", f"to-{name}", "down")

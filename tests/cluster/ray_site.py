@@ -99,6 +99,11 @@ class RaySite:
         """Undo cut(). A node that was given up meanwhile ends its Ray: kill and start it."""
         self._network.mend(name)
 
+    def restart(self) -> None:
+        """End all hosts as by a power cut, and start the cluster anew: it knows nothing of the old one."""
+        self._network.stop_hosts()
+        self._start_hosts()
+
     def wait_for_nodes(self) -> None:
         """Until the cluster has all hosts, and no other."""
         wait_for(lambda: self._alive() == set(self.addresses.values()), "a cluster of all hosts", START_S)
@@ -112,6 +117,9 @@ class RaySite:
         token.touch(0o600)
         token.write_text(self._token)
         self._network.start()
+        self._start_hosts()
+
+    def _start_hosts(self) -> None:
         self._start_host(
             HEAD, f"--head --num-cpus=0 --dashboard-host={self.addresses[HEAD]} --dashboard-port={DASHBOARD_PORT}"
         )
