@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,3 +80,41 @@ def test_it_trains_in_the_ray_that_is_there(hosts: Hosts, tmp_path: Path, how: t
 def test_it_has_no_more_room_than_that_one(hosts: Hosts, tmp_path: Path) -> None:
     code, said = hosts.run(BUSY, user_of(hosts, tmp_path, **TWO), "train", "run.yaml", "--on", "here")
     assert code == 3 and "which is more than the whole cluster has: it has 1 CPU" in said, said
+
+
+def test_where_no_ray_runs(hosts: Hosts, tmp_path: Path) -> None:
+    user = user_of(hosts, tmp_path, **ONE)
+    for how in (("--on", "here"), ("--address", "auto")):
+        code, said = hosts.run(EMPTY, user, "train", "run.yaml", *how)
+        assert code == 3 and "No Ray runs on this machine" in said and "or leave --address out" in said, said
+
+
+def test_where_the_one_that_ran_is_gone(hosts: Hosts, tmp_path: Path) -> None:
+    gone = hosts.address.replace(":6379", ":6380")
+    code, said = hosts.run(BUSY, user_of(hosts, tmp_path, **ONE), "train", "run.yaml", "--on", "here", RAY_ADDRESS=gone)
+    assert code == 3 and f"No Ray answers at {gone}: " in said and "Start one there with" in said, said
+
+
+def test_from_a_machine_that_is_no_node(hosts: Hosts, tmp_path: Path) -> None:
+    code, said = hosts.run(EMPTY, user_of(hosts, tmp_path, **ONE), "train", "run.yaml", "--address", hosts.address)
+    assert code == 3 and f"no node of the Ray cluster at {hosts.address}" in said and "a target of type ray" in said, (
+        said
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [
+        ({"RAY_AUTH_TOKEN_PATH": "wrong"}, "InvalidAuthToken"),
+        ({"RAY_AUTH_TOKEN_PATH": "nothing"}, "cannot be opened or is empty: nothing"),
+        ({"RAY_AUTH_MODE": "disabled"}, "InvalidAuthToken"),
+    ],
+)
+def test_a_token_that_is_refused(hosts: Hosts, tmp_path: Path, environment: dict[str, str], cause: str) -> None:
+    user = user_of(hosts, tmp_path, **ONE)
+    (tmp_path / "wrong").write_text("6" * 64)
+    code, said = hosts.run(BUSY, user, "train", "run.yaml", "--on", "here", **environment)
+    assert (
+        code == 3 and cause in said and "the same token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH) as here" in said
+    ), said
+    assert said.count("gcs_client") <= 1, "it is not tried again and again"
