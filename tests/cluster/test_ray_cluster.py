@@ -49,6 +49,7 @@ def test_a_data_set_that_nobody_wants_any_more_is_given_up(tmp_path: Path, monke
                 time.sleep(0.01)
                 progress("reading", 0)
         finally:
+            time.sleep(0.3)  # as long as a step of a build may take
             ended.set()
 
     monkeypatch.setattr(drive, "decide_datasets", build)

@@ -70,7 +70,8 @@ def test_preempted_it_saves_is_queued_again_and_goes_on(site: SlurmSite, tmp_pat
     following = user.start("train", "run.yaml", "--on", "hpc")
     try:
         wait_for(lambda: saved(user) > 100, "some checkpoints", TRAIN_S)
-        other = site.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+        high = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+        other = site.run("sbatch", "--parsable", *high, "--wrap=sleep 2")
         assert other.returncode == 0, other.stderr
         assert following.wait() == 0, following.said
     finally:

@@ -74,6 +74,21 @@ def test_a_ray_head_that_is_not_there() -> None:
         open_target(RayTarget(address="http://127.0.0.1:9")).find("demo", "/shared/runs")
 
 
+@pytest.mark.parametrize("has_init", [True, False])
+def test_a_package_of_the_users_own_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_init: bool) -> None:
+    package = f"own_package_{has_init}".lower()
+    (tmp_path / package / "models").mkdir(parents=True)
+    (tmp_path / package / "models/wide.py").touch()
+    if has_init:
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sent = job(model={"name": f"{package}.models.wide"})
+    request = open_target(RayTarget(address="http://head:8265")).render(sent)
+    request = request.partition("\n")[2].partition("\n\n")[0]
+    expected = ["configs", "data_pipelines", "trainer", "cluster", str(tmp_path / package), "run.yaml"]
+    assert json.loads(request)["working_dir"] == expected
+
+
 def test_a_store_that_no_other_machine_sees_is_refused() -> None:
     relative = Job(load(minimal(name="demo", store="runs")))
     with pytest.raises(UsageError, match="absolute path on a shared file system, or an object store"):
