@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -23,8 +22,8 @@ from urllib.parse import urlsplit
 
 from cluster.commands.output import age
 from cluster.ray_cluster import knock
-from cluster.ray_queue import TABLE_FILE
 from cluster.targets import Job, Queued, Status, same_store
+from cluster.targets.ray_dashboard import open_client, queue_table, refuse_too_much
 from configs.errors import Unreachable, UsageError
 from configs.targets import RayTarget
 
@@ -32,9 +31,7 @@ PACKAGES = ("configs", "data_pipelines", "trainer", "cluster")
 PROGRAM = "python -m cluster.targets.ray_job"
 # Ray kills a job that it is told to stop after 3 s otherwise: too soon for a save.
 STOP_WAIT_S = 300
-AGENT_WAIT_S = ANSWER_TIMEOUT_S = 5.0
-# A table of the queue that is so old is of a queue that is gone.
-STALE_S = 30.0
+AGENT_WAIT_S = 5.0
 _STATES = {
     "PENDING": "pending",
     "RUNNING": "running",
@@ -59,6 +56,7 @@ class Target:
     def submit(self, job: Job) -> str:
         """Upload the code and the config, and queue the launcher."""
         with self._client() as client, tempfile.TemporaryDirectory(prefix="shardyard-job-") as folder:
+            refuse_too_much(client, job.resolved.config.resources)
             _fill(Path(folder), job)
             request = self._request(job, f"{job.run}-{os.urandom(4).hex()}")
             request["runtime_env"]["working_dir"] = folder
@@ -92,12 +90,13 @@ class Target:
                     return Status("gone", f"the cluster at {self._address} knows no job {job_id}")
                 raise
             state = _STATES[details.status.value]
-            rows = self._table(client) if state == "running" else []
+            rows = queue_table(client) if state == "running" else []
         for row in rows:
             if row["job"] == job_id and row["state"] == "waiting":
                 return Status("pending", f"{row['position']} in the queue: {row['why']}{_may_start(row['may_start'])}")
         code = 0 if state == "finished" else details.driver_exit_code
-        return Status(state, details.message or "", code)  # type: ignore[arg-type]
+        reason = (details.message or "").partition(", last available logs")[0]  # they are in logs(), too
+        return Status(state, reason, code)  # type: ignore[arg-type]
 
     def why_pending(self, job_id: str) -> str:
         """The queue's reason."""
@@ -106,7 +105,7 @@ class Target:
     def queue(self) -> list[Queued]:
         """As the cluster's queue published it last."""
         with self._client() as client:
-            rows = self._table(client)
+            rows = queue_table(client)
         return [Queued(**row) for row in rows]
 
     def logs(self, job_id: str) -> str:
@@ -131,46 +130,28 @@ class Target:
             "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
         }
 
-    def _table(self, client: Any) -> list[dict[str, Any]]:
-        """What cluster/ray_queue.py wrote among the head's logs; nothing where there is no queue at the moment."""
-        found = client._do_request("GET", "/api/v0/nodes", timeout=ANSWER_TIMEOUT_S)
-        if found.status_code != 200:
-            raise RuntimeError(f"Request failed with status code {found.status_code}: {found.text}")
-        nodes = found.json()["data"]["result"]["result"]
-        head = next((node["node_id"] for node in nodes if node["is_head_node"]), None)
-        if head is None:
-            return []
-        where = f"/api/v0/logs/file?node_id={head}&filename={TABLE_FILE}&lines=1"
-        answer = client._do_request("GET", where, timeout=ANSWER_TIMEOUT_S)
-        try:
-            table = json.loads(answer.text[answer.text.index("{") :])
-        except ValueError:  # no such file, in words
-            return []
-        return list(table["jobs"]) if time.time() < table["time"] + STALE_S else []
-
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         """A client, whose errors become ours."""
-        from ray.job_submission import JobSubmissionClient
+        from ray.exceptions import AuthenticationError
 
         parts = urlsplit(self._address)
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of each upload
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
             knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-            yield JobSubmissionClient(self._address)
+            yield open_client(self._address)
         except (ConnectionError, OSError) as error:
             raise Unreachable(
                 f"No Ray dashboard answers at {self._address}: {_first_line(error)} Is the address that of the head's "
                 "dashboard (port 8265), and was the head started with --dashboard-host 0.0.0.0, or is there a tunnel?"
             ) from error
+        except AuthenticationError as error:
+            said = _first_line(error).partition(". ")[0]
+            raise Unreachable(
+                f"The Ray cluster at {self._address} refuses us: {said}. Set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+            ) from error
         except RuntimeError as error:
             said = _first_line(error)
-            if "401" in said or "403" in said or "oken" in said:
-                raise Unreachable(
-                    f"The Ray cluster at {self._address} refuses us: {said} Set RAY_AUTH_MODE=token and "
-                    "RAY_AUTH_TOKEN_PATH to the cluster's token."
-                ) from error
             if "No available agent" in said:
                 raise Unreachable(
                     f"The Ray cluster at {self._address} has a dashboard, but no agent that starts jobs: see "
@@ -197,9 +178,9 @@ def _own_modules(job: Job) -> list[Path]:
     found = []
     for name in (config.task.name, config.model.name, config.data.name):
         spec = importlib.util.find_spec(name.partition(".")[0]) if "." in name else None
-        if spec is not None and spec.origin is not None and not spec.origin.startswith(installed):
-            path = Path(spec.origin)
-            found.append(path.parent if path.name == "__init__.py" else path)
+        if spec is not None:  # a package, with or without an __init__.py, has folders; a module has a file alone
+            paths = spec.submodule_search_locations or filter(None, [spec.origin])
+            found += [Path(path) for path in paths if not path.startswith(installed)]
     return sorted(set(found))
 
 
