@@ -15,7 +15,8 @@ from cluster import drive, ray_cluster, train
 from cluster.ray_cluster import join
 from cluster.targets import ray_dashboard
 from cluster.targets.ray import Target
-from configs.errors import Unreachable
+from configs.errors import Unreachable, UsageError
+from configs.schema import ResourcesConfig
 from configs.targets import RayTarget
 from tests.tiny import tiny_config
 
@@ -57,3 +58,46 @@ def test_a_data_set_that_nobody_wants_any_more_is_given_up(tmp_path: Path, monke
     with pytest.raises(Unreachable, match=r"No Ray answers at 127\.0\.0\.1:9"):
         run.wait()
     assert began.is_set() and ended.is_set()
+
+
+class Dashboard:
+    """It knows these nodes: (state, CPUs, GPUs)."""
+
+    def __init__(self, nodes: list[tuple[str, float, float]]) -> None:
+        self._nodes = nodes
+
+    def _do_request(self, method: str, endpoint: str) -> Dashboard:
+        assert method == "GET" and endpoint.startswith("/api/v0/nodes?")
+        return self
+
+    def raise_for_status(self) -> None:
+        pass
+
+    def json(self) -> Any:
+        nodes = [{"state": state, "resources_total": {"CPU": cpus, "GPU": gpus}} for state, cpus, gpus in self._nodes]
+        return {"data": {"result": {"result": nodes}}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "resources", "fits"),
+    [
+        ([("ALIVE", 4, 0)], {"workers": 4}, True),
+        ([("ALIVE", 4, 0)], {"workers": 5}, False),
+        ([("ALIVE", 4, 0)], {"workers": 5, "min_workers": 4}, True),
+        ([("ALIVE", 4, 0), ("DEAD", 4, 0)], {"workers": 5}, False),
+        ([("ALIVE", 3, 0), ("ALIVE", 3, 0)], {"workers": 2, "threads": 3}, True),
+        ([("ALIVE", 3, 0), ("ALIVE", 3, 0)], {"workers": 3, "threads": 2}, False),  # six CPUs, but two workers
+        ([("ALIVE", 8, 2), ("ALIVE", 8, 0)], {"workers": 2, "gpus_per_worker": 1}, True),
+        ([("ALIVE", 8, 2), ("ALIVE", 8, 0)], {"workers": 3, "gpus_per_worker": 1}, False),
+        ([], {"workers": 1}, False),
+    ],
+)
+def test_what_would_never_fit_is_refused(
+    nodes: list[tuple[str, float, float]], resources: dict[str, int], fits: bool
+) -> None:
+    try:
+        ray_dashboard.refuse_too_much(Dashboard(nodes), ResourcesConfig(**resources))
+    except UsageError as error:
+        assert not fits and "or add nodes" in str(error)
+    else:
+        assert fits
