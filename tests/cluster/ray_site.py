@@ -142,7 +142,7 @@ class RaySite:
         request = urllib.request.Request(
             f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {self._token}"}
         )
-        with contextlib.suppress(OSError, ValueError):  # it starts
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it starts
             with urllib.request.urlopen(request, timeout=5) as answer:
                 nodes = json.load(answer)["data"]["summary"]
             return {node["ip"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
