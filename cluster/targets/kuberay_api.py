@@ -134,14 +134,13 @@ class Api:
         import urllib3
         from kubernetes.client import ApiException
 
-        text = None if body is None else json.dumps(body)
         while True:
             headers = {"Accept": "application/json", "Content-Type": "application/json"}
             headers |= credentials(self._client, self._context)
             left_s = max(deadline - time.monotonic(), 0.1)
             try:
                 url = self._client.configuration.host + where
-                response = self._client.call_api(method, url, headers, body=text, _request_timeout=left_s)
+                response = self._client.call_api(method, url, headers, body=body, _request_timeout=left_s)
                 content = response.read()
             except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
                 broken = isinstance(error, urllib3.exceptions.ProtocolError) and time.monotonic() < deadline - _RETRY_S

@@ -135,9 +135,12 @@ def test_a_job_ends() -> None:
     (config_map, job) = sorted(render(DEPLOY / "kubernetes/base/job"), key=lambda manifest: manifest["kind"])
     spec = job["spec"]
     assert spec["activeDeadlineSeconds"] > 0 and spec["ttlSecondsAfterFinished"] > 0
-    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] == 0
+    assert spec["shutdownAfterJobFinishes"] is True and spec["backoffLimit"] > 0
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     recipe = load(yaml.safe_load(config_map["data"]["recipe.yaml"])).config
+    (head,) = [each for each in containers(job) if each["name"] == "ray-head"]
+    stop = head["lifecycle"]["preStop"]["exec"]["command"]
+    assert stop == ["shardyard", "runs", "stop", recipe.name, "--store", recipe.store]
     (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     assert recipe.resources.workers == workers["replicas"]
     assert recipe.store == "/runs"
@@ -165,6 +168,8 @@ def test_the_cluster_of_a_job_is_the_one_that_stays() -> None:
                 [volume for volume in pod["volumes"] if volume["name"] != "recipe"] if "volumes" in pod else []
             )
             for container in pod["containers"]:
+                if container["name"] == "ray-head":
+                    container.pop("lifecycle", None)  # a job's head stops its run
                 container["volumeMounts"] = [m for m in container.get("volumeMounts", []) if m["name"] != "recipe"]
         return spec
 
