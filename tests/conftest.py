@@ -12,6 +12,8 @@ LONGER = (
     "cluster/test_bad_input.py",
     "cluster/test_data_commands.py",
     "cluster/test_extend.py",
+    "cluster/test_kuberay_manifest.py",
+    "cluster/test_kuberay_target.py",
     "cluster/test_kubernetes_server.py",
     "cluster/test_metrics_command.py",
     "cluster/test_mlflow_copy.py",

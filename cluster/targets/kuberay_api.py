@@ -20,6 +20,7 @@ from configs.errors import Unreachable, UsageError
 ANSWER_S = 8.0
 _PASSING = (429, 500, 502, 503, 504)
 _RETRY_S = 1.0
+_TRIES = 3  # where connections break
 Object = dict[str, Any]
 
 
@@ -130,11 +131,13 @@ class Api:
             time.sleep(answer.retry_after_s)
 
     def _send(self, method: str, where: str, body: Object | None, deadline: float) -> _Answer:
-        """Once, and again while the connection breaks. An answer that is lost may have been a success."""
+        """Again where the connection breaks. An answer that is lost may have been a success."""
         import urllib3
         from kubernetes.client import ApiException
 
+        tries = 0
         while True:
+            tries += 1
             headers = {"Accept": "application/json", "Content-Type": "application/json"}
             headers |= credentials(self._client, self._context)
             left_s = max(deadline - time.monotonic(), 0.1)
@@ -143,8 +146,7 @@ class Api:
                 response = self._client.call_api(method, url, headers, body=body, _request_timeout=left_s)
                 content = response.read()
             except (urllib3.exceptions.HTTPError, ApiException, OSError) as error:
-                broken = isinstance(error, urllib3.exceptions.ProtocolError) and time.monotonic() < deadline - _RETRY_S
-                if not broken:
+                if tries == _TRIES or not isinstance(error, urllib3.exceptions.ProtocolError):
                     raise self._silence(error) from error
                 time.sleep(_RETRY_S)
                 continue

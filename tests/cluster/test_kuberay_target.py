@@ -419,7 +419,7 @@ def page(server: KubernetesServer) -> None:
 def test_a_server_that_does_not_serve_us(
     server: KubernetesServer, monkeypatch: pytest.MonkeyPatch, harm: Callable[[KubernetesServer], None], words: str
 ) -> None:
-    monkeypatch.setattr(kuberay_api, "ANSWER_S", 0.5)
+    monkeypatch.setattr(kuberay_api, "ANSWER_S", 1.0)
     harm(server)
     with pytest.raises(Unreachable, match=words) as caught:
         target().find("demo", STORE)
