@@ -125,9 +125,7 @@ class KuberayTarget(Section):
         default={}, description="Labels of the nodes that workers may run on, such as those of a kind of GPU."
     )
     time_s: int | None = Field(default=None, ge=1, description="Seconds after which the job is ended; null is never.")
-    grace_s: int = Field(
-        default=300, ge=1, le=300, description="Seconds that pods which have to go leave the run for a save."
-    )
+    grace_s: int = Field(default=300, ge=1, description="Seconds that pods which have to go leave the run for a save.")
     retries: int = Field(
         default=3, ge=0, description="New Ray clusters on which the run goes on after its launcher has failed."
     )

@@ -149,12 +149,10 @@ def _submitter(settings: KuberayTarget) -> Manifest:
 
 def _head(job: Job, settings: KuberayTarget) -> Manifest:
     """GCS, dashboard and launcher; no rank runs here."""
-    config = job.resolved.config
-    stop = ["python", "-m", "cluster.cli", "runs", "stop", config.name, "--store", config.store]
     container = _ray_container(HEAD, job, settings, "/api/gcs_healthz", 8265) | {
         "ports": [_port("gcs", 6379), _port("dashboard", 8265), _port("metrics", 8080)],
-        # Whoever deletes the pod (Kueue, a drained node) does not tell the launcher, which is no process of its own.
-        "lifecycle": {"preStop": {"exec": {"command": stop}}},
+        # Whoever deletes the pod (Kueue, a drained node) tells its first process alone.
+        "lifecycle": {"preStop": {"exec": {"command": ["python", "-m", "cluster.targets.kuberay_stop"]}}},
         "resources": _bounds("1", HEAD_MEMORY),
     }
     recipe = {"path": "run.yaml", "fieldRef": {"fieldPath": "metadata.annotations['shardyard/recipe']"}}

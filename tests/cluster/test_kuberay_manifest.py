@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.targets import Job, open_target
+from cluster.targets import Job, kuberay_stop, open_target
 from cluster.targets.kuberay_manifest import MOST_RECIPE_BYTES, RUN, STORE, job_name, rayjob
 from configs.errors import UsageError
 from configs.load import load, load_resolved
@@ -157,8 +157,8 @@ def test_what_has_to_go_leaves_the_run_time_to_save() -> None:
     assert environment == {"RAY_JOB_STOP_WAIT_TIME_S": "77"}
     for name in ("ray-head", "ray-worker"):
         assert pod_of(manifest, name)["terminationGracePeriodSeconds"] == 77
-    (*_, run, _, store) = container(manifest, "ray-head")["lifecycle"]["preStop"]["exec"]["command"]
-    assert (run, store) == ("demo", S3)
+    stop = container(manifest, "ray-head")["lifecycle"]["preStop"]["exec"]["command"]
+    assert stop == ["python", "-m", kuberay_stop.__name__]
     assert "ray health-check" in container(manifest, "ray-worker")["lifecycle"]["preStop"]["exec"]["command"][-1]
 
 
@@ -197,8 +197,8 @@ def test_it_is_the_job_that_deploy_shows() -> None:
         assert ports[0] == ports[1]
         for key in ("terminationGracePeriodSeconds", "automountServiceAccountToken"):
             assert pod_of(by_hand, name).get(key) == pod_of(sent, name).get(key)
-    command = container(by_hand, "ray-worker")["lifecycle"]["preStop"]
-    assert command == container(sent, "ray-worker")["lifecycle"]["preStop"]
+    for name in ("ray-head", "ray-worker"):
+        assert container(by_hand, name)["lifecycle"] == container(sent, name)["lifecycle"]
 
 
 def _probe(container: Any, name: str) -> Any:

@@ -148,9 +148,10 @@ def test_a_job_of_somebody_elses_with_this_name(server: KubernetesServer) -> Non
     prod = target()
     name = prod.submit(job())
     server.patch("rayjobs", name, {"metadata": {"annotations": {"shardyard/run": "other"}}})
-    server.patch("rayjobs", name, {"status": {"jobDeploymentStatus": "Complete"}})
-    with pytest.raises(UsageError, match=rf"there is a RayJob {name} that is not this run's\. Rename the run"):
-        prod.submit(job())
+    for deployment in ("Running", "Complete"):
+        server.patch("rayjobs", name, {"status": {"jobDeploymentStatus": deployment}})
+        with pytest.raises(UsageError, match=rf"there is a RayJob {name} that is not this run's\. Rename the run"):
+            prod.submit(job())
     assert server.get("rayjobs", name), "it is left alone"
 
 
