@@ -151,8 +151,6 @@ def _head(job: Job, settings: KuberayTarget) -> Manifest:
     """GCS, dashboard and launcher; no rank runs here."""
     container = _ray_container(HEAD, job, settings, "/api/gcs_healthz", 8265) | {
         "ports": [_port("gcs", 6379), _port("dashboard", 8265), _port("metrics", 8080)],
-        # Whoever deletes the pod (Kueue, a drained node) tells its first process alone.
-        "lifecycle": {"preStop": {"exec": {"command": ["python", "-m", "cluster.targets.kuberay_stop"]}}},
         "resources": _bounds("1", HEAD_MEMORY),
     }
     recipe = {"path": "run.yaml", "fieldRef": {"fieldPath": "metadata.annotations['shardyard/recipe']"}}
@@ -163,12 +161,10 @@ def _head(job: Job, settings: KuberayTarget) -> Manifest:
 
 
 def _worker(job: Job, settings: KuberayTarget) -> Manifest:
-    """One worker; it stays while the head does, so that it can save."""
+    """For one worker, which is all of Ray's CPUs and GPUs there."""
     resources = job.resolved.config.resources
-    wait = "while ray health-check --address $RAY_ADDRESS >/dev/null 2>&1; do sleep 2; done"
     container = _ray_container(WORKER, job, settings, "/api/local_raylet_healthz", AGENT_PORT) | {
         "ports": [_port("metrics", 8080)],
-        "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", wait]}}},
         "resources": _bounds(str(resources.threads), settings.memory),
     }
     pod = {**_pod(settings), "terminationGracePeriodSeconds": settings.grace_s}
@@ -194,6 +190,8 @@ def _ray_container(name: str, job: Job, settings: KuberayTarget, path: str, port
         "envFrom": [{"secretRef": {"name": secret}} for secret in settings.secrets],
         "readinessProbe": _probe(path, port, first_s=10, every_s=5, failures=10),
         "livenessProbe": _probe("/api/local_raylet_healthz", AGENT_PORT, first_s=60, every_s=10, failures=12),
+        # Whoever deletes pods (Kueue, a drained node) tells the first process in each alone, and all at once.
+        "lifecycle": {"preStop": {"exec": {"command": ["python", "-m", "cluster.targets.kuberay_stop"]}}},
         "volumeMounts": mounts,
     }
 

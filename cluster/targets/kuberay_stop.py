@@ -1,7 +1,8 @@
-"""What the head's pod does before it goes: its launchers are told, and have as long as the pod's grace to save.
+"""What a pod of a run does before it goes: launchers in it are told, and it stays until their workers have saved.
 
-Kubernetes sends SIGTERM to a container's first process, which is Ray's, and a launcher is not that. Run as
-`python -m cluster.targets.kuberay_stop` by the pod's preStop hook. A launcher ends with 75, and so is started again.
+Kubernetes tells a container's first process alone, which is Ray's, and all pods of a job at once. Run as
+`python -m cluster.targets.kuberay_stop` by the preStop hook, within the pod's grace. A launcher that was told ends with
+75, and so is started again.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import psutil
 
+from cluster.worker import Worker
+
 
 def main() -> None:
-    """Tell all launchers in this container, and return when they have ended."""
-    found = [process for process in psutil.process_iter(["cmdline"]) if _launches(process.info["cmdline"] or [])]
-    for process in found:
+    """SIGTERM to all launchers in this container; return when they, and the workers in it, have ended."""
+    commands = [(process, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    launchers = [process for process, command in commands if _launches(command)]
+    for launcher in launchers:
         try:
-            process.terminate()
+            launcher.terminate()
         except psutil.NoSuchProcess:  # it has just ended
             pass
-    psutil.wait_procs(found)
+    workers = [process for process, command in commands if " ".join(command).startswith(f"ray::{Worker.__name__}")]
+    psutil.wait_procs([*launchers, *workers])
 
 
 def _launches(command: list[str]) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from cluster.targets import kuberay_stop
+from cluster.worker import Worker
 from tests.cluster.waiting import wait_for
 
 # Stands for cluster/cli.py and for the script: on SIGTERM it saves, which takes a moment, and ends with 75.
@@ -69,6 +71,21 @@ def test_launchers_save_and_are_waited_for(tmp_path: Path, started: list[subproc
     kuberay_stop.main()
     assert [psutil.pid_exists(process.pid) for process in started] == [False, False, True, True]
     assert sorted(path.read_text() for path in tmp_path.glob("state-*")) == ["saved", "saved", "trains", "trains"]
+
+
+def test_a_worker_is_waited_for_and_not_told(tmp_path: Path, started: list[subprocess.Popen[bytes]]) -> None:
+    """Ray names its process after the class of its actor; the launcher in another pod ends it once all is saved."""
+    command = [f"ray::{Worker.__name__}", "-c", f"exec({LAUNCHER!r})", str(tmp_path / "state")]
+    worker = subprocess.Popen(command, executable=sys.executable)
+    started.append(worker)
+    wait_for(lambda: (tmp_path / "state").exists(), "it runs", 30)
+    waiting = threading.Thread(target=kuberay_stop.main)
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive() and (tmp_path / "state").read_text() == "trains"
+    worker.kill()
+    waiting.join(30)
+    assert not waiting.is_alive()
 
 
 def test_where_nobody_launches_it_returns_at_once(started: list[subprocess.Popen[bytes]]) -> None:

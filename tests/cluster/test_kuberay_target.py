@@ -314,6 +314,7 @@ def test_pods_that_cannot_be_made(operator: Operator, message: str, state: str) 
 
 def test_the_newest_event_counts_and_none_once_all_pods_are_there(operator: Operator) -> None:
     prod = waiting(operator)
+    operator.event(CLUSTER, "CreatedRayCluster", "all is well", type="Normal", lastTimestamp="2031-01-01T00:00:00Z")
     operator.event(CLUSTER, "FailedToCreateHeadPod", "is forbidden: old", lastTimestamp="2030-01-01T00:00:00Z")
     series = {"count": 2, "lastObservedTime": "2030-01-01T00:00:02.000000Z"}
     operator.event(CLUSTER, "FailedToCreateHeadPod", "newest", series=series)
@@ -325,6 +326,10 @@ def test_the_newest_event_counts_and_none_once_all_pods_are_there(operator: Oper
         metadata = {"name": f"p{number}", "labels": template["metadata"]["labels"]}
         operator.server.put("pods", {"metadata": metadata, "spec": template["spec"], "status": ready})
     assert prod.why_pending(operator.name) == "Initializing: 3 of the 3 pods of its Ray cluster are ready"
+    operator.says("Running", "PENDING")
+    operator.pod("submitter")
+    assert prod.status(operator.name).state == "pending"
+    assert "the launcher is being submitted" in prod.why_pending(operator.name)
 
 
 def workload(operator: Operator, *conditions: dict[str, str]) -> None:
