@@ -111,7 +111,7 @@ class Target:
             if not is_deleted and not _ended(found):
                 return
             if not is_deleted:
-                self._api.delete(path)
+                self._api.delete(path, found["metadata"]["uid"])
             if time.monotonic() > deadline:
                 raise TimedOut(
                     f"The run's earlier job, RayJob {name} in namespace {self._settings.namespace}, is not gone after "

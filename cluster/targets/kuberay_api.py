@@ -86,12 +86,20 @@ class Api:
         if answer.status == 404:
             self._absent(path, answer)
             raise UsageError(f"{self._name()} refuses the job: {answer.message}. `kubectl get namespaces` lists them.")
+        self._read(answer)
 
-    def delete(self, path: str) -> None:
-        """With all that belongs to it, which goes first; what is not there is deleted already."""
-        answer = self._ask("DELETE", path, query={"propagationPolicy": "Foreground"})
+    def delete(self, path: str, uid: str | None = None) -> None:
+        """With all that belongs to it, which goes first; what is not there is deleted already.
+
+        uid: of the object that is meant; another one of its name is left alone.
+        """
+        options: Object = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+        options |= {"preconditions": {"uid": uid}} if uid else {}
+        answer = self._ask("DELETE", path, body=options, allowed=(409,))
         if answer.status == 404:
             self._absent(path, answer)
+        else:
+            self._read(answer)
 
     def log(self, path: str, container: str) -> str:
         """Of a container; "" where it has none."""
@@ -124,7 +132,7 @@ class Api:
             if answer.status == 401 and not renewed:
                 self._client, renewed = None, True  # a token may have been renewed meanwhile
                 continue
-            if answer.status < 300 or answer.status == 404 or answer.status in allowed:
+            if answer.status < 400 or answer.status == 404 or answer.status in allowed:
                 return answer
             if not answer.passes or time.monotonic() + answer.retry_after_s > deadline:
                 raise self._refusal(answer)

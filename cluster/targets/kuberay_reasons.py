@@ -43,7 +43,8 @@ def why_pending(api: Api, job: Object) -> Reason:
     status, namespace = job.get("status", {}), job["metadata"]["namespace"]
     if not status.get("jobDeploymentStatus"):
         return Reason("KubeRay's operator has not taken it up yet; if this lasts, look whether it runs")
-    pods = api.items(f"/api/v1/namespaces/{namespace}/pods", labelSelector=f"{JOB}={job['metadata']['name']}")
+    listed = api.items(f"/api/v1/namespaces/{namespace}/pods", labelSelector=f"{JOB}={job['metadata']['name']}")
+    pods = [pod for pod in listed if _lives(pod)]
     for pod in pods:
         for reason in _of_pod(api, pod):
             return reason
@@ -209,6 +210,12 @@ def _wanted(job: Object) -> int:
     """Pods of the Ray cluster."""
     groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     return 1 + sum(int(group["replicas"]) for group in groups)
+
+
+def _lives(pod: Object) -> bool:
+    """Not one of an earlier cluster, or of an earlier try to submit."""
+    ended = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    return not ended and "deletionTimestamp" not in pod["metadata"]
 
 
 def _has(pod: Object, condition: str) -> bool:

@@ -7,13 +7,29 @@ from typing import Any
 
 import yaml
 
-from configs.load import load_resolved
+from cluster.targets import Job, open_target
+from configs.load import load, load_resolved
+from configs.targets import KuberayTarget
 from data_pipelines.storage import Store
 from tests.cluster.kubernetes_server import KubernetesServer
+from tests.configs.minimal import minimal
 from trainer.record import RunRecord
 
 DEFINITIONS = sorted((Path(__file__).parent / "schemas").glob("*.yaml"))
 CLUSTER = "cluster-of-the-job"
+STORE = "s3://bucket/runs"
+# As KubeRay and the Job controller quote the server: of a resource, what a pod asks for and the limit.
+QUOTA = 'pods "x" is forbidden: exceeded quota: compute, requested: {0}={1}, used: {0}=1, limited: {0}={2}'
+
+
+def target(**settings: Any) -> Any:
+    """One that the kubeconfig leads to."""
+    return open_target(KuberayTarget(**{"image": "registry/shardyard:1", **settings}))
+
+
+def job(name: str = "demo", store: str = STORE, **changes: Any) -> Job:
+    """Of a run that a pod could train."""
+    return Job(load(minimal(name=name, store=store, **changes)))
 
 
 def kubeconfig(server: KubernetesServer, path: Path, **user: Any) -> Path:
@@ -84,6 +100,12 @@ class Operator:
         number = len(self.server.objects("events"))
         what = {"involvedObject": {"name": about, "namespace": "default"}, "reason": reason, "message": message}
         self.server.put("events", {"metadata": {"name": f"event-{number}"}, "type": "Warning"} | what | more)
+
+    def queued(self, *conditions: dict[str, str]) -> None:
+        """Kueue's Workload of the job, with these conditions."""
+        labels = {"kueue.x-k8s.io/job-uid": self.job["metadata"]["uid"]}
+        body = {"metadata": {"name": "w", "labels": labels}, "spec": {}, "status": {"conditions": list(conditions)}}
+        self.server.put("workloads", body)
 
     def record(self) -> RunRecord:
         """The run's, as the launcher opens it: by the recipe that the head's pod sees."""
