@@ -72,6 +72,9 @@ class Target:
             )
         if deployment == "Complete" and launcher != "FAILED":
             return Status("stopped", _said(status)) if launcher == "STOPPED" else Status("finished", _said(status), 0)
+        if deployment == "Failed" and launcher == "RUNNING" and self._pods_of(job_id, HEAD):
+            # KubeRay has given it up, for its time is over or its submitter is gone; its pods go later, and save.
+            return Status("running", f"{_said(status)} The run saves, and its pods go.")
         if _ended(job):
             return Status("failed", _said(status), _exit_code(status))
         if deployment == "Running" and launcher not in ("", "PENDING"):
@@ -85,14 +88,11 @@ class Target:
 
     def logs(self, job_id: str) -> str:
         """The submitter's, which repeats what the launcher prints; else the head's; else what KubeRay says of it."""
-        pods = self._api.items(self._pods, labelSelector=f"{JOB}={job_id}")
-        pods.sort(key=lambda pod: str(pod["metadata"]["creationTimestamp"]), reverse=True)
         for container in (SUBMITTER, HEAD):
-            for pod in pods:
-                if any(each["name"] == container for each in pod["spec"]["containers"]):
-                    text = self._api.log(f"{self._pods}/{pod['metadata']['name']}", container)
-                    if text:
-                        return text
+            for pod in self._pods_of(job_id, container):
+                text = self._api.log(f"{self._pods}/{pod['metadata']['name']}", container)
+                if text:
+                    return text
         job = self._api.get(f"{self._jobs}/{job_id}") or {}
         message: str = job.get("status", {}).get("message", "")
         if not message:
@@ -102,6 +102,12 @@ class Target:
     def stop(self, job_id: str) -> None:
         """Delete it. KubeRay sends SIGTERM to the launcher, and the pods wait `grace_s` for its save."""
         self._api.delete(f"{self._jobs}/{job_id}")
+
+    def _pods_of(self, job_id: str, container: str) -> list[Object]:
+        """Those of the job that have this container, the newest first."""
+        pods = self._api.items(self._pods, labelSelector=f"{JOB}={job_id}")
+        found = [pod for pod in pods if any(each["name"] == container for each in pod["spec"]["containers"])]
+        return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]), reverse=True)
 
     def _make_room(self, job: Job, name: str) -> None:
         """See that no job of the run that has ended, or is ending, has the name."""

@@ -153,6 +153,20 @@ def test_what_kuberay_says_in_our_words(
     assert prod.status(operator.name) == expected
 
 
+def test_what_kuberay_has_given_up_runs_until_its_pods_are_gone(server: KubernetesServer, operator: Operator) -> None:
+    """So that whoever follows it sees the save."""
+    prod = target()
+    prod.submit(job())
+    head = operator.pod("head")
+    operator.pod("submitter")
+    operator.says("Failed", "RUNNING", "The RayJob has passed the activeDeadlineSeconds.", "DeadlineExceeded")
+    status = prod.status(operator.name)
+    assert status.state == "running" and "DeadlineExceeded" in status.reason
+    assert prod.find("demo", STORE) is None
+    server.delete("pods", head)
+    assert prod.status(operator.name).state == "failed"
+
+
 def test_the_reason_of_a_failure_is_named(operator: Operator) -> None:
     prod = target()
     prod.submit(job())
