@@ -39,8 +39,9 @@ test-rest: setup
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
 	$(BIN)/python -m pytest -m "not slow and not daemon and not longer and not distributed and not ray"
 
-test-cluster: setup  ## the tests that need root, or tools of the system (-rs says which were missing)
-	$(BIN)/python -m pytest -rs -m "daemon"
+test-cluster: setup  ## the tests that need root or tools of the system; says what it skipped and why
+	tests/system_packages.sh
+	$(BIN)/python -m pytest -rs -m "daemon" --durations=15
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

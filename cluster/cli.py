@@ -118,6 +118,9 @@ def _add_recipe_commands(commands: Any, command: Any) -> None:
     train.add_argument("--on", metavar="TARGET", default="local", help="a target of targets.yaml (default: local)")
     train.add_argument("--dry-run", action="store_true", help="print exactly what would be submitted, and do nothing")
     train.add_argument("-d", "--detach", action="store_true", help="with --on: submit, and do not wait")
+    train.add_argument(
+        "--priority", type=int, default=0, help="with --on a Ray cluster: higher goes first (default: 0)"
+    )
     train.add_argument("--address", help="join this Ray cluster instead of starting one here")
     train.add_argument(
         "--from",
@@ -133,6 +136,8 @@ def _add_recipe_commands(commands: Any, command: Any) -> None:
 
 
 def _add_run_commands(commands: Any, command: Any) -> None:
+    queue = command(commands, "queue", "queue:queue", "list what runs and waits at a target, and why it waits")
+    queue.add_argument("--on", metavar="TARGET", help="a target of targets.yaml; not needed where there is but one")
     runs = commands.add_parser("runs", help="list, show, stop, resume runs").add_subparsers(
         metavar="COMMAND", required=True
     )

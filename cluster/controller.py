@@ -90,7 +90,7 @@ class Record(Protocol):
 
     def next_attempt(self) -> int: ...  # noqa: D102
     def event(self, kind: str, **fields: Any) -> None: ...  # noqa: D102
-    def stop_requested(self) -> bool: ...  # noqa: D102
+    def stop_requested(self) -> str | None: ...  # noqa: D102
     def checkpoints(self) -> list[dict[str, Any]]: ...  # noqa: D102
 
 
@@ -266,8 +266,9 @@ class Controller:
                 "were ended; follow the other one."
             )
         with contextlib.suppress(ShardyardError):  # a store that does not answer is asked again, and training goes on
-            if self._record.stop_requested():
-                self.request_stop("asked by `shardyard runs stop`")
+            reason = self._record.stop_requested()
+            if reason is not None:
+                self.request_stop(reason)
 
     def _poll_room(self) -> None:
         """Have the workers save and stop where more could go on."""

@@ -12,7 +12,7 @@ from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
 from cluster.ray_group import BODY, IMPORTS, RayWorkerGroup
-from configs.errors import UsageError
+from configs.errors import Interrupted, UsageError
 from data_pipelines.storage import Store
 from trainer.background import Background
 from trainer.record import RunRecord
@@ -22,6 +22,7 @@ from trainer.validate import Plan
 
 POLL_S = 0.2
 END_TIMEOUT_S = 10.0
+BUILD_END_TIMEOUT_S = 3.0
 MLFLOW_TIMEOUT_S = 30.0
 _one_at_a_time = threading.Lock()
 
@@ -45,6 +46,7 @@ class Drive:
         self._plan = plan
         self._config = record.config
         self._copying = False
+        self._unwanted = threading.Event()  # the data set
         self._lease = record.acquire_lease()
         if not _one_at_a_time.acquire(blocking=False):
             self._lease.release()
@@ -130,20 +132,27 @@ class Drive:
     def _train(self, copy: MlflowCopy) -> Outcome:
         # The data set is built while Ray starts and the workers import.
         build = Background(self._build)
-        self._group.open()
-        self.controller.prepare()
-        while not build.done.wait(POLL_S) and not self.controller.stopping:
-            pass
-        if build.error is not None:
-            raise build.error
-        self.activity = "importing in the workers"
-        if not self.controller.stopping:  # MLflow's imports take seconds, which nobody waits for who stops it now
-            copy.start()
-            self._copying = True
-        return self.controller.run()
+        try:
+            self._group.open()
+            self.controller.prepare()
+            while not build.done.wait(POLL_S) and not self.controller.stopping:
+                pass
+            if build.error is not None:
+                raise build.error
+            self.activity = "importing in the workers"
+            if not self.controller.stopping:  # MLflow's imports take seconds, which nobody waits for who stops it now
+                copy.start()
+                self._copying = True
+            return self.controller.run()
+        finally:
+            # Python aborts where it ends while another thread is in the libraries that a build uses.
+            self._unwanted.set()
+            build.done.wait(BUILD_END_TIMEOUT_S)
 
     def _build(self) -> None:
         def progress(stage: str, rows: int) -> None:
+            if self._unwanted.is_set():
+                raise Interrupted("The run has ended before its data set was built.")
             self.activity = f"building the data set: {stage}, {rows:,} rows"
 
         datasets = decide_datasets(self._record, self._plan, self.notices.put, progress)

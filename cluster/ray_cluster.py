@@ -8,12 +8,16 @@ import os
 import re
 import socket
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from cluster.embedded_ray import loopback, quiet
 from configs.errors import Unreachable
 
 CONNECT_TIMEOUT_S = 5.0
+# What a client of gRPC says first (RFC 9113, 3.4): the preface, and empty settings.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
 def join(address: str) -> None:
@@ -24,12 +28,14 @@ def join(address: str) -> None:
     """
     import ray
 
+    address = _address_here() if address == "auto" else address
     if address.startswith("ray://"):
         raise Unreachable(
             f"{address} is Ray's client protocol, which cannot watch workers. Give the head's own address instead "
             "(--address HOST:6379, or auto on one of its nodes)."
         )
     with quiet(), _network_of(address):
+        _introduce(address)
         try:
             ray.init(
                 address=address,
@@ -39,22 +45,74 @@ def join(address: str) -> None:
                 logging_level=logging.ERROR,
             )
         except Exception as error:  # Ray raises ConnectionError, RuntimeError, AuthenticationError, ...
-            raise Unreachable(
-                f"The Ray cluster at {address} could not be joined: {error} It needs the same versions of Ray and "
-                "Python, and the same token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH) as here."
-            ) from error
+            raise _not_joined(address, error) from error
+
+
+def _address_here() -> str:
+    """Where the Ray of this machine listens, by RAY_ADDRESS, or by its processes. Private API of the pinned Ray."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return str(canonicalize_bootstrap_address("auto"))
+    except ConnectionError:
+        raise Unreachable(
+            "No Ray runs on this machine, which --address auto would join. Start one (`ray start --head`), give the "
+            "address of a cluster that this machine is a node of (--address HOST:6379), or leave --address out, and "
+            "the run starts a Ray of its own."
+        ) from None
+
+
+def _introduce(address: str) -> None:
+    """See that the cluster lets us in and has this machine for a node; Ray itself tries both for up to a minute.
+
+    Private API of the pinned Ray: its own errors do not tell these apart.
+    """
+    import psutil
+    import ray
+    import ray._raylet
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray._private.services import find_node_ids
+
+    raylet: Any = ray._raylet
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            ensure_token_if_auth_enabled(
+                create_token_if_missing=False
+            )  # a token that cannot be read would end the process in what follows
+            nodes = raylet.GcsClient(address=address, cluster_id=None).get_all_node_info(timeout=CONNECT_TIMEOUT_S)
+            break
+        except Exception as error:  # the cluster may have just started
+            refused = "uthenticat" in f"{type(error).__name__} {error}"
+            if refused or time.monotonic() > deadline:
+                raise _not_joined(address, error) from error
+            time.sleep(1)
+    # On the head's own host its node may be about to start; Ray waits for that one.
+    here = {node_address.address for addresses in psutil.net_if_addrs().values() for node_address in addresses}
+    is_node = any(ray.NodeID.from_hex(node_id) in nodes for node_id in find_node_ids())
+    if not is_node and address.rpartition(":")[0].strip("[]") not in here:
+        raise Unreachable(
+            f"This machine is no node of the Ray cluster at {address}. Launch on one of its nodes, make this machine "
+            f"one (`ray start --address={address}`), or send the run there: a target of type ray (docs/targets.md)."
+        )
+
+
+def _not_joined(address: str, error: Exception) -> Unreachable:
+    said = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return Unreachable(
+        f"The Ray cluster at {address} could not be joined: {said}. It needs the same versions of Ray and Python, and "
+        "the same token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN_PATH) as here."
+    )
 
 
 def _network_of(address: str) -> contextlib.AbstractContextManager[None]:
     """See that something answers, which Ray would try for more than a minute, and on which of our addresses."""
-    if address == "auto":
-        return contextlib.nullcontext()
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise Unreachable(f"--address {address} is not understood. Use auto or HOST:PORT (usually port 6379).")
     host = host.strip("[]")
     try:
-        knock(host, int(port))
+        _greet(host, int(port))
     except OSError as error:
         raise Unreachable(
             f"No Ray answers at {address}: {error}. Start one there with `ray start --head --port={port}`, or "
@@ -73,6 +131,16 @@ def _network_of(address: str) -> contextlib.AbstractContextManager[None]:
 def knock(host: str, port: int) -> None:
     """See that something listens there, within seconds. Raises OSError."""
     socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+
+
+def _greet(host: str, port: int) -> None:
+    """See that a head's server answers there, within seconds. Raises OSError.
+
+    One that listens and is stuck would be waited for 40 s by Ray's client.
+    """
+    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        connection.sendall(_GREETING)
+        connection.recv(1)
 
 
 def import_paths() -> list[str]:

@@ -18,7 +18,7 @@ from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
 from cluster.ray_kill import Process, alive_nodes, kill_everywhere
 from cluster.ray_member import Member, create_actor
-from cluster.ray_placement import PLACE_TIMEOUT_S, Placement
+from cluster.ray_placement import PLACE_TIMEOUT_S, Placement, group_name
 from configs.errors import ShardyardError, Unreachable
 from configs.schema import ResourcesConfig
 from data_pipelines.storage import Store
@@ -73,7 +73,7 @@ class RayWorkerGroup:
         self._notice = notice
         self._embedded: EmbeddedRay | None = None
         self._joined = False
-        self._placement = Placement(resources)
+        self._placement = Placement(resources, group_name(self._store.uri, run))
         self._members: list[Member] = []
         self._spare: list[Member] = []  # without a child, between attempts
         self._warm_refs: dict[Any, Member] = {}

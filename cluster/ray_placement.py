@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Collection
 from typing import Any
@@ -21,11 +22,13 @@ class Placement:
     A slot is a worker's place in it. An elastic run that loses a node goes on in the slots that are left: Ray places
     the others again where there is room, and so they come back.
 
-    generation: changes whenever the places are others than before.
+    name: whose it is, for who looks at the cluster's groups. generation: changes whenever the places are others than
+    before.
     """
 
-    def __init__(self, resources: ResourcesConfig) -> None:
+    def __init__(self, resources: ResourcesConfig, name: str = "") -> None:
         self._resources = resources
+        self._name = name
         self._group: Any = None
         self.generation = 0
 
@@ -70,7 +73,7 @@ class Placement:
         self.generation += 1
         size, fewest = self._size(lost), self._resources.fewest
         has = ray.cluster_resources()
-        if any(has.get(name, 0) < wanted for name, wanted in self._needs(size).items()):
+        if any(has.get(name, 0) < size * amount for name, amount in worker_needs(self._resources).items()):
             raise Unreachable(self._shortage(size, "is more than the whole cluster has"))
         while not self._try(size, lost):
             if size == fewest:
@@ -83,8 +86,9 @@ class Placement:
         from ray.util.placement_group import placement_group
 
         elsewhere = [{"ray.io/node-id": f"!in({','.join(sorted(lost))})"}] * size if lost else None
-        bundles = [self._needs(1, as_float=True)] * size
-        self._group = placement_group(bundles, strategy="PACK", bundle_label_selector=elsewhere)
+        bundles = [worker_needs(self._resources)] * size
+        name = f"{self._name}#{secrets.token_hex(4)}"  # the one before may not be gone yet
+        self._group = placement_group(bundles, strategy="PACK", name=name, bundle_label_selector=elsewhere)
         try:
             ray.get(self._group.ready(), timeout=PLACE_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
@@ -114,27 +118,21 @@ class Placement:
         """How many workers' places are free. Private API of the pinned Ray: there is no public one by node."""
         from ray._private.state import available_resources_per_node
 
-        answering, needs = alive_nodes() - set(lost), self._needs(1)
+        answering, needs = alive_nodes() - set(lost), worker_needs(self._resources)
         return sum(
             min(int(free.get(name, 0) // amount) for name, amount in needs.items())
             for node_id, free in available_resources_per_node().items()
             if node_id in answering
         )
 
-    def _needs(self, size: int, *, as_float: bool = False) -> dict[str, Any]:
-        resources = self._resources
-        needs = {"CPU": size * resources.threads, "GPU": size * resources.gpus_per_worker}
-        return {name: float(amount) if as_float else amount for name, amount in needs.items() if amount}
-
     def _shortage(self, size: int, what: str) -> str:
         import ray
 
         resources = self._resources
         has, free = ray.cluster_resources(), ray.available_resources()
-        needs = " and ".join(count(amount, name) for name, amount in self._needs(size).items())
-        found = " and ".join(
-            f"{count(has.get(name, 0), name)}, of which {free.get(name, 0):g} free" for name in self._needs(size)
-        )
+        one = worker_needs(resources)
+        needs = " and ".join(count(size * amount, name) for name, amount in one.items())
+        found = " and ".join(f"{count(has.get(name, 0), name)}, of which {free.get(name, 0):g} free" for name in one)
         each = count(resources.threads, "CPU") + (" and 1 GPU" if resources.gpus_per_worker else "")
         workers = "workers" if resources.fewest == resources.workers else "min_workers"
         return (
@@ -144,6 +142,17 @@ class Placement:
         )
 
 
+def worker_needs(resources: ResourcesConfig) -> dict[str, float]:
+    """What one worker takes of Ray's resources."""
+    needs = {"CPU": float(resources.threads), "GPU": float(resources.gpus_per_worker)}
+    return {name: amount for name, amount in needs.items() if amount}
+
+
 def count(amount: float, thing: str) -> str:
     """1 CPU, 2 CPUs."""
     return f"{amount:g} {thing}" + ("" if amount == 1 else "s")
+
+
+def group_name(store_uri: str, run: str) -> str:
+    """Name of a run's placement groups, less what makes each unique."""
+    return f"{store_uri.rstrip('/')}/{run}"

@@ -269,7 +269,7 @@ def watched(record: RunRecord, lease: Lease, progress: Progress, stop: threading
 def asked_to_stop(record: RunRecord) -> bool:
     """Whether `shardyard runs stop` was called; no, while the store does not answer."""
     with suppress(ShardyardError):
-        return record.stop_requested()
+        return record.stop_requested() is not None
     return False
 
 

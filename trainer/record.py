@@ -11,6 +11,7 @@ Events and metrics only grow: each writer (the launcher, or one rank) appends to
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -151,14 +152,21 @@ class RunRecord:
         self.store.write_atomic(f"{attempt_folder(self.attempt)}/attempt.json", json.dumps(note))
         return self.attempt
 
-    def request_stop(self) -> None:
+    def request_stop(self, reason: str) -> None:
         """Ask whoever runs it, anywhere, to save a checkpoint and stop."""
-        note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "reason": reason}
         self.store.write_atomic(_STOP, json.dumps(note))
 
-    def stop_requested(self) -> bool:
-        """Whether the present launcher has been asked to stop."""
-        return self.store.exists(_STOP)
+    def stop_requested(self) -> str | None:
+        """Why the present launcher has been asked to stop; None if it has not been."""
+        if not self.store.exists(_STOP):
+            return None
+        with contextlib.suppress(FileNotFoundError, NotFound):  # a new launcher has taken it away
+            try:
+                return str(json.loads(self.store.read_text(_STOP))["reason"])
+            except (ValueError, KeyError, TypeError):
+                return "asked to stop"
+        return None
 
     # --- writing
 

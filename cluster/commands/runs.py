@@ -9,11 +9,13 @@ from argparse import Namespace
 from typing import Any
 
 from cluster.commands.output import age, facts, run_arguments, say, table
+from cluster.targets import ENDED, Target
 from configs.errors import NotFound, ShardyardError, TimedOut, UsageError
 from data_pipelines.storage import Store
 from trainer.record import RunRecord, attempt_folder, latest_attempt, list_runs
 
 STOP_TIMEOUT_S = 300.0
+CANCEL_TIMEOUT_S = 60.0
 POLL_EVERY_S = 0.5
 
 
@@ -84,11 +86,13 @@ def stop(arguments: Namespace) -> dict[str, Any]:
     record = RunRecord.open(arguments.store, arguments.run)
     named = run_arguments(record.name, arguments.store)
     holder = record.holder()
+    if holder is None and record.status() == "queued" and (job := _queued_job(record)) is not None:
+        return _cancel(arguments, record, *job)
     if holder is None:
         raise UsageError(
             f"Run '{record.name}' is not running, so it cannot be stopped: its status is {record.status()}."
         )
-    record.request_stop()
+    record.request_stop("asked by `shardyard runs stop`")
     say(arguments, f"Asked '{record.name}' to save and stop.")
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while record.holder() is not None:
@@ -101,6 +105,34 @@ def stop(arguments: Namespace) -> dict[str, Any]:
     status = record.status()
     go_on = "" if status == "finished" else f" Go on with it: shardyard runs resume {named}"
     say(arguments, f"'{record.name}' has {status}.{go_on}")
+    return _summary(record)
+
+
+def _queued_job(record: RunRecord) -> tuple[Target, str, str] | None:
+    """The target that a run was sent to, the target's name, and the run's job there; None where it has none."""
+    from cluster.targets import open_target
+    from configs.targets import load_target
+
+    sent = [event["target"] for event in record.events() if event["kind"] == "submitted"]
+    if not sent:
+        return None
+    target = open_target(load_target(sent[-1]))
+    job_id = target.find(record.name, record.config.store)
+    return None if job_id is None else (target, sent[-1], job_id)
+
+
+def _cancel(arguments: Namespace, record: RunRecord, target: Target, name: str, job_id: str) -> dict[str, Any]:
+    """Take a job back that waits."""
+    target.stop(job_id)
+    say(arguments, f"Took job {job_id} back, in which '{record.name}' waited at {name}.")
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    while target.status(job_id).state not in ENDED:
+        if time.monotonic() > deadline:
+            raise TimedOut(f"Job {job_id} has not ended within {CANCEL_TIMEOUT_S:.0f} s. Look at it: shardyard queue.")
+        time.sleep(POLL_EVERY_S)
+    if record.status() == "queued":  # its launcher had not begun, so nobody else writes
+        saved = record.checkpoints()
+        record.event("stopped", step=saved[-1]["step"] if saved else 0, reason=f"taken back at {name}")
     return _summary(record)
 
 

@@ -40,9 +40,14 @@ def train(arguments: Namespace) -> dict[str, Any]:
 
 def on_target(arguments: Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """Train where `--on` says: here in the foreground, or as a job of a target, which is followed or left alone."""
-    from configs.targets import LocalTarget, load_target
+    from configs.targets import LocalTarget, RayTarget, load_target
 
     settings = load_target(arguments.on)
+    if arguments.priority and not isinstance(settings, RayTarget):
+        raise UsageError(
+            f"--priority is for Shardyard's own queue, on a Ray cluster; {arguments.on} has none. A site's scheduler "
+            "takes its own settings, such as options: [--qos=high] of a Slurm target."
+        )
     if isinstance(settings, LocalTarget):
         if arguments.detach:
             raise UsageError("-d leaves a job at a target; a run on this machine ends with its command. Use --on.")
@@ -75,7 +80,7 @@ def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> d
 
     resolved = load_recipe(arguments.recipe, overrides)
     plan = validate(resolved)
-    job, target, name = Job(resolved), open_target(settings), arguments.on
+    job, target, name = Job(resolved, priority=arguments.priority), open_target(settings), arguments.on
     if arguments.dry_run:
         shared_store(job)
         text = target.render(job)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import logging
 import os
+import shlex
 import shutil
 import sysconfig
 import tempfile
@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.commands.output import age
 from cluster.ray_cluster import knock
-from cluster.targets import Job, Status
+from cluster.targets import Job, Queued, Status, same_store
+from cluster.targets.ray_dashboard import open_client, queue_table, refuse_too_much
 from configs.errors import Unreachable, UsageError
 from configs.targets import RayTarget
 
 PACKAGES = ("configs", "data_pipelines", "trainer", "cluster")
-ENTRYPOINT = "python -m cluster.cli train run.yaml --address auto"
+PROGRAM = "python -m cluster.targets.ray_job"
 # Ray kills a job that it is told to stop after 3 s otherwise: too soon for a save.
 STOP_WAIT_S = 300
 AGENT_WAIT_S = 5.0
@@ -47,19 +49,21 @@ class Target:
 
     def render(self, job: Job) -> str:
         """The request, and run.yaml."""
-        request = self._request(job) | {"working_dir": [*PACKAGES, *map(str, _own_modules(job)), "run.yaml"]}
+        request = self._request(job, f"{job.run}-XXXXXXXX")
+        request["runtime_env"]["working_dir"] = [*PACKAGES, *map(str, _own_modules(job)), "run.yaml"]
         return f"POST {self._address}/api/jobs/\n{json.dumps(request, indent=2)}\n\n# run.yaml\n{job.recipe}"
 
     def submit(self, job: Job) -> str:
         """Upload the code and the config, and queue the launcher."""
         with self._client() as client, tempfile.TemporaryDirectory(prefix="shardyard-job-") as folder:
+            refuse_too_much(client, job.resolved.config.resources)
             _fill(Path(folder), job)
-            request = self._request(job)
+            request = self._request(job, f"{job.run}-{os.urandom(4).hex()}")
             request["runtime_env"]["working_dir"] = folder
             deadline = time.monotonic() + AGENT_WAIT_S
             while True:
                 try:
-                    return str(client.submit_job(submission_id=f"{job.run}-{os.urandom(4).hex()}", **request))
+                    return str(client.submit_job(**request))
                 except RuntimeError as error:  # a head that has just started
                     if "No available agent" not in str(error) or time.monotonic() > deadline:
                         raise
@@ -69,8 +73,8 @@ class Target:
         """The run's job that has not ended."""
         with self._client() as client:
             for details in client.list_jobs():
-                mine = (details.metadata or {}).get("shardyard.run") == run
-                mine = mine and (details.metadata or {}).get("shardyard.store") == store
+                labels = details.metadata or {}
+                mine = labels.get("shardyard.run") == run and same_store(labels["shardyard.store"], store)
                 if mine and details.submission_id and _STATES[details.status.value] in ("pending", "running"):
                     found: str = details.submission_id
                     return found
@@ -85,13 +89,24 @@ class Target:
                 if "does not exist" in str(error):
                     return Status("gone", f"the cluster at {self._address} knows no job {job_id}")
                 raise
-        state = _STATES[details.status.value]
+            state = _STATES[details.status.value]
+            rows = queue_table(client) if state == "running" else []
+        for row in rows:
+            if row["job"] == job_id and row["state"] == "waiting":
+                return Status("pending", f"{row['position']} in the queue: {row['why']}{_may_start(row['may_start'])}")
         code = 0 if state == "finished" else details.driver_exit_code
-        return Status(state, details.message or "", code)  # type: ignore[arg-type]
+        reason = (details.message or "").partition(", last available logs")[0]  # they are in logs(), too
+        return Status(state, reason, code)  # type: ignore[arg-type]
 
     def why_pending(self, job_id: str) -> str:
-        """Ray's words."""
+        """The queue's reason."""
         return self.status(job_id).reason
+
+    def queue(self) -> list[Queued]:
+        """As the cluster's queue published it last."""
+        with self._client() as client:
+            rows = queue_table(client)
+        return [Queued(**row) for row in rows]
 
     def logs(self, job_id: str) -> str:
         """Asked for anew each time, since a stream of them can end before the job does."""
@@ -104,10 +119,13 @@ class Target:
         with self._client() as client:
             client.stop_job(job_id)
 
-    def _request(self, job: Job) -> dict[str, Any]:
+    def _request(self, job: Job, job_id: str) -> dict[str, Any]:
         config = job.resolved.config
+        expected = "" if job.expected_s is None else f" --expected-s {job.expected_s:.0f}"
+        seat = f"--user {shlex.quote(job.user)} --priority {job.priority} --submitted-at {time.time():.3f}{expected}"
         return {
-            "entrypoint": ENTRYPOINT,
+            "submission_id": job_id,
+            "entrypoint": f"{PROGRAM} {job_id} {seat}",
             "metadata": {"shardyard.run": config.name, "shardyard.store": config.store},
             "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
         }
@@ -115,26 +133,25 @@ class Target:
     @contextlib.contextmanager
     def _client(self) -> Iterator[Any]:
         """A client, whose errors become ours."""
-        from ray.job_submission import JobSubmissionClient
+        from ray.exceptions import AuthenticationError
 
         parts = urlsplit(self._address)
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of each upload
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
             knock(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-            yield JobSubmissionClient(self._address)
+            yield open_client(self._address)
         except (ConnectionError, OSError) as error:
             raise Unreachable(
                 f"No Ray dashboard answers at {self._address}: {_first_line(error)} Is the address that of the head's "
                 "dashboard (port 8265), and was the head started with --dashboard-host 0.0.0.0, or is there a tunnel?"
             ) from error
+        except AuthenticationError as error:
+            said = _first_line(error).partition(". ")[0]
+            raise Unreachable(
+                f"The Ray cluster at {self._address} refuses us: {said}. Set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+            ) from error
         except RuntimeError as error:
             said = _first_line(error)
-            if "401" in said or "403" in said or "oken" in said:
-                raise Unreachable(
-                    f"The Ray cluster at {self._address} refuses us: {said} Set RAY_AUTH_MODE=token and "
-                    "RAY_AUTH_TOKEN_PATH to the cluster's token."
-                ) from error
             if "No available agent" in said:
                 raise Unreachable(
                     f"The Ray cluster at {self._address} has a dashboard, but no agent that starts jobs: see "
@@ -161,10 +178,14 @@ def _own_modules(job: Job) -> list[Path]:
     found = []
     for name in (config.task.name, config.model.name, config.data.name):
         spec = importlib.util.find_spec(name.partition(".")[0]) if "." in name else None
-        if spec is not None and spec.origin is not None and not spec.origin.startswith(installed):
-            path = Path(spec.origin)
-            found.append(path.parent if path.name == "__init__.py" else path)
+        if spec is not None:  # a package, with or without an __init__.py, has folders; a module has a file alone
+            paths = spec.submodule_search_locations or filter(None, [spec.origin])
+            found += [Path(path) for path in paths if not path.startswith(installed)]
     return sorted(set(found))
+
+
+def _may_start(may_start: float | None) -> str:
+    return "" if may_start is None else f"; it may start in {age(max(0.0, may_start - time.time()))}"
 
 
 def _first_line(error: Exception) -> str:

@@ -6,14 +6,16 @@ cluster/targets/slurm_job.py starts Ray on all nodes and the launcher on the fir
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
-from cluster.targets import Job, State, Status
+from cluster.targets import Job, Queued, State, Status, same_store
 from configs.errors import NotFound, TimedOut, Unreachable, UsageError
 from configs.targets import SlurmTarget
 
@@ -45,6 +47,11 @@ _REASONS = {
     "JobHeldUser": "it is held; `scontrol release` lets it go",
     "JobHeldAdmin": "an administrator holds it",
 }
+_WIDTH = 500  # of a column of squeue, which cuts what is longer
+_FIELDS = (
+    *("JobID", "Name", "UserName", "State", "PriorityLong", "NumNodes", "NumCPUs", "Partition", "Reason"),
+    *("Comment", "SubmitTime", "StartTime"),
+)
 # Of these none goes by itself.
 _NEVER = {
     "PartitionConfig": "The partition has no such nodes: set a smaller workers_per_node in the target.",
@@ -112,7 +119,7 @@ class Target:
         listed = self._call("squeue", "--me", "--noheader", f"--name={_job_name(run)}", "--Format=JobID:20,Comment:500")
         for line in listed.splitlines():
             job_id, _, comment = line.strip().partition(" ")
-            if comment.strip() == store:
+            if same_store(comment.strip(), store):
                 return job_id
         return None
 
@@ -134,9 +141,40 @@ class Target:
         """Slurm's reason, what it means, and when it believes that the job will start."""
         fields = self._show(job_id) or {}
         reason = fields.get("Reason", "None")
-        text = f"{reason}: {_REASONS[reason]}" if reason in _REASONS else reason
+        text = _explained(reason)
         start = fields.get("StartTime", "Unknown")
         return text if start in ("Unknown", "N/A") else f"{text}; it may start at {start}"
+
+    def queue(self) -> list[Queued]:
+        """As squeue lists them, with the time at which Slurm believes each to start."""
+        listed = self._call(
+            *("squeue", "--noheader", "--sort=-T,-p,i", "--states=PENDING,RUNNING,COMPLETING"),
+            "--Format=" + ",".join(f"{name}:{_WIDTH}" for name in _FIELDS),
+        )
+        jobs, position = [], 0
+        for line in listed.splitlines():
+            values = [line[start : start + _WIDTH].strip() for start in range(0, _WIDTH * len(_FIELDS), _WIDTH)]
+            job = dict(zip(_FIELDS, values, strict=True))
+            if not job["Name"].startswith(_job_name("")):
+                continue
+            waits = job["State"] == "PENDING"
+            position += waits
+            jobs.append(
+                Queued(
+                    job=job["JobID"],
+                    run=job["Name"].removeprefix(_job_name("")),
+                    user=job["UserName"],
+                    state="waiting" if waits else "running",
+                    asks=f"{job['NumNodes']} nodes of {job['Partition']}, {job['NumCPUs']} CPUs",
+                    why=_explained(job["Reason"]) if waits else "",
+                    store=job["Comment"],
+                    position=position if waits else None,
+                    priority=int(job["PriorityLong"]),
+                    submitted_at=_epoch(job["SubmitTime"]),
+                    may_start=_epoch(job["StartTime"]) if waits else None,
+                )
+            )
+        return jobs
 
     def logs(self, job_id: str) -> str:
         """The script's output so far."""
@@ -181,6 +219,17 @@ class Target:
             raise Unreachable(f"Slurm's controller cannot be reached: {said} See `scontrol ping`.")
         remedy = next((remedy for part, remedy in _REFUSALS if part in said), "See `man sbatch`.")
         raise UsageError(f"Slurm refuses: {said}. {remedy}")
+
+
+def _explained(reason: str) -> str:
+    return f"{reason}: {_REASONS[reason]}" if reason in _REASONS else reason
+
+
+def _epoch(time: str) -> float | None:
+    """Slurm's local time in epoch seconds; None for N/A."""
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(time).timestamp()
+    return None
 
 
 def _job_name(run: str) -> str:

@@ -38,8 +38,8 @@ class FakeRecord:
     def event(self, kind: str, **fields: Any) -> None:
         self.rows.append({"kind": kind, "attempt": self.attempt, **fields})
 
-    def stop_requested(self) -> bool:
-        return self.stop_file
+    def stop_requested(self) -> str | None:
+        return "asked by a file" if self.stop_file else None
 
     def checkpoints(self) -> list[dict[str, Any]]:
         return [{"step": step, "path": f"checkpoints/step-{step:08d}"} for step in self.saved]

@@ -257,7 +257,7 @@ def test_the_stop_file_is_seen() -> None:
     bench = Bench()
     at_step(bench, 13, lambda: setattr(bench.record, "stop_file", True))
     assert bench.run().outcome == "stopped"
-    assert "runs stop" in bench.record.rows[-1]["reason"]
+    assert "asked by a file" in bench.record.rows[-1]["reason"]
 
 
 def test_a_store_that_does_not_answer_stops_no_training() -> None:

@@ -191,7 +191,9 @@ def test_another_process_asks_it_to_stop(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     driver = start_driver(config, "endless")
     wait_for_training(config, driver)
-    RunRecord(Store(config["store"]).child("demo"), RunRecord.open(config["store"], "demo").resolved).request_stop()
+    RunRecord(Store(config["store"]).child("demo"), RunRecord.open(config["store"], "demo").resolved).request_stop(
+        "asked"
+    )
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 0
     assert '"outcome": "stopped"' in output

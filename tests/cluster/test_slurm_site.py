@@ -10,11 +10,11 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.cluster.namespaces import links_of
 from tests.cluster.slurm_site import GRACE_S, NODES, ROOT, SlurmSite, missing
-from tests.cluster.waiting import alive, wait_for
+from tests.cluster.waiting import alive, commands, mentioning, wait_for
 
 pytestmark = [pytest.mark.daemon, pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {missing()}")]
 
@@ -224,17 +224,3 @@ def asleep(seconds: str) -> list[int]:
         for pid, command in commands()
         if len(command) == 2 and command[0].endswith("sleep") and command[1] == seconds
     ]
-
-
-def mentioning(word: str) -> list[int]:
-    return [pid for pid, command in commands() if word in " ".join(command)]
-
-
-def commands() -> list[tuple[int, list[str]]]:
-    """Living processes of this machine, of any namespace, but for this one."""
-    found = [(process.pid, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    return [(pid, command) for pid, command in found if pid != os.getpid() and alive(pid)]
-
-
-def links_of(owner: int) -> list[str]:
-    return [path.name for path in Path("/sys/class/net").glob(f"sl{owner}-*")]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chaos.runs import RUN, recipe
-from tests.cluster.slurm_site import ROOT, SlurmSite, missing
+from tests.chaos.runs import RUN
+from tests.cluster.slurm_site import SlurmSite, missing
+from tests.cluster.target_user import TRAIN_S, User
 from tests.cluster.waiting import wait_for
 from trainer.record import RunRecord
 
@@ -25,7 +23,6 @@ hpc: {type: slurm, partition: low, time: "10", options: [--exclusive]}
 wrong: {type: slurm, partition: h100}
 huge: {type: slurm, partition: low, workers_per_node: 64}
 """
-TRAIN_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +31,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmSite]:
         yield made
 
 
-class User:
-    """Somebody on a login node, in a folder with targets.yaml and run.yaml."""
-
-    def __init__(self, site: SlurmSite, folder: Path, steps: int, **changes: Any) -> None:
-        self.folder = folder
-        self.settings = recipe(folder, steps) | changes
-        self.store = self.settings["store"]
-        (folder / "targets.yaml").write_text(TARGETS)
-        (folder / "run.yaml").write_text(json.dumps(self.settings))
-        self.environment = site.environment | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
-
-    def popen(self, *command: str) -> subprocess.Popen[str]:
-        whole = [sys.executable, "-m", "cluster.cli", *command]
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(whole, cwd=self.folder, env=self.environment, **pipes)
-
-    def run(self, *command: str, timeout_s: float = TRAIN_S) -> tuple[int, str]:
-        """Exit code, and all that was said."""
-        process = self.popen(*command)
-        said, _ = process.communicate(timeout=timeout_s)
-        return process.returncode, said
+def user_of(site: SlurmSite, folder: Path, steps: int, **changes: Any) -> User:
+    return User(folder, site.environment, TARGETS, steps, **changes)
 
 
 def job_of(said: str) -> str:
@@ -65,7 +43,7 @@ def job_of(said: str) -> str:
 
 def test_it_trains_across_both_nodes_and_leaves_nothing(site: SlurmSite, tmp_path: Path) -> None:
     before = set(Path("/tmp").glob("shardyard-slurm-*"))
-    user = User(site, tmp_path, steps=20)
+    user = user_of(site, tmp_path, steps=20)
     code, said = user.run("train", "run.yaml", "--on", "hpc")
     assert code == 0, said
     assert "20/20" in said
@@ -79,7 +57,7 @@ def test_it_trains_across_both_nodes_and_leaves_nothing(site: SlurmSite, tmp_pat
 
 
 def test_a_run_that_fails_ends_its_job_with_its_exit_code(site: SlurmSite, tmp_path: Path) -> None:
-    user = User(site, tmp_path, steps=20, data={"name": "text", "paths": [str(tmp_path / "nothing")]})
+    user = user_of(site, tmp_path, steps=20, data={"name": "text", "paths": [str(tmp_path / "nothing")]})
     code, said = user.run("train", "run.yaml", "--on", "hpc")
     assert code == 1, said
     assert "nothing" in said
@@ -88,23 +66,23 @@ def test_a_run_that_fails_ends_its_job_with_its_exit_code(site: SlurmSite, tmp_p
 
 
 def test_preempted_it_saves_is_queued_again_and_goes_on(site: SlurmSite, tmp_path: Path) -> None:
-    user = User(site, tmp_path, steps=2000)
-    following = user.popen("train", "run.yaml", "--on", "hpc")
+    user = user_of(site, tmp_path, steps=2000)
+    following = user.start("train", "run.yaml", "--on", "hpc")
     try:
         wait_for(lambda: saved(user) > 100, "some checkpoints", TRAIN_S)
-        other = site.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+        high = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+        other = site.run("sbatch", "--parsable", *high, "--wrap=sleep 2")
         assert other.returncode == 0, other.stderr
-        said, _ = following.communicate(timeout=TRAIN_S)
+        assert following.wait() == 0, following.said
     finally:
-        following.kill()
-    assert following.returncode == 0, said
-    assert "2,000/2,000" in said
+        following.end()
+    assert "2,000/2,000" in following.said
     record = RunRecord.open(user.store, RUN)
     ends = [(event["kind"], event["step"]) for event in record.events() if event["kind"] in ("stopped", "finished")]
     starts = [event["step"] for event in record.events() if event["kind"] == "started"]
     assert [kind for kind, _ in ends] == ["stopped", "finished"]
     assert starts == [0, ends[0][1]], "it went on from where it was preempted"
-    assert site.job(job_of(said))["Restarts"] == "1"
+    assert site.job(job_of(following.said))["Restarts"] == "1"
 
 
 def saved(user: User) -> int:
@@ -116,6 +94,6 @@ def saved(user: User) -> int:
     ("target", "remedy"), [("wrong", "`sinfo` lists the partitions"), ("huge", "set a smaller workers_per_node")]
 )
 def test_what_slurm_refuses_is_told_with_the_remedy(site: SlurmSite, tmp_path: Path, target: str, remedy: str) -> None:
-    user = User(site, tmp_path, steps=20, resources={"workers": 64})
+    user = user_of(site, tmp_path, steps=20, resources={"workers": 64})
     code, said = user.run("train", "run.yaml", "--on", target, timeout_s=60)
     assert code == 2 and remedy in said, said

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster import following as module
 from cluster.cli import main
 from cluster.following import Following, send, shared_store
 from cluster.targets import Job, Status, open_target
-from configs.errors import RunFailed, Unreachable, UsageError
+from configs.errors import RunFailed, TimedOut, Unreachable, UsageError
 from configs.load import load, load_resolved
 from configs.schema import Section
 from configs.targets import RayTarget, SlurmTarget
@@ -70,6 +72,21 @@ def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_ray_head_that_is_not_there() -> None:
     with pytest.raises(Unreachable, match=r"No Ray dashboard answers at http://127.0.0.1:9: .*port 8265"):
         open_target(RayTarget(address="http://127.0.0.1:9")).find("demo", "/shared/runs")
+
+
+@pytest.mark.parametrize("has_init", [True, False])
+def test_a_package_of_the_users_own_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_init: bool) -> None:
+    package = f"own_package_{has_init}".lower()
+    (tmp_path / package / "models").mkdir(parents=True)
+    (tmp_path / package / "models/wide.py").touch()
+    if has_init:
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sent = job(model={"name": f"{package}.models.wide"})
+    request = open_target(RayTarget(address="http://head:8265")).render(sent)
+    request = request.partition("\n")[2].partition("\n\n")[0]
+    expected = ["configs", "data_pipelines", "trainer", "cluster", str(tmp_path / package), "run.yaml"]
+    assert json.loads(request)["runtime_env"]["working_dir"] == expected
 
 
 def test_a_store_that_no_other_machine_sees_is_refused() -> None:
@@ -174,3 +191,104 @@ def test_a_job_that_will_never_start_is_taken_back(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="will never start the job, which was taken back: no such nodes"):
         Following(target, "hpc", sent, send(target, "hpc", sent), json=True).wait()
     assert target.stopped
+
+
+class Scripted(Dead):
+    """A target that answers as told, the last way from then on."""
+
+    def __init__(self, *answers: Status | Exception | Callable[[], Status]) -> None:
+        self.answers, self.asked, self.stopped = list(answers), 0, False
+
+    def status(self, job_id: str) -> Status:
+        answer = self.answers[min(self.asked, len(self.answers) - 1)]
+        self.asked += 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if isinstance(answer, Status) else answer()
+
+
+SILENT, SLOW, RUNNING = Unreachable("No answer."), TimedOut("No answer in time."), Status("running")
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, RunRecord]:
+    """A job that a target runs; whoever follows it asks often, and is patient for a moment."""
+    monkeypatch.setattr(module, "POLL_S", 0.01)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
+    sent = Job(load(minimal(name="demo", store=str(tmp_path))))
+    record = RunRecord.create(Store(str(tmp_path)), sent.resolved)
+    record.event("started", step=0)
+    return sent, record
+
+
+def finish(record: RunRecord) -> Status:
+    record.event("finished", step=3)
+    return Status("finished")
+
+
+def test_a_target_that_is_out_of_reach_for_a_while_is_waited_for(
+    launched: tuple[Job, RunRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent, record = launched
+    target = Scripted(RUNNING, SILENT, SLOW, RUNNING, SILENT, RUNNING, lambda: finish(record))
+    assert Following(target, "lab", sent, "1", json=True).wait()["outcome"] == "finished"
+    said = capsys.readouterr().err
+    assert said.count("lab is out of reach; the run is followed by its own record. No answer") == 2
+    assert said.count("lab answers again") == 2
+
+
+def test_it_is_waited_for_as_long_as_the_run_lives(launched: tuple[Job, RunRecord]) -> None:
+    sent, record = launched
+    with record.acquire_lease():
+        target = Scripted(RUNNING, *[SILENT] * 60, lambda: finish(record))
+        assert Following(target, "lab", sent, "1", json=True).wait()["outcome"] == "finished"
+    assert target.asked == 62
+
+
+def test_the_end_of_a_run_is_seen_without_its_target(launched: tuple[Job, RunRecord]) -> None:
+    sent, record = launched
+
+    def finish_in_silence() -> Status:
+        finish(record)
+        raise SILENT
+
+    target = Scripted(RUNNING, SILENT, finish_in_silence)
+    assert Following(target, "lab", sent, "1", json=True).wait()["outcome"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        (SILENT, "lab is out of reach, and run 'demo' has shown no sign of life for 0 s: it is before its first"),
+        (Status("gone", "no job 1"), "lab has lost job 1 .no job 1., as when its cluster was started anew"),
+    ],
+)
+def test_a_target_that_is_gone_for_good_ends_the_following(
+    launched: tuple[Job, RunRecord], last: Status | Exception, words: str
+) -> None:
+    sent, _ = launched
+    with pytest.raises(Unreachable, match=f"{words}.* the same command goes on with it"):
+        Following(Scripted(RUNNING, last), "lab", sent, "1", json=True).wait()
+
+
+def test_a_job_that_is_gone_is_believed_when_its_run_is_dead(launched: tuple[Job, RunRecord]) -> None:
+    sent, record = launched
+    lease = record.acquire_lease()
+    target = Scripted(RUNNING, *[Status("gone")] * 5, lambda: lease.release() or Status("gone"))  # type: ignore[func-returns-value]
+    with pytest.raises(Unreachable, match="has lost job 1"):
+        Following(target, "lab", sent, "1", json=True).wait()
+    assert target.asked == 7
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_what_is_refused_leaves_the_name_free(tmp_path: Path, is_new: bool) -> None:
+    class Full(Dead):
+        def submit(self, job: Job) -> str:
+            raise UsageError("too much")
+
+    sent = Job(load(minimal(name="demo", store=str(tmp_path))))
+    if not is_new:
+        RunRecord.create(Store(str(tmp_path)), sent.resolved).close()
+    with pytest.raises(UsageError, match="too much"):
+        send(Full(Status("gone")), "lab", sent)
+    assert (tmp_path / "demo").exists() != is_new

@@ -246,14 +246,14 @@ def test_attempts_say_when_they_began_and_how_they_ended(store: Store) -> None:
 def test_a_stop_reaches_the_launcher_and_is_forgotten_by_the_next(store: Store) -> None:
     record = RunRecord.create(store, resolved())
     with record.acquire_lease():
-        assert not record.stop_requested()
-        RunRecord.open(store.uri, "demo").request_stop()
-        assert record.stop_requested()
+        assert record.stop_requested() is None
+        RunRecord.open(store.uri, "demo").request_stop("to make room")
+        assert record.stop_requested() == "to make room"
         with pytest.raises(UsageError):
             record.acquire_lease()
         assert record.stop_requested(), "a refused launcher must not clear the request"
     with record.acquire_lease():
-        assert not record.stop_requested()
+        assert record.stop_requested() is None
 
 
 def test_only_a_launch_that_trains_leaves_its_lineage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,236 @@
+"""The queue between launchers that report: who may start, who makes room, and what a restart of it changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from cluster.job_queue import IDLE_S, LISTEN_S, SILENT_S, JobQueue, Reply, Report
+from cluster.scheduling import Request
+from configs.errors import UsageError
+from configs.quota import load_quota
+
+
+@dataclass
+class Site:
+    """A cluster of GPUs by node, a clock, and launchers as they report."""
+
+    gpus: dict[str, int]
+    quota: dict[str, int] = field(default_factory=dict)
+    now: float = 1000.0
+
+    def __post_init__(self) -> None:
+        self.groups: dict[str, dict[str, int]] = {}
+        self.launchers: dict[str, Report] = {}
+        self.quota_error: UsageError | None = None
+        self.queue = self.start()
+
+    def start(self, *, restarted: bool = False) -> JobQueue:
+        self.queue = JobQueue(self.cluster, self.read_quota, restarted=restarted, clock=lambda: self.now)
+        return self.queue
+
+    def cluster(self):
+        free = dict(self.gpus)
+        for held in self.groups.values():
+            for node, count in held.items():
+                free[node] -= count
+        return {node: {"GPU": float(count)} for node, count in free.items()}, self.groups
+
+    def read_quota(self) -> dict[str, int]:
+        if self.quota_error is not None:
+            raise self.quota_error
+        return self.quota
+
+    def come(self, job: str, workers: int, **more) -> Reply:
+        values = {"user": "ada", "worker": {"GPU": 1.0}, "fewest": workers, "most": workers, "submitted_at": self.now}
+        self.launchers[job] = Report(Request(job=job, **values | more), "waiting", f"/store/{job}")
+        return self.ask(job)
+
+    def ask(self, job: str) -> Reply:
+        report = self.launchers[job]
+        reply = self.queue.report(report)
+        if reply.verdict == "start" and report.state == "waiting":
+            self.launchers[job] = replace(report, state="admitted", since=self.now)
+        if reply.verdict == "leave":
+            self.launchers[job] = replace(report, state="leaving")
+        return reply
+
+    def place(self, job: str, **held: int) -> None:
+        """The launcher's placement group is there."""
+        self.groups[f"/store/{job}"] = held
+
+    def wait_again(self, job: str) -> None:
+        del self.groups[f"/store/{job}"]
+        report = self.launchers[job]
+        self.launchers[job] = replace(report, state="waiting", turn=report.turn + 1)
+
+    def pass_time(self, seconds: float) -> dict[str, Reply]:
+        """All launchers report, and the queue decides, as seconds go by."""
+        replies: dict[str, Reply] = {}
+        for _ in range(int(seconds)):
+            self.now += 1
+            self.queue.tick()
+            replies = {job: self.ask(job) for job in self.launchers}
+        return replies
+
+    def states(self) -> dict[str, str]:
+        return {row["job"]: row["state"] for row in self.queue.table()["jobs"]}
+
+
+def test_gangs_start_whole_and_one_after_the_other() -> None:
+    site = Site({"n1": 2, "n2": 2})
+    site.come("a", 3)
+    site.come("b", 3)
+    replies = site.pass_time(1)
+    assert replies["a"].verdict == "start"
+    assert replies["b"].verdict == "wait"
+    assert "room for 1" in replies["b"].why
+    site.place("a", n1=2, n2=1)
+    assert site.pass_time(3)["b"].verdict == "wait"
+    del site.groups["/store/a"]
+    del site.launchers["a"]
+    site.queue.leave("a")
+    assert site.pass_time(1)["b"].verdict == "start"
+
+
+def test_one_that_was_let_in_holds_its_places_before_ray_knows_of_them() -> None:
+    site = Site({"n1": 2})
+    site.come("a", 2)
+    site.pass_time(2)
+    site.come("b", 1)
+    assert site.pass_time(2)["b"].verdict == "wait"
+
+
+def test_a_preempted_job_saves_waits_in_its_old_place_and_goes_on() -> None:
+    site = Site({"n1": 2})
+    site.come("low", 2)
+    site.pass_time(1)
+    site.place("low", n1=2)
+    site.come("other", 2)
+    site.come("urgent", 1, priority=5)
+    replies = site.pass_time(2)
+    assert replies["low"] == Reply("leave", "it makes room for urgent, whose priority is 5")
+    assert replies["urgent"].verdict == "wait"
+    site.wait_again("low")
+    replies = site.pass_time(2)
+    assert (replies["urgent"].verdict, replies["low"].verdict) == ("start", "wait")
+    positions = {row["job"]: row["position"] for row in site.queue.table()["jobs"]}
+    assert positions == {"urgent": None, "low": 1, "other": 2}
+    site.queue.leave("urgent")
+    del site.launchers["urgent"]
+    replies = site.pass_time(1)
+    assert (replies["low"].verdict, replies["other"].verdict) == ("start", "wait")
+
+
+def test_a_queue_that_was_killed_knows_all_again_and_starts_nobody_twice() -> None:
+    site = Site({"n1": 2})
+    site.come("running", 2)
+    site.pass_time(1)
+    site.come("waiting", 2)
+    site.come("urgent", 2, priority=1)
+    site.pass_time(1)
+    before = site.queue.table()
+    assert site.states() == {"running": "leaving", "urgent": "waiting", "waiting": "waiting"}
+
+    site.start(restarted=True)  # before `running` has its placement group
+    replies = {job: site.ask(job) for job in ("urgent", "waiting")}
+    site.queue.tick()
+    assert {reply.verdict for reply in replies.values()} == {"wait"}
+    replies = site.pass_time(LISTEN_S + 1)
+    assert [replies[job].verdict for job in ("running", "urgent", "waiting")] == ["leave", "wait", "wait"]
+    after = site.queue.table()
+    assert [(row["job"], row["state"], row["position"]) for row in after["jobs"]] == [
+        (row["job"], row["state"], row["position"]) for row in before["jobs"]
+    ]
+
+
+def test_a_launcher_that_is_silent_loses_its_seat_but_not_its_places() -> None:
+    site = Site({"n1": 2})
+    site.come("gone", 2)
+    site.pass_time(1)
+    site.place("gone", n1=2)
+    del site.launchers["gone"]
+    site.come("next", 2)
+    assert site.pass_time(SILENT_S + 2)["next"].verdict == "wait"
+    assert set(site.states()) == {"next"}
+    site.groups.clear()
+    assert site.pass_time(1)["next"].verdict == "start"
+
+
+def test_what_never_fits_is_refused_at_once_and_what_does_not_now_waits() -> None:
+    site = Site({"n1": 2, "n2": 2}, quota={"bob": 1})
+    refused = site.come("big", 5)
+    assert refused.verdict == "refused"
+    assert "5 workers of 1 GPU, which is more than the whole cluster has. Lower resources.workers" in refused.why
+    refused = site.come("much", 2, user="bob")
+    assert refused.verdict == "refused"
+    assert "asks for 2 workers, and the quota of bob is 1. Lower" in refused.why
+    site.launchers.clear()
+    site.come("whole", 4)
+    del site.gpus["n2"]
+    assert "more than the whole cluster has now" in site.pass_time(1)["whole"].why
+    site.gpus["n2"] = 2
+    assert site.pass_time(1)["whole"].verdict == "start"
+
+
+def test_a_quota_that_cannot_be_read_leaves_the_one_before_and_is_told() -> None:
+    site = Site({"n1": 4}, quota={"ada": 1})
+    site.come("a", 1)
+    site.pass_time(1)
+    site.quota_error = UsageError("quota.yaml gives each user a number of workers.")
+    site.come("b", 1)
+    assert "quota: the runs of ada have 1 of 1 workers" in site.pass_time(1)["b"].why
+    assert site.queue.table()["problem"].startswith("quota.yaml gives")
+
+
+def test_it_is_idle_once_nobody_has_needed_it_for_a_while() -> None:
+    site = Site({"n1": 1})
+    site.come("a", 1)
+    site.pass_time(IDLE_S + 5)
+    assert not site.queue.idle
+    site.launchers.clear()
+    site.queue.leave("a")
+    assert not site.queue.idle
+    site.pass_time(IDLE_S + 1)
+    assert site.queue.idle
+
+
+def test_the_table_says_when_a_job_may_start() -> None:
+    site = Site({"n1": 1})
+    site.come("first", 1, expected_s=100.0)
+    site.pass_time(1)
+    site.come("second", 1)
+    site.pass_time(1)
+    rows = {row["job"]: row for row in site.queue.table()["jobs"]}
+    assert rows["second"]["may_start"] == site.now + 100
+    assert (rows["second"]["run"], rows["second"]["store"]) == ("second", "/store")
+    assert rows["first"]["may_start"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ada: many", "ada: 'many'"),
+        ("ada: -1", "ada: -1"),
+        ("ada: 1\nada: 2", "line 2"),
+        ("- ada", "It holds nothing"),
+        ("", "It holds nothing"),
+    ],
+)
+def test_a_quota_file_that_is_wrong_says_where(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "quota.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match="gives each user a number of workers") as caught:
+        load_quota(file)
+    assert message in str(caught.value)
+
+
+def test_a_quota_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "quota.yaml"
+    file.write_text("default: 8\nada: 16\n")
+    assert load_quota(file) == {"default": 8, "ada": 16}
+    assert load_quota(None) == {}
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_quota(tmp_path / "none.yaml")
