@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import datetime
 from typing import Any
 
 import yaml
 
-from cluster.targets import Job, Status
+from cluster.targets import Job, Queued, Status, same_store
 from cluster.targets.kuberay_api import Api, Object, Taken
-from cluster.targets.kuberay_manifest import HEAD, JOB, RUN, STORE, SUBMITTER, job_name, rayjob
+from cluster.targets.kuberay_manifest import (
+    HEAD,
+    JOB,
+    MINE,
+    RUN,
+    STORE,
+    SUBMITTER,
+    USER,
+    job_name,
+    rayjob,
+)
 from cluster.targets.kuberay_reasons import why_pending
 from configs.errors import NotFound, TimedOut, UsageError
 from configs.targets import KuberayTarget
 
 GONE_S = 30.0
+_SELECTOR = ",".join(f"{name}={value}" for name, value in MINE.items())
 POLL_S = 1.0
 
 
@@ -77,7 +89,7 @@ class Target:
             return Status("running", f"{_said(status)} The run saves, and its pods go.")
         if _ended(job):
             return Status("failed", _said(status), _exit_code(status))
-        if deployment == "Running" and launcher not in ("", "PENDING"):
+        if not _waits(job):
             return Status("running", _said(status))
         reason = why_pending(self._api, job)
         return Status("refused" if reason.stays else "pending", reason.text)
@@ -85,6 +97,29 @@ class Target:
     def why_pending(self, job_id: str) -> str:
         """In the words of whoever holds it up: KubeRay, Kueue, the scheduler, or a node."""
         return self.status(job_id).reason
+
+    def queue(self) -> list[Queued]:
+        """Those of the namespace, by their age: in which order they start is known to Kueue alone."""
+        jobs = [job for job in self._api.items(self._jobs, labelSelector=_SELECTOR) if not _ended(job)]
+        jobs.sort(key=lambda job: (_waits(job), job["metadata"]["creationTimestamp"]))
+        found = []
+        for job in jobs:
+            metadata, waits = job["metadata"], _waits(job)
+            leaves = "deletionTimestamp" in metadata
+            notes = metadata.get("annotations", {})
+            found.append(
+                Queued(
+                    job=metadata["name"],
+                    run=notes.get(RUN, metadata["name"]),
+                    user=notes.get(USER, ""),
+                    state="leaving" if leaves else "waiting" if waits else "running",
+                    asks=_asks(job),
+                    why=why_pending(self._api, job).text if leaves or waits else "",
+                    store=notes.get(STORE),
+                    submitted_at=datetime.fromisoformat(metadata["creationTimestamp"]).timestamp(),
+                )
+            )
+        return found
 
     def logs(self, job_id: str) -> str:
         """The submitter's, which repeats what the launcher prints; else the head's; else what KubeRay says of it."""
@@ -129,7 +164,20 @@ class Target:
 
 def _is_of(found: Object, run: str, store: str) -> bool:
     notes = found["metadata"].get("annotations", {})
-    return (notes.get(RUN), notes.get(STORE)) == (run, store)
+    return bool(notes.get(RUN) == run and same_store(notes.get(STORE, ""), store))
+
+
+def _waits(job: Object) -> bool:
+    status = job.get("status", {})
+    return status.get("jobDeploymentStatus") != "Running" or status.get("jobStatus", "") in ("", "PENDING")
+
+
+def _asks(job: Object) -> str:
+    """In words."""
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    amounts = group["rayStartParams"]
+    each = [f"{amounts[key]} {name}" for key, name in (("num-gpus", "GPU"), ("num-cpus", "CPU")) if key in amounts]
+    return f"{group['replicas']} worker{'s' * (group['replicas'] > 1)} of {', '.join(each)}"
 
 
 def _ended(job: Object) -> bool:

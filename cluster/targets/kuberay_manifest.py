@@ -12,13 +12,14 @@ import importlib.metadata
 import re
 from typing import Any
 
-from cluster.targets import Job
+from cluster.targets import Job, spelled
 from configs.errors import UsageError
 from configs.targets import KuberayTarget
 
 Manifest = dict[str, Any]
 
-RUN, STORE, JOB = "shardyard/run", "shardyard/store", "shardyard/job"
+RUN, STORE, USER, JOB = "shardyard/run", "shardyard/store", "shardyard/user", "shardyard/job"
+MINE = {"app.kubernetes.io/name": "shardyard"}
 QUEUE = "kueue.x-k8s.io/queue-name"
 SUBMITTER, HEAD, WORKER = "submitter", "ray-head", "ray-worker"
 FOLDER = "/etc/shardyard"
@@ -59,7 +60,7 @@ def rayjob(job: Job, settings: KuberayTarget) -> Manifest:
             "is long into a file of the image or of the store, and name it in the recipe."
         )
     name = job_name(job.run, store)
-    labels = {"app.kubernetes.io/name": "shardyard", RUN: job.run.rstrip("._-"), STORE: digest(store)}
+    labels = MINE | {RUN: job.run.rstrip("._-"), STORE: digest(spelled(store))}
     queue = {QUEUE: settings.queue} if settings.queue else {}
     return {
         "apiVersion": "ray.io/v1",
@@ -68,7 +69,7 @@ def rayjob(job: Job, settings: KuberayTarget) -> Manifest:
             "name": name,
             "namespace": settings.namespace,
             "labels": labels | queue,
-            "annotations": {RUN: job.run, STORE: store},
+            "annotations": {RUN: job.run, STORE: store, USER: job.user},
         },
         "spec": _spec(job, settings, labels | {JOB: name}),
     }
@@ -77,17 +78,17 @@ def rayjob(job: Job, settings: KuberayTarget) -> Manifest:
 def job_name(run: str, store: str) -> str:
     """Of the run's RayJob: the same at each submission, so that two at once cannot both be there.
 
-    It must be a label of DNS that begins with a letter (RFC 1035).
+    KubeRay wants a label of DNS that begins with a letter (RFC 1035).
     """
     words = re.sub(r"[^a-z0-9]+", "-", run).strip("-")
     words = words if words[:1].isalpha() else f"run-{words}"
-    end = digest(f"{run}\n{store}")[:8]
+    end = digest(f"{run}\n{spelled(store)}")[:8]
     return f"{words[: MOST_NAME - 1 - len(end)].rstrip('-')}-{end}"
 
 
 def folder(store: str) -> str | None:
     """The store's path, where it is a folder."""
-    path = store.removeprefix("file://")
+    path = spelled(store)
     return None if "://" in path else path
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.targets import Job, kuberay_stop, open_target
-from cluster.targets.kuberay_manifest import MOST_RECIPE_BYTES, RUN, STORE, job_name, rayjob
+from cluster.targets.kuberay_manifest import MOST_RECIPE_BYTES, RUN, STORE, USER, job_name, rayjob
 from configs.errors import UsageError
 from configs.load import load, load_resolved
 from configs.schema import RUN_NAME
@@ -108,6 +108,7 @@ def test_any_runs_name_makes_names_that_kubernetes_takes(run: str, store: str) -
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name), "a label of DNS, as KubeRay asks for"
     assert len(name) <= 47
     assert name == job_name(run, store) != job_name(run, store + "x")
+    assert job_name(run, "/runs") == job_name(run, "file:///runs/"), "two spellings of one store"
     assert name != job_name(run[:62] + "x", store) or run[:62] + "x" == run
     labels = rayjob(job(run), KuberayTarget(image="i"))["metadata"]["labels"]
     for value in labels.values():
@@ -125,7 +126,7 @@ def test_the_head_sees_the_whole_recipe_and_nothing_else_is_made() -> None:
     (mount,) = [m for m in container(manifest, "ray-head")["volumeMounts"] if m["name"] == "recipe"]
     assert item["fieldRef"]["fieldPath"] == "metadata.annotations['shardyard/recipe']"
     assert f"{mount['mountPath']}/{item['path']}" in manifest["spec"]["entrypoint"]
-    assert manifest["metadata"]["annotations"] == {RUN: "demo", STORE: S3}
+    assert manifest["metadata"]["annotations"] == {RUN: "demo", STORE: S3, USER: sent.user}
 
 
 def test_a_recipe_that_is_too_long_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -127,6 +128,32 @@ def test_a_job_of_somebody_elses_with_this_name(server: KubernetesServer) -> Non
         with pytest.raises(UsageError, match=rf"there is a RayJob {name} that is not this run's\. Rename the run"):
             prod.submit(job())
     assert server.get("rayjobs", name), "it is left alone"
+
+
+def test_the_queue_shows_who_runs_and_who_waits_for_what(server: KubernetesServer, operator: Operator) -> None:
+    prod = target()
+    started = prod.submit(job("a", resources={"workers": 2, "gpus_per_worker": 1, "threads": 4}))
+    operator.says("Running", "RUNNING")
+    server.put("rayjobs", {"metadata": {"name": "of-others"}, "spec": {"entrypoint": "x"}})
+    ended = prod.submit(job("b"))
+    server.patch("rayjobs", ended, {"status": {"jobDeploymentStatus": "Complete"}})
+    waits = prod.submit(job("c"))
+    leaves = prod.submit(job("d"))
+    server.patch("rayjobs", leaves, {"metadata": {"finalizers": ["test/saving"]}})
+    prod.stop(leaves)
+    found = {queued.job: queued for queued in prod.queue()}
+    assert {name: queued.state for name, queued in found.items()} == {
+        started: "running",
+        waits: "waiting",
+        leaves: "leaving",
+    }
+    assert next(iter(found)) == started
+    first = found[started]
+    assert (first.run, first.store, first.user) == ("a", STORE, job().user)
+    assert first.asks == "2 workers of 1 GPU, 4 CPU" and found[waits].asks == "1 worker of 1 CPU"
+    assert "KubeRay's operator" in found[waits].why and first.why == ""
+    created = server.get("rayjobs", started)["metadata"]["creationTimestamp"]
+    assert first.submitted_at == datetime.fromisoformat(created).timestamp()
 
 
 # What becomes of it
