@@ -131,7 +131,8 @@ class Run:
     def wait(self) -> dict[str, Any]:
         """Wait for the run's end, telling how it goes meanwhile; returns how it ended.
 
-        The first Ctrl-C (or SIGTERM, SIGUSR1) saves and stops, the second ends at once; only the main thread gets them.
+        The first Ctrl-C (or SIGTERM, SIGUSR1) saves and stops, a further Ctrl-C ends at once; only the main thread gets
+        them.
 
         Raises:
             RunFailed: names the first failure, the last checkpoint and the next command.
@@ -194,7 +195,7 @@ class Run:
             self._first_signal = self._first_signal or number
             if self._interrupts == 1:
                 self.stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-            else:
+            elif number == signal.SIGINT:  # a person, who means it; whoever schedules may tell us in several ways
                 self._drive.controller.abort()
 
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

@@ -48,7 +48,7 @@ def where(key: str, origins: Mapping[str, str], fallback: str) -> str:
         found = next(below, None)
         if found is not None:
             return found
-        key = key.rpartition(".")[0]
+        key = key.rpartition("[" if key.endswith("]") else ".")[0]
     return fallback
 
 

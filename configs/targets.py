@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from configs.errors import NotFound, UsageError
@@ -26,6 +26,8 @@ from configs.yaml_text import parse
 
 FILE = "targets.yaml"
 _SLURM_TIME = re.compile(r"(?:\d+-)?\d+(?::\d\d){0,2}")
+_SIZE = re.compile(r"[1-9]\d*[MGT]i")
+_OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 
 
 class LocalTarget(Section):
@@ -74,24 +76,77 @@ class SlurmTarget(Section):
     )
 
 
-class KuberayTarget(Section):
-    """A Kubernetes cluster with the KubeRay operator; the store is an object store that its pods reach."""
+def _checked_size(value: Any) -> Any:
+    if isinstance(value, str) and not _SIZE.fullmatch(value):
+        text = f"{shown(value)} is no amount of memory; write 512Mi, 16Gi or 1Ti"
+        raise PydanticCustomError("size", "{text}", {"text": text})
+    return value
 
-    image: str = Field(min_length=1, description="Image that holds Shardyard.", examples=["registry/shardyard:1"])
-    namespace: str = Field(default="default", min_length=1, description="Namespace of the job.")
-    queue: str | None = Field(default=None, min_length=1, description="Kueue's LocalQueue; null is no queue.")
+
+def _checked_object_name(value: Any) -> Any:
+    if isinstance(value, str) and not (_OBJECT_NAME.fullmatch(value) and len(value) <= 253):
+        text = (
+            f"{shown(value)} cannot name an object of Kubernetes; use lower-case letters, digits, '-' and '.', "
+            "beginning and ending with a letter or a digit"
+        )
+        raise PydanticCustomError("object_name", "{text}", {"text": text})
+    return value
+
+
+Size = Annotated[str, BeforeValidator(_checked_size)]
+ObjectName = Annotated[str, BeforeValidator(_checked_object_name)]
+
+
+class KuberayTarget(Section):
+    """A Kubernetes cluster with the KubeRay operator; its pods and this machine see the store alike."""
+
+    image: str = Field(
+        pattern=r"^\S+$",
+        description="Image that holds Shardyard, and modules of your own.",
+        examples=["registry/shardyard:1"],
+    )
+    namespace: ObjectName = Field(default="default", description="Namespace of the job.")
+    queue: ObjectName | None = Field(default=None, description="Kueue's LocalQueue; null is no queue.")
     context: str | None = Field(
         default=None, min_length=1, description="Context of the kubeconfig; null is its current one."
     )
-    service_account: str | None = Field(
-        default=None, min_length=1, description="Service account of the pods; null is the namespace's."
+    service_account: ObjectName | None = Field(
+        default=None, description="Service account of the pods; null is the namespace's."
     )
-    memory: str = Field(default="8Gi", min_length=1, description="Memory of a worker's pod.")
-    shared_memory: str = Field(default="2Gi", min_length=1, description="Of it, /dev/shm.")
-    secrets: tuple[str, ...] = Field(
+    memory: Size = Field(default="8Gi", description="Memory of a worker's pod.")
+    shared_memory: Size | None = Field(default=None, description="Of it, /dev/shm; null is a quarter.")
+    secrets: tuple[ObjectName, ...] = Field(
         default=(), description="Secrets whose keys become environment variables of the pods."
     )
+    claim: ObjectName | None = Field(
+        default=None, description="PersistentVolumeClaim of the store, where that is a folder; null: it is none."
+    )
+    node_selector: dict[str, str] = Field(
+        default={}, description="Labels of the nodes that workers may run on, such as those of a kind of GPU."
+    )
     time_s: int | None = Field(default=None, ge=1, description="Seconds after which the job is ended; null is never.")
+    grace_s: int = Field(default=300, ge=1, description="Seconds that pods which have to go leave the run for a save.")
+    retries: int = Field(
+        default=3, ge=0, description="New Ray clusters on which the run goes on after its launcher has failed."
+    )
+
+    @field_validator("shared_memory")
+    @classmethod
+    def _is_part_of_memory(cls, value: str | None, info: ValidationInfo) -> str | None:
+        memory = info.data.get("memory")
+        if value is not None and memory is not None and _mebibytes(value) > _mebibytes(memory):
+            text = f"{value} is part of the pod's memory, and more than memory={memory}; lower it, or raise memory"
+            raise PydanticCustomError("shared_memory", "{text}", {"text": text})
+        return value
+
+    @property
+    def shm(self) -> str:
+        """The size of /dev/shm."""
+        return self.shared_memory or f"{_mebibytes(self.memory) // 4}Mi"
+
+
+def _mebibytes(size: str) -> int:
+    return int(size[:-2]) << {"Mi": 0, "Gi": 10, "Ti": 20}[size[-2:]]
 
 
 TYPES: dict[str, type[Section]] = {

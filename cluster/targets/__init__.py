@@ -108,7 +108,12 @@ class Target(Protocol):
 
 def same_store(one: str, other: str) -> bool:
     """Whether two spellings mean the same store."""
-    return Store(one).uri.rstrip("/") == Store(other).uri.rstrip("/")
+    return spelled(one) == spelled(other)
+
+
+def spelled(store: str) -> str:
+    """A store in the one spelling of several that stands for all."""
+    return Store(store).uri.rstrip("/")
 
 
 def open_target(settings: Section) -> Target:

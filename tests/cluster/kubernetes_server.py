@@ -283,7 +283,8 @@ class KubernetesServer:
             self.store.changed.notify_all()
             fitting = [one for one in self._faults if one.left and re.search(one.only, str(request))]
             fault = fitting[0] if fitting else None
-            if authorization != f"Bearer {self.token}":
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer" or token != self.token:  # RFC 9110: schemes in either case
                 return as_error(ApiError(401, "Unauthorized", "Unauthorized")), ""
             if fault:
                 fault.left -= 1

@@ -762,6 +762,8 @@ def test_who_has_no_token_is_refused(server: KubernetesServer, ask: Client) -> N
     response = connection.getresponse()
     answer = json.loads(response.read())
     assert (response.status, answer["reason"], answer["message"]) == (401, "Unauthorized", "Unauthorized")
+    connection.request("GET", PODS, headers={"Authorization": f"bearer {server.token}"})
+    assert connection.getresponse().status == 200, "schemes are in either case"
     connection.close()
 
 

@@ -9,12 +9,14 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from cluster import train
+from cluster.launch import Run
 from configs.errors import UsageError
 from data_pipelines.storage import Store
 from tests.trainer.attempts import launched
@@ -167,6 +169,22 @@ def test_the_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
     driver.communicate(timeout=60)
     assert driver.returncode == 130
     nothing_is_left(driver, [*pids, *below])
+
+
+def test_only_a_person_ends_it_at_once() -> None:
+    """Whoever schedules may tell it twice, in two ways."""
+    run = object.__new__(Run)
+    told: list[str] = []
+    run._interrupts, run._first_signal = 0, None
+    run._drive = SimpleNamespace(  # type: ignore[assignment]
+        controller=SimpleNamespace(request_stop=lambda reason: told.append(reason), abort=lambda: told.append("abort"))
+    )
+    with run._signals():
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert told == ["SIGUSR1"]
+        signal.raise_signal(signal.SIGINT)
+    assert told == ["SIGUSR1", "abort"]
 
 
 def test_another_process_asks_it_to_stop(tmp_path: Path) -> None:

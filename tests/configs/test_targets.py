@@ -70,6 +70,51 @@ def test_all_that_is_wrong_is_told_with_its_line(here: Path) -> None:
         assert line.startswith(beginning)
 
 
+def test_a_kuberay_target(here: Path) -> None:
+    (here / "targets.yaml").write_text(
+        "a: {type: kuberay, image: r/s:1, memory: 1Gi, secrets: [a, b.c], node_selector: {gpu: h100}}\n"
+        "b: {type: kuberay, image: r/s:1, memory: 1Ti, shared_memory: 1024Gi}\n"
+    )
+    prod = load_target("a")
+    assert isinstance(prod, KuberayTarget)
+    assert (prod.shm, prod.secrets, prod.node_selector) == ("256Mi", ("a", "b.c"), {"gpu": "h100"})
+    big = load_target("b")
+    assert isinstance(big, KuberayTarget) and big.shm == "1024Gi"
+
+
+def test_what_kubernetes_would_not_take(here: Path) -> None:
+    (here / "targets.yaml").write_text(
+        "a:\n"
+        "  type: kuberay\n"
+        "  image: r/s 1\n"
+        "  namespace: ML\n"
+        "  queue: team_a\n"
+        "  memory: 8GB\n"
+        "  secrets: [a, B]\n"
+        f"  claim: {'a' * 254}\n"
+        "  node_selector: {gpu: 1}\n"
+        "  grace_s: 0\n"
+        "b: {type: kuberay, image: i, memory: 1023Mi, shared_memory: 1Gi}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_target("a")
+    expected = (
+        "targets.yaml:3 a.image: 'r/s 1' does not match",
+        "targets.yaml:4 a.namespace: 'ML' cannot name an object of Kubernetes; use lower-case",
+        "targets.yaml:5 a.queue: 'team_a' cannot name",
+        "targets.yaml:6 a.memory: '8GB' is no amount of memory; write 512Mi, 16Gi or 1Ti",
+        "targets.yaml:7 a.secrets[1]: 'B' cannot name",
+        "targets.yaml:8 a.claim: 'aaa",
+        "targets.yaml:9 a.node_selector.gpu: 1 is a whole number; text is needed",
+        "targets.yaml:10 a.grace_s: 0 is out of range",
+        "targets.yaml:11 b.shared_memory: 1Gi is part of the pod's memory, and more than memory=1023Mi",
+    )
+    lines = sorted(str(caught.value).splitlines(), key=lambda line: int(line.split(":")[1].split()[0]))
+    assert len(lines) == len(expected), lines
+    for line, beginning in zip(lines, expected, strict=True):
+        assert line.startswith(beginning)
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "lab\n"])
 def test_what_holds_no_targets_says_so(here: Path, text: str) -> None:
     (here / "targets.yaml").write_text(text)
