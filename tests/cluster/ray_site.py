@@ -140,12 +140,16 @@ class RaySite:
     def _alive(self) -> set[str]:
         """Addresses of the nodes that the cluster believes alive."""
         request = urllib.request.Request(
-            f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {self._token}"}
+            f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self._token}"}
         )
+<<<<<<< HEAD
         with contextlib.suppress(OSError, ValueError, KeyError):  # it starts
+=======
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it starts, and says something else
+>>>>>>> raysite
             with urllib.request.urlopen(request, timeout=5) as answer:
-                nodes = json.load(answer)["data"]["summary"]
-            return {node["ip"] for node in nodes if node["raylet"].get("state") == "ALIVE"}
+                nodes = json.load(answer)["data"]["result"]["result"]
+            return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
         return set()
 
     def _listens(self, port: int) -> bool:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ class Command:
         self._said = folder / f"said-{len(list(folder.glob('said-*')))}"
         command = [sys.executable, "-m", "cluster.cli", *arguments]
         with self._said.open("w") as file:
-            self._process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+            # Tests that are run in the background ignore Ctrl-C, and so would what they start.
+            default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            self._process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=file, stderr=file, preexec_fn=default
+            )
 
     @property
     def said(self) -> str:

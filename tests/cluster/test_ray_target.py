@@ -71,12 +71,27 @@ def own_model(folder: Path, text: str) -> dict[str, Any]:
     return recipe(folder, 1)["model"] | {"name": "mine.model"}
 
 
+def ask(site: RaySite, path: str, method: str = "GET") -> Any:
+    """What the dashboard answers."""
+    token = Path(site.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    headers = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{site.address}/api/jobs/{path}", headers=headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 def jobs(site: RaySite) -> dict[str, str]:
     """What the cluster knows of: statuses of jobs by their ids."""
-    token = Path(site.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(f"{site.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return {job["submission_id"]: job["status"] for job in json.load(answer) if job["submission_id"]}
+    return {job["submission_id"]: job["status"] for job in ask(site, "") if job["submission_id"]}
+
+
+@pytest.fixture(autouse=True)
+def idle(site: RaySite) -> Iterator[None]:
+    """A test that fails leaves no job behind, which would fail the next."""
+    yield
+    for job in [job for job, status in jobs(site).items() if status in ("PENDING", "RUNNING")]:
+        ask(site, f"{job}/stop", "POST")
+        wait_for(lambda job=job: jobs(site)[job] not in ("PENDING", "RUNNING"), f"the end of {job}", TRAIN_S)
 
 
 def job_of(said: str) -> str:
