@@ -142,11 +142,7 @@ class RaySite:
         request = urllib.request.Request(
             f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {self._token}"}
         )
-<<<<<<< HEAD
-        with contextlib.suppress(OSError, ValueError, KeyError):  # it starts
-=======
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # it starts, and says something else
->>>>>>> raysite
             with urllib.request.urlopen(request, timeout=5) as answer:
                 nodes = json.load(answer)["data"]["result"]["result"]
             return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
