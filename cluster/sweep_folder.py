@@ -145,6 +145,11 @@ class SweepFolder:
         """All of them."""
         return [self.trial(number) for number in range(1, len(self.spec.trials) + 1)]
 
+    def runs(self) -> list[str]:
+        """Names of all runs that belong to it, also of those that a population has left behind."""
+        branched = [branch["run"] for generation in self.generations() for branch in generation["branches"]]
+        return [*(f"{self.name}-{number:04d}" for number in range(1, len(self.spec.trials) + 1)), *branched]
+
     def resolved(self, trial: Trial) -> Resolved:
         """The config of a trial's run.
 

@@ -56,8 +56,8 @@ class SweepInMlflow:
                 client.set_tag(run_id, "shardyard.best_run", name)
                 client.log_metric(run_id, f"best/{self._folder.spec.metric}", value)
             client.set_terminated(run_id, status)
-            for trial in self._folder.trials():
-                sync(RunRecord.open(self._folder.root.uri, trial.run))
+            for run in self._folder.runs():
+                sync(RunRecord.open(self._folder.root.uri, run))
         except Exception:  # whatever MLflow raises
             return False
         return True

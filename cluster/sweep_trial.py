@@ -76,13 +76,17 @@ class SweepTrial(Trainable):  # type: ignore[misc]
 
     def _next_report(self) -> dict[str, Any]:
         while True:
-            if self._folder.trial(self._trial.number).stopped_at is not None or self._folder.stop_requested():
+            if self._folder.stop_requested():
                 self._stop_run()
                 return self._report(self._reported, done=True)
-            ended = self._ended()  # before the record is read: what it says then is all
+            given_up_at = self._folder.trial(self._trial.number).stopped_at
+            if given_up_at is not None:
+                self._stop_run()
+            ended = given_up_at is not None or self._ended()  # before the record is read: what it says then is all
             self._read_evaluations()
-            last = max(self._evaluations, default=0)
-            for step in sorted(self._evaluations):
+            counted = [step for step in self._evaluations if given_up_at is None or step <= given_up_at]
+            last = max(counted, default=0)
+            for step in sorted(counted):
                 is_final = step == last and (ended or step >= self._record.config.steps)
                 if step > self._reported and not is_final and self._may_report(step, ended):
                     return self._report(step)
