@@ -176,7 +176,7 @@ class Sweep:
                 "cwd": os.getcwd(),
                 "number": tune.grid_search(list(range(1, len(spec.trials) + 1))),
             },
-            tune_config=tune.TuneConfig(metric=spec.metric, mode=spec.goal, scheduler=self._scheduler()),
+            tune_config=tune.TuneConfig(scheduler=self._scheduler()),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=scratch,
