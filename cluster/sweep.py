@@ -24,7 +24,7 @@ from cluster.ray_placement import Placement, worker_needs
 from cluster.search_space import split_space
 from cluster.sweep_folder import SweepFolder
 from cluster.sweep_mlflow import SweepInMlflow
-from configs.errors import ShardyardError
+from configs.errors import ShardyardError, Unreachable
 from trainer.lease import Lease
 from trainer.record import RunRecord
 
@@ -43,7 +43,8 @@ _ENVIRONMENT = {
 class Sweep:
     """A launched sweep; `wait` until its end. parallel: trials at a time at most, None: as many as have room.
 
-    first_signal: what ended it early, None if nothing did. in_mlflow: whether MLflow has all of it.
+    first_signal: what ended it early, None if nothing did. was_cut_off: not all trials could save. in_mlflow: whether
+    MLflow has all of it.
 
     Raises:
         UsageError: another process runs this sweep, or a run has a trial's name.
@@ -54,11 +55,13 @@ class Sweep:
 
         self.folder = folder
         self.first_signal: int | None = None
-        self.in_mlflow = True
+        self.was_cut_off = False
+        self.in_mlflow = folder.base.config.tracking.mlflow is None
         self._address = address
         self._parallel = parallel
         self._narrator = narrator
         self._signals_seen = 0
+        self._ended = threading.Event()  # Tune has; Ray is let go
         self._error: BaseException | None = None
         self._embedded: EmbeddedRay | None = None
         self._activity = "sweep: starting Ray"
@@ -84,21 +87,34 @@ class Sweep:
         try:
             with self._signals():
                 self._thread.start()
-                while self._thread.is_alive() and self._signals_seen < 2:
+                while self._thread.is_alive() and self._signals_seen < 2 and self._ray_is_alive():
                     self._thread.join(POLL_S)
                     if self._signals_seen and self.folder.stop_requested() is None:
                         self.folder.request_stop(signal.Signals(self.first_signal or signal.SIGINT).name)
                     self._narrate()
-                if self._signals_seen >= 2 and self._embedded is not None:
-                    self._embedded.stop()
-                    self._thread.join(END_TIMEOUT_S)
+                if self._thread.is_alive():
+                    self.was_cut_off = True
+                    self._end_now()
                 self._narrate()
         finally:
             self._narrator.close()
             with contextlib.suppress(ShardyardError):  # it goes stale by itself, and must not hide how the sweep ended
                 self._lease.release()
-        if self._error is not None and self._signals_seen < 2:
+        if self._error is not None and not self.was_cut_off:
             raise self._error
+        if self.was_cut_off and self.first_signal is None:
+            raise Unreachable(
+                "The Ray of this sweep is gone: its processes were killed, by hand or because memory ran out. Call the "
+                "sweep again: its trials go on from their newest checkpoints."
+            )
+
+    def _ray_is_alive(self) -> bool:
+        return self._embedded is None or self._ended.is_set() or self._embedded.is_alive()
+
+    def _end_now(self) -> None:
+        if self._embedded is not None:
+            self._embedded.stop()
+        self._thread.join(END_TIMEOUT_S)
 
     def _narrate(self) -> None:
         while not self._notices.empty():
@@ -149,6 +165,7 @@ class Sweep:
             Placement(resources).refuse_impossible(resources.workers)
             yield
         finally:
+            self._ended.set()
             if self._embedded is not None:
                 self._embedded.stop()
             elif self._address is not None:

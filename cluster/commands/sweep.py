@@ -185,7 +185,8 @@ def _end(arguments: Namespace, launched: Sweep) -> dict[str, Any]:
         say(arguments, f"\nMLflow has not got everything yet: {go_on} sends it.")
     if launched.first_signal is not None:
         kind = Interrupted if launched.first_signal == signal.SIGINT else Preempted
-        raise kind(f"Sweep '{folder.name}' was stopped; its trials are saved. Go on with: {go_on}")
+        saved = "at once; its trials go on from their newest checkpoints" if launched.was_cut_off else "and saved"
+        raise kind(f"Sweep '{folder.name}' was stopped {saved}. Go on with: {go_on}")
     if all(row["status"] == "failed" for row in rows):
         raise RunFailed(f"All trials of sweep '{folder.name}' have failed, the first of: {rows[0]['error']}")
     best = rows[0]
