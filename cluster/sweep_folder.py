@@ -15,6 +15,7 @@ anywhere goes on with the same trials, and nothing that Ray Tune keeps in memory
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Sequence
@@ -175,14 +176,17 @@ class SweepFolder:
         Raises:
             UsageError: a run with another config has its name.
         """
+        with contextlib.suppress(NotFound):
+            known = RunRecord.open(self.root.uri, trial.run)
+            if known.lineage().get("sweep") == self.name:
+                return known
         try:
             record = RunRecord.create(self.root, self.resolved(trial))
         except UsageError as error:
             raise UsageError(
                 f"Trial {trial.number} of sweep '{self.name}': {error} Or name the sweep: --name."
             ) from error
-        if "sweep" not in record.lineage():
-            record.update_lineage(sweep=self.name)
+        record.update_lineage(sweep=self.name)  # last: from now on it is known as the sweep's
         record.close()
         return record
 

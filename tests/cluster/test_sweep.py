@@ -168,6 +168,41 @@ def test_a_trial_stands_where_the_decisions_leave_it(tmp_path: Path) -> None:
         SweepFolder.open(sweep.root, "other")
 
 
+# --- MLflow
+
+
+def test_mlflow_out_of_reach_stops_no_sweep(tmp_path: Path) -> None:
+    from cluster.sweep_mlflow import SweepInMlflow
+
+    copy = SweepInMlflow(made(tmp_path, tracking={"mlflow": "http://127.0.0.1:9"}))
+    copy.start()
+    copy.wait_for_first_try()
+    assert not copy.finish("FINISHED", ("s-0001", 0.5))
+
+
+@pytest.mark.slow
+def test_trials_stand_under_their_sweep_in_mlflow_also_those_that_it_missed(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    from cluster.mlflow_copy import sync
+    from cluster.sweep_mlflow import SweepInMlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    sweep = made(tmp_path, tracking={"mlflow": uri})
+    sync(RunRecord.open(sweep.root.uri, "s-0001"))  # before the sweep's run is known
+    for _ in range(2):  # a sweep that is called again finds what there is
+        copy = SweepInMlflow(sweep)
+        copy.start()
+        assert copy.finish("FINISHED", ("s-0001", 0.5))
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("shardyard")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"s", "s-0001", "s-0002"}
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    assert parents == {"s": None, "s-0001": runs["s"].info.run_id, "s-0002": runs["s"].info.run_id}
+    assert runs["s"].data.metrics == {"best/validation/loss": 0.5}
+
+
 # --- a population, with members that only say what they are told
 
 
