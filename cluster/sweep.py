@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import signal
@@ -30,6 +31,7 @@ from trainer.record import RunRecord
 
 POLL_S = 0.2
 END_TIMEOUT_S = 10.0
+RAY_UNITS = 10_000  # Ray's fractions of a resource are ten-thousandths
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -183,7 +185,9 @@ class Sweep:
         watch = Watch(self.folder, self._notices.put, self._tell_activity)
         resources = self.folder.base.config.resources
         # The launcher takes nothing, or its share of the head node's one token: then so many find room and no more.
-        launcher = {} if self._parallel is None else {"node:__internal_head__": 1.0 / self._parallel}
+        # Rounded down to what Ray counts in, or the last one would not.
+        share = None if self._parallel is None else math.floor(RAY_UNITS / self._parallel) / RAY_UNITS
+        launcher = {} if share is None else {"node:__internal_head__": share}
         places = tune.PlacementGroupFactory([launcher, *[worker_needs(resources)] * resources.workers])
         tune.Tuner(
             tune.with_resources(SweepTrial, places),

@@ -208,6 +208,7 @@ def test_trials_stand_under_their_sweep_in_mlflow_also_those_that_it_missed(tmp_
 
 class Member:
     def __init__(self, number: int) -> None:
+        self.trial_id = str(number)
         self.config = {"number": number}
         self.status = "PENDING"
 
@@ -275,6 +276,51 @@ def test_nobody_goes_on_from_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
         evaluated(sweep, f"s-{number:04d}", {20: 1.0 / number}, saved=False)
     (decided,) = generation(sweep, {1: 1.0, 2: 0.5})
     assert decided == {"step": 20, "branches": []}
+
+
+# --- successive halving
+
+
+class Reports:
+    """Tells a scheduler of evaluations; who is given up is written in the sweep's folder."""
+
+    def __init__(self, sweep: SweepFolder) -> None:
+        from cluster.sweep_schedulers import SuccessiveHalving
+
+        self.sweep = sweep
+        self.scheduler = SuccessiveHalving(sweep, first_rung=20, steps=180)
+        self.members = [Member(number) for number in range(1, len(sweep.spec.trials) + 1)]
+        for member in self.members:
+            self.scheduler.on_trial_add(None, member)
+
+    def tell(self, number: int, step: int, loss: float, *, replayed: bool = False) -> None:
+        result = {"step": step, "validation/loss": loss, "replayed": replayed}
+        assert self.scheduler.on_trial_result(None, self.members[number - 1], result) == "CONTINUE"
+
+    def given_up(self) -> dict[int, int | None]:
+        return {trial.number: trial.stopped_at for trial in self.sweep.trials() if trial.stopped_at is not None}
+
+
+def test_who_is_not_among_the_best_third_at_a_rung_is_given_up(tmp_path: Path) -> None:
+    told = Reports(made(tmp_path, "asha", 1e-3, 2e-3, 3e-3))
+    told.tell(1, 20, 0.5)
+    told.tell(2, 20, 0.4)
+    told.tell(3, 20, 0.9)
+    assert told.given_up() == {3: 20}
+    told.tell(1, 40, 0.9)  # no rung
+    assert told.given_up() == {3: 20}
+    told.tell(1, 60, 0.3)
+    told.tell(2, 60, 0.4)
+    assert told.given_up() == {3: 20, 2: 60}
+
+
+def test_what_was_decided_before_a_kill_is_not_decided_again_but_counts(tmp_path: Path) -> None:
+    told = Reports(made(tmp_path, "asha", 1e-3, 2e-3, 3e-3))
+    told.tell(1, 20, 0.4, replayed=True)
+    told.tell(2, 20, 0.9, replayed=True)  # was the first there, so it went on
+    assert told.given_up() == {}
+    told.tell(3, 20, 0.6)
+    assert told.given_up() == {3: 20}
 
 
 # --- a trial, replayed from its record
