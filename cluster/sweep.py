@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -144,16 +145,18 @@ class Sweep:
     def _drive(self) -> None:
         try:
             self._mlflow.start()
-            with self._ray(), tempfile.TemporaryDirectory(prefix="shardyard-tune-") as scratch, _environment():
+            with self._ray() as folder, tempfile.TemporaryDirectory(prefix="shardyard-tune-", dir=folder) as scratch:
                 self._mlflow.wait_for_first_try()
-                self._tune(scratch)
+                with _environment():
+                    self._tune(scratch)
             self._activity = "sweep: sending the rest to MLflow"
             self.in_mlflow = self._mlflow.finish("KILLED" if self._signals_seen else "FINISHED", best(self.folder))
         except BaseException as error:
             self._error = error
 
     @contextlib.contextmanager
-    def _ray(self) -> Iterator[None]:
+    def _ray(self) -> Iterator[Path | None]:
+        """Ray, and a folder that goes with it, even after a kill; None where it is not our own."""
         import ray
 
         resources = self.folder.base.config.resources
@@ -165,7 +168,7 @@ class Sweep:
             self._embedded = EmbeddedRay(cpus, resources.gpus_per_worker > 0, import_paths())
         try:
             Placement(resources).refuse_impossible(resources.workers)
-            yield
+            yield None if self._embedded is None else self._embedded.folder
         finally:
             self._ended.set()
             if self._embedded is not None:

