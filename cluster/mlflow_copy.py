@@ -19,7 +19,6 @@ from pathlib import Path
 from cluster.mlflow_pass import CopyPass, sqlite_file
 from cluster.mlflow_values import POSITION_FILE
 from configs.errors import Unreachable, UsageError
-from configs.schema import RunConfig
 from trainer.record import RunRecord
 from trainer.redact import Redactor
 
@@ -29,23 +28,19 @@ _UI_PORT = 5000
 
 
 def tracking_uri(record: RunRecord) -> str | None:
-    """Where the copy of a run goes; None if `tracking.mlflow` is null."""
-    folder = record.store.local_path()
-    return tracking_address(record.config, None if folder is None else folder.parent)
+    """Where the copy of a run goes; None if `tracking.mlflow` is null.
 
-
-def tracking_address(config: RunConfig, root: Path | None) -> str | None:
-    """Where copies of runs with this config go; None if `tracking.mlflow` is null.
-
-    "auto" is the address in MLFLOW_TRACKING_URI if set, else a sqlite file in the store, whose folder is `root` (for a
-    store that is not local: in the current folder).
+    "auto" is the address in MLFLOW_TRACKING_URI if set, else a sqlite file in the store (for a store that is not
+    local: in the current folder).
     """
-    uri = config.tracking.mlflow
+    uri = record.config.tracking.mlflow
     if uri != "auto":
         return uri
     if os.environ.get("MLFLOW_TRACKING_URI"):
         return os.environ["MLFLOW_TRACKING_URI"]
-    return f"sqlite:///{(root or Path.cwd()) / 'mlflow.db'}"
+    folder = record.store.local_path()
+    file = (folder.parent if folder is not None else Path.cwd()) / "mlflow.db"
+    return f"sqlite:///{file}"
 
 
 class MlflowCopy:

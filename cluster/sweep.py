@@ -69,12 +69,12 @@ class Sweep:
         self._embedded: EmbeddedRay | None = None
         self._activity = "sweep: starting Ray"
         self._notices: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._mlflow = SweepInMlflow(folder)
         self._lease = Lease.acquire(folder.store)
         try:
             folder.forget_stop()
             for trial in folder.trials():
                 folder.create_run(trial)
+            self._mlflow = SweepInMlflow(folder)
         except BaseException:
             self._lease.release()
             raise

@@ -12,7 +12,7 @@ import threading
 import uuid
 from typing import Any
 
-from cluster.mlflow_copy import sync, tracking_address
+from cluster.mlflow_copy import sync, tracking_uri
 from cluster.mlflow_pass import connect, find_experiment
 from cluster.mlflow_values import MAX_PARAM_CHARACTERS, POSITION_FILE, cut
 from cluster.sweep_folder import SweepFolder
@@ -24,11 +24,14 @@ FIRST_TIMEOUT_S = 30.0
 
 
 class SweepInMlflow:
-    """Makes the sweep's run in a thread, and tries again until MLflow answers. Nothing here raises into the sweep."""
+    """Makes the sweep's run in a thread, and tries again until MLflow answers. Nothing here raises into the sweep.
+
+    The runs of its trials have to be there already.
+    """
 
     def __init__(self, folder: SweepFolder) -> None:
         self._folder = folder
-        self._uri = tracking_address(folder.base.config, folder.root.local_path())
+        self._uri = tracking_uri(RunRecord.open(folder.root.uri, folder.runs()[0]))  # where the trials' copies go
         self._tried = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep_trying, name="sweep-mlflow", daemon=True)
