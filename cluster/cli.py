@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     _add_recipe_commands(commands, command)
+    _add_sweep_command(commands, command)
     _add_run_commands(commands, command)
     _add_checkpoint_commands(commands, command)
     _add_data_commands(commands, command)
@@ -133,6 +134,27 @@ def _add_recipe_commands(commands: Any, command: Any) -> None:
         action="store_true",
         help="with --from: take the whole state, not the weights alone",
     )
+
+
+def _add_sweep_command(commands: Any, command: Any) -> None:
+    sweep = command(commands, "sweep", "sweep:sweep", "train a recipe with many values; the same command again resumes")
+    # One list, so that options may stand anywhere between these.
+    sweep.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="RECIPE grid|random|asha|pbt key=value",
+        help="a recipe, how values are chosen, and each key with a value for all trials, a choice (key=a,b,c), or a "
+        "range (key=lin:LOW:HIGH, log:LOW:HIGH, int:LOW:HIGH)",
+    )
+    sweep.add_argument("--name", help="default: the recipe's name and the algorithm")
+    sweep.add_argument("--trials", type=_positive, metavar="N", help="values to draw (default: 8); a grid has its own")
+    sweep.add_argument("--parallel", type=_positive, metavar="N", help="at a time at most (default: what has room)")
+    sweep.add_argument("--metric", help="what is compared (default: validation/loss)")
+    sweep.add_argument("--goal", choices=("min", "max"), help="whether less or more of it is better (default: min)")
+    sweep.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    sweep.add_argument("--address", help="join this Ray cluster instead of starting one here")
+    sweep.add_argument("--resume", metavar="NAME", help="go on with a sweep; nothing else has to be given")
+    _add_store(sweep)
 
 
 def _add_run_commands(commands: Any, command: Any) -> None:

@@ -38,6 +38,7 @@ class EmbeddedRay:
         self.folder = _new_folder()
         self._reaper = _start_reaper(self.folder)
         self._processes: list[Any] = []
+        self._servers: list[Any] = []
         self._environment = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
@@ -79,8 +80,13 @@ class EmbeddedRay:
                 _temp_dir=str(self.folder),
             )
         self._processes = _children_of_folder(self.folder)
+        self._servers = [process for process in self._processes if process.ppid() == os.getpid()]
         for process in self._processes:
             _tell(self._reaper, f"{process.pid} {start_ticks(process.pid) or 0}")
+
+    def is_alive(self) -> bool:
+        """Whether Ray's servers still run: nothing that waits for Ray notices when they are killed."""
+        return not any(_is_gone(process) for process in self._servers)
 
     def stop(self) -> None:
         """Shut down, and kill what is left. Safe to call twice and from any thread."""
@@ -112,6 +118,15 @@ def end_processes(processes: list[Any]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
                 time.sleep(0.01)
+
+
+def _is_gone(process: Any) -> bool:
+    import psutil
+
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
-from cluster.mlflow_pass import POSITION_FILE, CopyPass, sqlite_file
+from cluster.mlflow_pass import CopyPass, sqlite_file
+from cluster.mlflow_values import POSITION_FILE
 from configs.errors import Unreachable, UsageError
 from trainer.record import RunRecord
 from trainer.redact import Redactor

@@ -17,13 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cluster.mlflow_values import MAX_TAG_CHARACTERS, cut, metric_name, metrics_at, run_params, run_tags
+from cluster.mlflow_values import MAX_TAG_CHARACTERS, POSITION_FILE, cut, metric_name, metrics_at, run_params, run_tags
 from configs.errors import ShardyardError
 from trainer.record import RunRecord
 from trainer.record_rows import Cursor, decode_value, read_rows
 from trainer.redact import Redactor
 
-POSITION_FILE = "mlflow.json"
 ARTIFACT_FOLDER = "mlflow-artifacts"  # beside a sqlite file: MLflow's own default is the current folder
 _METRICS_A_CALL = 1000  # the limits of MLflow's REST API
 _PARAMS_A_CALL = 100
@@ -51,15 +50,11 @@ class CopyPass:
     """
 
     def __init__(self, record: RunRecord, uri: str, experiment: str) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow.tracking import MlflowClient
-
         self._record = record
         self._uri = uri
         self._experiment = experiment
         self._position = _read_position(record, Redactor(os.environ).text(uri))
-        self._client = MlflowClient(uri)
+        self._client = connect(uri)
 
     @property
     def run_id(self) -> str | None:
@@ -88,7 +83,7 @@ class CopyPass:
         position = self._position
         if position["run_id"] is None:
             self._save()  # its key first: a run made just before a crash is found again by it
-            experiment_id = self._experiment_id()
+            experiment_id = find_experiment(self._client, self._uri, self._experiment)
             found = self._client.search_runs([experiment_id], f"tags.`shardyard.key` = '{position['key']}'")
             run = found[0] if found else self._create_run(experiment_id)
             position["experiment_id"], position["run_id"] = experiment_id, run.info.run_id
@@ -99,26 +94,6 @@ class CopyPass:
                 self._client.log_batch(position["run_id"], params=batch)
             position["params_sent"] = True
             self._save()
-
-    def _experiment_id(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self._client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            try:
-                created: str = self._client.create_experiment(self._experiment, _artifact_location(self._uri))
-                return created
-            except MlflowException:  # another run may have made it since
-                experiment = self._client.get_experiment_by_name(self._experiment)
-                if experiment is None:
-                    raise
-        if experiment.lifecycle_stage != "active":
-            raise ShardyardError(
-                f"The MLflow experiment '{self._experiment}' was deleted. Restore it "
-                f"(mlflow experiments restore -x {experiment.experiment_id}), or set tracking.experiment to another."
-            )
-        found: str = experiment.experiment_id
-        return found
 
     def _create_run(self, experiment_id: str) -> Any:
         created_at = next((event["time"] for event in self._record.events()), None)
@@ -240,6 +215,37 @@ class CopyPass:
             file = Path(folder) / path.name
             file.write_bytes(self._record.store.read_bytes(event["path"]))
             self._client.log_artifact(self._position["run_id"], str(file), path.parent.as_posix())
+
+
+def connect(uri: str) -> Any:
+    """A client of MLflow that is quiet and gives up soon. Imports mlflow: seconds."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def find_experiment(client: Any, uri: str, name: str) -> str:
+    """The id of an experiment, made if it is not there. Raises ShardyardError for a deleted one."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            created: str = client.create_experiment(name, _artifact_location(uri))
+            return created
+        except MlflowException:  # another run may have made it since
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage != "active":
+        raise ShardyardError(
+            f"The MLflow experiment '{name}' was deleted. Restore it (mlflow experiments restore -x "
+            f"{experiment.experiment_id}), or set tracking.experiment to another."
+        )
+    found: str = experiment.experiment_id
+    return found
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -1,18 +1,21 @@
-"""What MLflow is told of a run: parameters, tags and metrics, in the names and lengths that it takes. Pure."""
+"""What MLflow is told of a run: parameters, tags and metrics, in the names and lengths that it takes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import flatten
-from trainer.record import RunRecord
+from data_pipelines.storage import Store
+from trainer.record import SWEEPS, RunRecord
 from trainer.redact import Redactor
 
-_MAX_PARAM_CHARACTERS = 500  # servers before 2.10 refuse longer ones
+POSITION_FILE = "mlflow.json"  # in the folder of a run, or of a sweep
+MAX_PARAM_CHARACTERS = 500  # servers before 2.10 refuse longer ones
 MAX_TAG_CHARACTERS = 5000
 _MAX_NAME_CHARACTERS = 250
 
@@ -23,7 +26,7 @@ def run_params(record: RunRecord) -> list[tuple[str, str]]:
     Not the store: a run's folder may be moved, and MLflow lets no parameter change.
     """
     values = Redactor(os.environ).value(record.config.model_dump(mode="json", exclude={"store"}))
-    return [(metric_name(key), cut(str(value), _MAX_PARAM_CHARACTERS)) for key, value in flatten(values).items()]
+    return [(metric_name(key), cut(str(value), MAX_PARAM_CHARACTERS)) for key, value in flatten(values).items()]
 
 
 def run_tags(record: RunRecord) -> dict[str, str]:
@@ -38,6 +41,7 @@ def run_tags(record: RunRecord) -> dict[str, str]:
         "shardyard.attempts": str(max((event["attempt"] for event in events), default=0)),
         "shardyard.data_fingerprint": lineage.get("data_fingerprint") or (fingerprints[-1] if fingerprints else None),
         "shardyard.parent": record.config.parent.checkpoint if record.config.parent else None,
+        "mlflow.parentRunId": _sweep_run_id(record, lineage.get("sweep")),
         "mlflow.user": lineage.get("user"),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": " ".join(lineage.get("command", [])),
@@ -48,6 +52,17 @@ def run_tags(record: RunRecord) -> dict[str, str]:
     }
     redactor = Redactor(os.environ)
     return {key: cut(redactor.text(value), MAX_TAG_CHARACTERS) for key, value in tags.items() if value}
+
+
+def _sweep_run_id(record: RunRecord, sweep: str | None) -> str | None:
+    """MLflow's id of the sweep that the run is a trial of, under which MLflow shows it; None before it is known."""
+    if sweep is None:
+        return None
+    folder = Store(record.config.store).child(SWEEPS, sweep)
+    if not folder.exists(POSITION_FILE):
+        return None
+    run_id: str | None = json.loads(folder.read_text(POSITION_FILE))["run_id"]
+    return run_id
 
 
 def metrics_at(table: Sequence[dict[str, Any]], step: int) -> dict[str, tuple[float, int, float]]:

@@ -18,7 +18,7 @@ from cluster.policies import WorkerStatus
 from cluster.ray_cluster import CONNECT_TIMEOUT_S, import_paths, join
 from cluster.ray_kill import Process, alive_nodes, kill_everywhere
 from cluster.ray_member import Member, create_actor
-from cluster.ray_placement import PLACE_TIMEOUT_S, Placement, group_name
+from cluster.ray_placement import PLACE_TIMEOUT_S, GivenPlacement, Placement, group_name
 from configs.errors import ShardyardError, Unreachable
 from configs.schema import ResourcesConfig
 from data_pipelines.storage import Store
@@ -97,6 +97,8 @@ class RayWorkerGroup:
                     f"This process is connected to a Ray already, so it cannot join {self._address}. Call "
                     "ray.shutdown() first, or leave the address out to use the one that is connected."
                 )
+            if (given := ray.util.get_current_placement_group()) is not None:
+                self._placement = GivenPlacement(self._resources, given)
             return
         if self._address is None:
             wanted = self._resources.most * self._resources.threads

@@ -68,18 +68,22 @@ class Placement:
 
     def _reserve_anew(self, lost: Collection[str]) -> list[int]:
         """As many as fit; fewer where the places that Ray believes to be free are not to be had."""
-        import ray
-
         self.generation += 1
         size, fewest = self._size(lost), self._resources.fewest
-        has = ray.cluster_resources()
-        if any(has.get(name, 0) < size * amount for name, amount in worker_needs(self._resources).items()):
-            raise Unreachable(self._shortage(size, "is more than the whole cluster has"))
+        self.refuse_impossible(size)
         while not self._try(size, lost):
             if size == fewest:
                 raise Unreachable(self._shortage(size, f"did not come free within {PLACE_TIMEOUT_S:g} s"))
             size -= 1
         return list(range(size))
+
+    def refuse_impossible(self, size: int) -> None:
+        """Raises Unreachable where the whole cluster has not got enough for so many workers."""
+        import ray
+
+        has = ray.cluster_resources()
+        if any(has.get(name, 0) < size * amount for name, amount in worker_needs(self._resources).items()):
+            raise Unreachable(self._shortage(size, "is more than the whole cluster has"))
 
     def _try(self, size: int, lost: Collection[str]) -> bool:
         import ray
@@ -140,6 +144,42 @@ class Placement:
             f"{found}, on {count(sum(node['Alive'] for node in ray.nodes()), 'node')}. Lower resources.{workers} or "
             "resources.threads, wait until other work has ended, or add nodes."
         )
+
+
+class GivenPlacement(Placement):
+    """Places in the placement group that this process itself was started in: a sweep's trial is given all at once.
+
+    They are kept to the end. Those on a lost node come back where Ray finds room for them again. The workers' bundles
+    are the group's last ones.
+    """
+
+    def __init__(self, resources: ResourcesConfig, group: Any) -> None:
+        super().__init__(resources)
+        self._group = group
+        self._first = len(group.bundle_specs) - resources.workers
+
+    def reserve(self, lost: Collection[str] = (), *, grow: bool = False) -> list[int]:  # noqa: ARG002
+        """The slots that are there, once they are enough.
+
+        Raises:
+            Unreachable: some went with their node, and Ray finds no room for them.
+        """
+        deadline = time.monotonic() + PLACE_TIMEOUT_S
+        while len(slots := self._usable(lost)) < self._resources.fewest:
+            if time.monotonic() > deadline:
+                raise Unreachable(self._shortage(self._resources.fewest, f"were not back in {PLACE_TIMEOUT_S:g} s"))
+            time.sleep(0.1)
+        return slots
+
+    def room(self, lost: Collection[str]) -> int:
+        """How many workers have a place."""
+        return len(self._usable(lost))
+
+    def release(self) -> None:
+        """Who gave the places takes them back."""
+
+    def _usable(self, lost: Collection[str]) -> list[int]:
+        return [slot for slot in super()._usable(lost) if slot >= self._first]
 
 
 def worker_needs(resources: ResourcesConfig) -> dict[str, float]:

@@ -21,6 +21,7 @@ LONGER = (
     "cluster/test_metrics_command.py",
     "cluster/test_mlflow_copy.py",
     "cluster/test_simulated.py",
+    "cluster/test_sweep.py",
     "cluster/test_warm_process.py",
     "contract/test_models.py",
     "crash/test_object_store.py",

@@ -39,18 +39,23 @@ def may_change(state: State) -> str:
     return f"{', '.join(same)} must be as the parent has them (but for {', '.join(FREE)}); every other key may change."
 
 
+def is_free(key: str, state: State) -> bool:
+    """Whether a run that starts from another's checkpoint may have another value of a key."""
+    same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
+    return key in FREE or not _within(key, same)
+
+
 def check_parent(config: RunConfig, manifest: Mapping[str, Any], state: State) -> None:
     """Refuse a checkpoint (its manifest) whose run differs where it must not.
 
     Raises:
         UsageError: names the keys that differ, with both values, and says which may change.
     """
-    same = SAME_FOR_WEIGHTS if state == "weights" else SAME_FOR_ALL
     mine, theirs = _resolved(config.model_dump(mode="json")), _resolved(manifest["config"])
     differing = [
         f"{key} is {_shown(mine, key)} here and {_shown(theirs, key)} there"
         for key in dict.fromkeys([*mine, *theirs])
-        if _within(key, same) and key not in FREE and mine.get(key) != theirs.get(key)
+        if not is_free(key, state) and mine.get(key) != theirs.get(key)
     ]
     what = "the weights" if state == "weights" else "the whole state"
     source = f"{what} of {manifest['run']}@{manifest['step']}"

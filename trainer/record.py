@@ -39,7 +39,9 @@ _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
 _OWN_NAMES |= {"events", "metrics", "attempts", "lease", "checkpoints", "pictures"}
+SWEEPS = "sweeps"  # folder of sweeps in a store: see cluster/sweep_folder.py
 _RESERVED_NAMES = {  # beside runs, in a store
+    SWEEPS: "sweeps",
     "datasets": "data sets",
     "tokenizers": "tokenizers",
     "mlflow.db": "MLflow's records",
