@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cluster.scheduling import Free, Placed, Request, allowance, asks, decide, everything, fit, forecast, take
+from cluster.scheduling import Free, Placed, Request, allowance, asks, decide, fit, forecast, take
 from configs.errors import UsageError
 
 State = Literal["waiting", "admitted", "leaving"]
@@ -31,13 +31,14 @@ IDLE_S = 30.0
 class Report:
     """What a launcher says.
 
-    request: its expected_s is what is left now. turn: how often it has been in the queue. since: epoch seconds at which
-    it was let in, this time. group: name of its placement group.
+    request: its expected_s is what is left now. group: name of its placement group. is_new: nobody has answered it yet.
+    turn: how often it has been in the queue. since: epoch seconds at which it was let in, this time.
     """
 
     request: Request
     state: State
     group: str
+    is_new: bool = True
     turn: int = 0
     since: float = 0.0
 
@@ -48,6 +49,15 @@ class Reply:
 
     verdict: Literal["wait", "start", "leave", "refused"]
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What all nodes that answer have, and what nobody holds of it, by node; and the places of all groups."""
+
+    nodes: Free
+    free: Free
+    places: Places
 
 
 @dataclass
@@ -62,13 +72,12 @@ class _Entry:
 class JobQueue:
     """The queue, without Ray around it. `report` is called by launchers, `tick` a few times a second.
 
-    cluster: what no placement group holds, by node, and the places of all groups. quota: workers by user.
-    restarted: launchers may have their places already.
+    cluster: its state now. quota: workers by user. restarted: launchers may have their places already.
     """
 
     def __init__(
         self,
-        cluster: Callable[[], tuple[Free, Places]],
+        cluster: Callable[[], Cluster],
         quota: Callable[[], Mapping[str, int]],
         *,
         restarted: bool = False,
@@ -95,7 +104,7 @@ class JobQueue:
         with self._lock:
             entry = self._entries.get(report.request.job)
             if entry is None:
-                never = self._never(report) if report.state == "waiting" else ""
+                never = self._never(report.request) if report.is_new else ""
                 if never:
                     return Reply("refused", never)
                 entry = _Entry(report, self._clock(), report.state, {})
@@ -115,7 +124,7 @@ class JobQueue:
 
     def tick(self) -> None:
         """Decide anew."""
-        free, groups = self._cluster()
+        cluster = self._cluster()
         try:
             quota, self._problem = self._read_quota(), ""
         except UsageError as error:
@@ -129,7 +138,7 @@ class JobQueue:
                 for entry in self._entries.values():
                     entry.why = "the queue was restarted, and listens first who has places already"
                 return
-            placed, free = self._placed(free, groups, now)
+            placed, free = self._placed(cluster, now)
             waiting = [entry.report.request for entry in self._entries.values() if entry.state == "waiting"]
             decisions = decide(waiting, placed, free, quota, now)
             for job, places in decisions.start.items():
@@ -173,18 +182,15 @@ class JobQueue:
                 )
             return {"jobs": rows, "problem": self._problem}
 
-    def _never(self, report: Report) -> str:
+    def _never(self, request: Request) -> str:
         """Why it will not start, however long it waits."""
-        request = report.request
-        free, groups = self._cluster()
         most = allowance(request.user, self._read_quota_or_last())
         if request.most > most:
             return (
                 f"It asks for {request.most} workers, and the quota of {request.user} is {most:g}. Lower "
                 "resources.workers, or ask who keeps the cluster for more (quota.yaml on its head)."
             )
-        placed, free = self._placed(free, groups, self._clock())
-        if fit(request, everything(placed, free)) is None:
+        if fit(request, self._cluster().nodes) is None:
             return (
                 f"It asks for {asks(request)}, which is more than the whole cluster has. Lower resources.workers, "
                 "resources.threads or resources.gpus_per_worker."
@@ -197,13 +203,13 @@ class JobQueue:
         except UsageError:
             return self._quota
 
-    def _placed(self, free: Free, groups: Places, now: float) -> tuple[list[Placed], Free]:
+    def _placed(self, cluster: Cluster, now: float) -> tuple[list[Placed], Free]:
         """Jobs that have their places, or will within seconds, and what is free besides."""
-        placed = []
+        placed, free = [], cluster.free
         for entry in self._entries.values():
             if entry.state == "waiting":
                 continue
-            request, held = entry.report.request, groups.get(entry.report.group)
+            request, held = entry.report.request, cluster.places.get(entry.report.group)
             if held is None:
                 places = {node: count for node, count in entry.places.items() if node in free}
                 held = places or fit(request, free) or {}

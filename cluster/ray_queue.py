@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.job_queue import JobQueue, Places, Reply, Report, State
+from cluster.job_queue import Cluster, JobQueue, Reply, Report, State
 from cluster.ray_kill import alive_nodes
-from cluster.scheduling import Free, Request
+from cluster.scheduling import Amounts, Request
 from configs.quota import load_quota, quota_file
 
 NAME, NAMESPACE = "shardyard-queue", "shardyard"
@@ -74,8 +74,8 @@ class QueueActor:
         os.replace(new, self._file)
 
 
-def cluster_state() -> tuple[Free, Places]:
-    """What nobody holds by node that answers; and workers by node, by placement group's name without what follows #."""
+def cluster_state() -> Cluster:
+    """As Ray tells it. Groups go by their names, less what follows #."""
     import ray
     from ray._private.state import available_resources_per_node
     from ray.util import placement_group_table
@@ -93,7 +93,7 @@ def cluster_state() -> tuple[Free, Places]:
             held = places.setdefault(group["name"].partition("#")[0], {})
             held[node] = held.get(node, 0) + 1
     available, alive = available_resources_per_node(), alive_nodes()
-    free: Free = {}
+    nodes, free = dict[str, Amounts](), dict[str, Amounts]()
     for node in ray.nodes():
         node_id, totals = node["NodeID"], node["Resources"]
         if node_id not in alive:
@@ -102,8 +102,9 @@ def cluster_state() -> tuple[Free, Places]:
         # that a group made just now is missing in it: then it is more than what the groups leave.
         left = {name: totals[name] - taken[node_id][name] for name in totals}
         now = available.get(node_id, {})
+        nodes[node_id] = totals
         free[node_id] = {name: min(left[name], now.get(name, 0.0)) for name in totals}
-    return free, places
+    return Cluster(nodes, free, places)
 
 
 class Seat:
@@ -118,16 +119,18 @@ class Seat:
         self._state: State = "waiting"
         self._turn = 0
         self._since = 0.0
+        self._is_new = True
         self._actor: Any = None
 
     def ask(self, expected_s: float | None = None) -> Reply:
         """What to do now. expected_s: what is left of the run, where it is known better than before."""
         if expected_s is not None:
             self._request = replace(self._request, expected_s=expected_s)
-        report = Report(self._request, self._state, self._group, self._turn, self._since)
+        report = Report(self._request, self._state, self._group, self._is_new, self._turn, self._since)
         reply = self._call("report", report)
         if reply is None:  # a queue that does not answer changes nothing
             return Reply("wait", "the queue does not answer; it is started again") if self._waits else Reply("start")
+        self._is_new = False
         if reply.verdict == "start" and self._waits:
             self._state, self._since = "admitted", time.time()
         if reply.verdict == "leave":

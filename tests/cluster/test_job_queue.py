@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.job_queue import IDLE_S, LISTEN_S, SILENT_S, JobQueue, Reply, Report
+from cluster.job_queue import IDLE_S, LISTEN_S, SILENT_S, Cluster, JobQueue, Reply, Report
 from cluster.scheduling import Request
 from configs.errors import UsageError
 from configs.quota import load_quota
@@ -31,12 +31,13 @@ class Site:
         self.queue = JobQueue(self.cluster, self.read_quota, restarted=restarted, clock=lambda: self.now)
         return self.queue
 
-    def cluster(self):
+    def cluster(self) -> Cluster:
         free = dict(self.gpus)
         for held in self.groups.values():
             for node, count in held.items():
                 free[node] -= count
-        return {node: {"GPU": float(count)} for node, count in free.items()}, self.groups
+        nodes, left = ({node: {"GPU": float(count)} for node, count in each.items()} for each in (self.gpus, free))
+        return Cluster(nodes, left, self.groups)
 
     def read_quota(self) -> dict[str, int]:
         if self.quota_error is not None:
@@ -51,6 +52,7 @@ class Site:
     def ask(self, job: str) -> Reply:
         report = self.launchers[job]
         reply = self.queue.report(report)
+        self.launchers[job] = report = replace(report, is_new=False)
         if reply.verdict == "start" and report.state == "waiting":
             self.launchers[job] = replace(report, state="admitted", since=self.now)
         if reply.verdict == "leave":
@@ -134,10 +136,12 @@ def test_a_queue_that_was_killed_knows_all_again_and_starts_nobody_twice() -> No
     before = site.queue.table()
     assert site.states() == {"running": "leaving", "urgent": "waiting", "waiting": "waiting"}
 
-    site.start(restarted=True)  # before `running` has its placement group
+    site.start(restarted=True)
+    site.gpus["n1"] = 0  # a node is away for a moment, too: whoever waits is not sent away
     replies = {job: site.ask(job) for job in ("urgent", "waiting")}
     site.queue.tick()
     assert {reply.verdict for reply in replies.values()} == {"wait"}
+    site.gpus["n1"] = 2
     replies = site.pass_time(LISTEN_S + 1)
     assert [replies[job].verdict for job in ("running", "urgent", "waiting")] == ["leave", "wait", "wait"]
     after = site.queue.table()
@@ -157,6 +161,14 @@ def test_a_launcher_that_is_silent_loses_its_seat_but_not_its_places() -> None:
     assert set(site.states()) == {"next"}
     site.groups.clear()
     assert site.pass_time(1)["next"].verdict == "start"
+
+
+def test_what_others_hold_is_waited_for() -> None:
+    site = Site({"n1": 2})
+    site.groups["of another program"] = {"n1": 2}
+    assert site.come("a", 2).verdict == "wait"
+    del site.groups["of another program"]
+    assert site.pass_time(1)["a"].verdict == "start"
 
 
 def test_what_never_fits_is_refused_at_once_and_what_does_not_now_waits() -> None:
