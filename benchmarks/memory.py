@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 BAR = 0.1
 STEPS = 3
-MMAP_THRESHOLD_BYTES = 1 << 20  # memory of tensors from that size on goes back to the system when they are freed
+MMAP_THRESHOLD_BYTES = 1 << 16  # memory of tensors from that size on goes back to the system when they are freed
 WORK = ROOT / "runs" / "memory"
 FEW = ["schedule.warmup_steps=0", "evaluation.every=null", "evaluation.examples=8", "tracking.mlflow=null"]
 FEW += [f"steps={STEPS}", "checkpoint.every=2", "evaluation.sample_tokens=0"]

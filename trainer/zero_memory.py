@@ -30,6 +30,7 @@ class Cut:
 
     groups: parameters as the optimizer groups them. size: workers. bucket: elements of a communication buffer.
     dtype: of the weights. offload: optimizer state and gradients' share on the host. overlap: two buckets.
+    as_touched: a buffer takes memory as it is filled, since on a CPU the system gives pages when they are written.
     """
 
     groups: Sequence[Sequence[nn.Parameter]]
@@ -38,6 +39,7 @@ class Cut:
     dtype: torch.dtype
     offload: bool
     overlap: bool
+    as_touched: bool
 
     def share(self, group: Sequence[nn.Parameter]) -> int:
         """Elements of a group that a worker owns, padding included: flattened, aligned to 2 w, cut in w."""
@@ -147,10 +149,8 @@ class ZeroOptimizer:
         """process_gradients: buckets are made with the first one; stage 2 fills and reduces them at once."""
         assert parameter.grad is not None
         self._storages.assign("gradients", parameter.grad)
-        if not self._bucket:
-            dtype = torch.float32 if self._sums_in_fp32 else self._cut.dtype
-            with self._storages.part("buffers"):
-                self._bucket = [torch.empty(self._cut.bucket, dtype=dtype) for _ in range(1 + self._cut.overlap)]
+        if not (self._bucket or self._cut.as_touched):
+            self._extend_bucket(self._cut.bucket * (1 + self._cut.overlap))
         if self._sums_in_fp32:
             with self._storages.part("gradients"):
                 converted = parameter.grad.float()
@@ -159,16 +159,22 @@ class ZeroOptimizer:
         if self._stage == 2:
             self._put_into_bucket(parameter, last=last)
 
+    def _extend_bucket(self, numel: int) -> None:
+        with self._storages.part("buffers"):
+            self._bucket.append(torch.empty(numel, dtype=torch.float32 if self._sums_in_fp32 else self._cut.dtype))
+
     def _put_into_bucket(self, parameter: nn.Parameter, *, last: bool) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads."""
         if self._filled + parameter.numel() > self._cut.bucket:
             self._reduce(last=last)
-        gradient = self._in_fp32[parameter] if self._sums_in_fp32 else parameter.grad
-        assert gradient is not None
-        if parameter.numel() <= self._cut.bucket:
-            place = self._bucket[0].narrow(0, self._filled, parameter.numel())
-            gradient.data = place.view_as(gradient)
         self._filled += parameter.numel()
+        if self._filled <= self._cut.bucket:
+            short = self._filled - sum(each.numel() for each in self._bucket)
+            if short > 0:
+                self._extend_bucket(short)
+            gradient = self._in_fp32[parameter] if self._sums_in_fp32 else parameter.grad
+            assert gradient is not None
+            gradient.data = gradient.new_empty(0)  # it lies in the bucket now
         self._waiting.append((self._group_of[parameter], parameter))
 
     def _reduce(self, *, last: bool) -> None:
@@ -190,19 +196,16 @@ class ZeroOptimizer:
         slices: list[tuple[int, int]] = []
         for number, parameter in self._waiting:
             slices += self._slices(number, parameter)
-        source = self._bucket[0] if self._filled <= self._cut.bucket else torch.empty(self._filled, dtype=self._cut.dtype)
         if not self._low:  # slices of one owner are joined
             slices = [(owner, sum(n for _, n in joined)) for owner, joined in groupby(slices, key=lambda each: each[0])]
         elif not self._shares:
             with self._storages.part("gradients"):
                 self._shares = {number: torch.zeros(flat.numel()) for number, (flat,) in enumerate(self.flats)}
-        tensors, offset = [], 0
-        for _, numel in slices:
-            tensors.append(source.narrow(0, offset, numel))
-            offset += numel
-        flat = _flatten_dense_tensors(tensors)
-        if flat.dtype != torch.float32:
-            flat.float()
+        dtype = torch.float32 if self._sums_in_fp32 else self._cut.dtype
+        flat = torch.empty(self._filled if len(slices) > 1 else 0, dtype=dtype)
+        if dtype != torch.float32:
+            torch.empty(self._filled)
+        del flat
 
     def _slices(self, number: int, parameter: nn.Parameter) -> Iterable[tuple[int, int]]:
         """(owner, elements) of the pieces of a parameter that different workers own."""
@@ -224,9 +227,10 @@ class ZeroOptimizer:
         if self._low:
             return
         if self._cut.offload:
-            if self._num_backward > 0 or not last:  # async_accumulate_grad_in_cpu_via_gpu
+            summed = self._num_backward > 0 or not last
+            if summed and parameter not in self._on_host:  # async_accumulate_grad_in_cpu_via_gpu
                 with self._storages.part("gradients", host=True):
-                    self._on_host.setdefault(parameter, torch.zeros(parameter.numel(), dtype=self._cut.dtype))
+                    self._on_host[parameter] = torch.zeros(parameter.numel(), dtype=self._cut.dtype)
             if last:
                 parameter.grad = None
             return
@@ -293,11 +297,9 @@ class ZeroOptimizerStage3:
         self._group_sizes = [sum(sizes[parameter] for parameter in group) for group in cut.groups]
         with storages.part("weights"):
             partitions = [torch.empty(numel, dtype=cut.dtype) for numel in self._group_sizes]
-        aliased = cut.dtype == torch.float32 and not cut.offload
         with storages.part("optimizer", host=cut.offload):
-            self.flats = [
-                [nn.Parameter(part if aliased else torch.empty(part.numel()))] for part in partitions
-            ]
+            # A copy also in fp32: DeepSpeed compares a device with its name to tell whether they may be one.
+            self.flats = [[nn.Parameter(torch.empty(part.numel()))] for part in partitions]
         with storages.part("buffers"):
             self._bucket = torch.empty(cut.bucket)
         with storages.part("gradients", host=cut.offload):
