@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
 import itertools
 import json
@@ -34,14 +33,15 @@ MMAP_THRESHOLD_BYTES = 1 << 16  # memory of tensors from that size on goes back 
 WORK = ROOT / "runs" / "memory"
 FEW = ["schedule.warmup_steps=0", "evaluation.every=null", "evaluation.examples=8", "tracking.mlflow=null"]
 FEW += [f"steps={STEPS}", "checkpoint.every=2", "evaluation.sample_tokens=0"]
-GPT = ["data.name=text", f"data.paths=[{ROOT / 'docs'}]", "data.suffixes=[.md]", "data.validation_fraction=0.1"]
-GPT += ["model.num_layers=6", "model.hidden_size=384", "model.num_heads=6"]
+TEXT = ["data.name=text", f"data.paths=[{ROOT / 'docs'}]", "data.suffixes=[.md]", "data.validation_fraction=0.1"]
+GPT = [*TEXT, "model.num_layers=6", "model.hidden_size=384", "model.num_heads=6"]
+LONG = ["batch.micro_batch_size=8", "batch.global_batch_size=8", "task.seq_len=512"]
+EVEN = ["batch.micro_batch_size=128", "batch.global_batch_size=256"]  # texts are cut to one length by seq_len
 MODELS: dict[str, tuple[str, list[str]]] = {
     "gpt": ("language_modeling-gpt-tiny", GPT),
     "gpt, long": (
         "language_modeling-gpt-tiny",
-        [*GPT[:4], "model.num_layers=4", "model.hidden_size=320", "model.num_heads=5", "batch.micro_batch_size=8"]
-        + ["batch.global_batch_size=8", "task.seq_len=512"],
+        [*TEXT, "model.num_layers=4", "model.hidden_size=320", "model.num_heads=5", *LONG],
     ),
     "cnn": (
         "image_classification-cnn-digits",
@@ -53,8 +53,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     ),
     "lstm": (
         "sentiment_analysis-lstm-small",
-        ["model.hidden_size=640", "model.embedding_size=512", "model.num_layers=2", "task.seq_len=8"]
-        + ["batch.global_batch_size=256", "batch.micro_batch_size=128"],
+        ["model.hidden_size=640", "model.embedding_size=512", "model.num_layers=2", "task.seq_len=8", *EVEN],
     ),
 }
 
@@ -112,13 +111,18 @@ def main() -> int:
     file = arguments.out / "memory.json"
     rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for case in cases():
-        if arguments.only is None and str(case) not in rows or arguments.only is not None and arguments.only in str(case):
+        if (arguments.only is None and str(case) not in rows) or (
+            arguments.only is not None and arguments.only in str(case)
+        ):
             rows[str(case)] = measured(case)
         if str(case) in rows:
             rows[str(case)] |= predicted(case)
             row = rows[str(case)]
             error = row["predicted"] / row["measured"] - 1
-            print(f"{case}: {_mib(row['measured'])} measured, {_mib(row['predicted'])} predicted, {error:+.1%}", flush=True)
+            print(
+                f"{case}: {_mib(row['measured'])} measured, {_mib(row['predicted'])} predicted, {error:+.1%}",
+                flush=True,
+            )
     rows = {str(case): rows[str(case)] for case in cases() if str(case) in rows}
     arguments.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(rows, indent=1) + "\n")

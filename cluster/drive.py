@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from cluster.ahead import Ahead
 from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
@@ -36,13 +37,16 @@ class Drive:
         UsageError: another launcher holds the run, or this process trains another.
     """
 
-    def __init__(self, record: RunRecord, plan: Plan, *, address: str | None, body: str, resume_command: str) -> None:
+    def __init__(
+        self, record: RunRecord, plan: Plan, ahead: Ahead, *, address: str | None, body: str, resume_command: str
+    ) -> None:
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
         self.activity = "starting Ray"
         self.notices: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._record = record
         self._plan = plan
+        self._ahead = ahead
         self._config = record.config
         self._copying = False
         self._lease = record.acquire_lease()
@@ -94,6 +98,7 @@ class Drive:
 
     def _run(self) -> None:
         copy = MlflowCopy(self._record)
+        planning = Background(self._tell_ahead)  # while Ray starts
         try:
             if self._record.status() == "finished":
                 self.notices.put(f"Run '{self._record.name}' has finished already; there is nothing left to train.")
@@ -106,6 +111,7 @@ class Drive:
         except BaseException as error:
             self.error = error
         finally:
+            planning.done.wait(END_TIMEOUT_S)
             self._record.close()
             if self._copying:
                 self.activity = "sending the rest to MLflow"
@@ -141,6 +147,13 @@ class Drive:
             copy.start()
             self._copying = True
         return self.controller.run()
+
+    def _tell_ahead(self) -> None:
+        found = self._ahead.find()
+        if found is None:
+            return
+        self.notices.put(found.headline())
+        self._record.event("planned", **found.describe())
 
     def _build(self) -> None:
         def progress(stage: str, rows: int) -> None:

@@ -84,7 +84,9 @@ def read_devices(file: Path) -> dict[str, Device]:
         except ValidationError as error:
             given = values if isinstance(values, Mapping) else {}
             found = explain(error, Device, given)
-            problems += [Problem(where(f"{name}.{key}", origins, str(file)), f"{name}.{key}", told) for key, told in found]
+            problems += [
+                Problem(where(f"{name}.{key}", origins, str(file)), f"{name}.{key}", told) for key, told in found
+            ]
     if problems:
         raise ConfigError(problems)
     return devices

@@ -144,7 +144,7 @@ def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
 class _WholeNumbers(TorchDispatchMode):
     """Computes what has values, and makes new tensors of whole numbers with values; what is fake stays fake."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dtype = kwargs.get("dtype")
@@ -182,9 +182,7 @@ class _Step:
         self._groups = list(self._optimizer.param_groups)
         for parameter in named.values():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda each: self._zero.gradient(each, last=self._last)
-                )
+                parameter.register_post_accumulate_grad_hook(lambda each: self._zero.gradient(each, last=self._last))
         self.snapshot: list[Tensor] = []
         self._average: list[Tensor] = []
         if config.optimizer.ema_decay is not None:
