@@ -362,8 +362,11 @@ class ZeroOptimizerStage3:
         """__avg_scatter_grads: the pieces of all are put in the order of their owners, which is a copy."""
         with self._storages.part("buffers"):
             converted = [each.float() for each in self._waiting]
-            if len(converted) > 1 or converted[0].numel() % self._cut.size:
-                torch.empty(sum(-(-each.numel() // self._cut.size) * self._cut.size for each in converted))
+            numel = sum(-(-each.numel() // self._cut.size) * self._cut.size for each in converted)
+            ordered = torch.empty(numel if len(converted) > 1 or numel % self._cut.size else 0)
+            if self._cut.as_touched:  # gloo reduces and scatters a copy (ProcessGroupGloo.cpp)
+                torch.empty(numel)
+            del ordered
         self._waiting, self._filled = [], 0
 
     def after_backward(self, *, last: bool) -> None:  # noqa: ARG002
