@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import itertools
 import json
@@ -226,7 +227,35 @@ def _mib(size: float) -> str:
 
 def page(rows: dict[str, Any]) -> str:
     """benchmarks/results/memory.md."""
-    return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    errors = {name: row["predicted"] / row["measured"] - 1 for name, row in rows.items()}
+    off = [name for name, error in errors.items() if abs(error) > BAR]
+    lines = [
+        "# Memory of a worker, predicted and measured",
+        "",
+        f"`{' '.join(['python benchmarks/memory.py', *sys.argv[1:]])}`, {datetime.date.today()}, commit {commit},",
+        "on CPUs, MiB of rank 0. Measured: the most that the process had in memory (VmHWM) in",
+        f"{STEPS} steps with a checkpoint in the middle, by `python -m trainer`. Predicted: by trainer/memory.py, before.",
+        "Above base: the error of what is more than the process had before it had a model, as a share of that.",
+        "DeepSpeed: its estimators of model states, which know neither activations nor the process.",
+        f"{len(rows)} configurations; {len(rows) - len(off)} within {BAR:.0%},",
+        f"the largest error is {max(errors.values(), key=abs):+.1%}.",
+        "",
+        "Memory was measured with `MALLOC_MMAP_THRESHOLD_=65536`, by which freed memory goes back at once. With",
+        "malloc's own ways, the default, a process keeps freed memory in its heap; the last column shows that peak.",
+        "",
+        "| configuration | measured | predicted | error | above base | DeepSpeed | malloc's own ways |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        above = (row["predicted"] - row["measured"]) / (row["measured"] - row["base"])
+        usual = row.get("usual_malloc")
+        cells = [f"{row['measured'] / 2**20:,.0f}", f"{row['predicted'] / 2**20:,.0f}", f"{errors[name]:+.1%}"]
+        cells += [f"{above:+.1%}", "-" if row["deepspeed"] is None else f"{row['deepspeed'] / 2**20:,.0f}"]
+        cells += ["" if usual is None else f"{usual / 2**20:,.0f} ({row['predicted'] / usual - 1:+.1%})"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
