@@ -116,6 +116,8 @@ def main() -> int:
             arguments.only is not None and arguments.only in str(case)
         ):
             rows[str(case)] = measured(case)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rows, indent=1) + "\n")
         if str(case) in rows:
             rows[str(case)] |= predicted(case)
             row = rows[str(case)]
@@ -234,9 +236,9 @@ def page(rows: dict[str, Any]) -> str:
     lines = [
         "# Memory of a worker, predicted and measured",
         "",
-        f"`{' '.join(['python benchmarks/memory.py', *sys.argv[1:]])}`, {datetime.date.today()}, commit {commit},",
-        "on CPUs, MiB of rank 0. Measured: the most that the process had in memory (VmHWM) in",
-        f"{STEPS} steps with a checkpoint in the middle, by `python -m trainer`. Predicted: by trainer/memory.py, before.",
+        f"`python benchmarks/memory.py`, {datetime.date.today()}, commit {commit}, on CPUs, MiB of rank 0.",
+        "Measured: the most that the process had in memory (VmHWM) in",
+        f"{STEPS} steps with a checkpoint in the middle, by `python -m trainer`. Predicted: by trainer/memory.py.",
         "Above base: the error of what is more than the process had before it had a model, as a share of that.",
         "DeepSpeed: its estimators of model states, which know neither activations nor the process.",
         f"{len(rows)} configurations; {len(rows) - len(off)} within {BAR:.0%},",
