@@ -1,7 +1,7 @@
 """The bytes that a worker will hold at its peak, by part, before anything is launched.
 
 A step of the run's own model and task is run with fake tensors (torch's FakeTensorMode: shapes, types and lifetimes,
-but no values), so that autograd itself tells which activations live when; around it trainer/zero_memory.py allocates
+but no values), so that autograd itself tells which activations live when; around it trainer/zero allocates
 what DeepSpeed does at the config's ZeRO stage. trainer/storages.py adds up what is alive, and the peak is the largest
 sum. It takes seconds and little memory at any size of model, on any machine.
 
@@ -38,7 +38,8 @@ from trainer.example_batch import example_batch
 from trainer.parts.cross_entropy import as_on_gpu
 from trainer.shapes import Logits, MaskedLogits
 from trainer.storages import LogitsShape, Storages
-from trainer.zero_memory import Cut, Handling, handling
+from trainer.zero import Handling, handling
+from trainer.zero.cut import Cut
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
