@@ -176,9 +176,11 @@ def test_a_snapshot_is_held_while_training_only_where_something_is_saved_before_
     assert early.tensors - late.tensors == pytest.approx(state, rel=0.2)
 
 
-def test_an_average_of_the_weights_is_state() -> None:
+def test_an_average_of_the_weights_is_state_and_part_of_a_snapshot() -> None:
     plain, averaged = (
-        predicted(gpt_model(), config_of(optimizer={"name": "adamw", "lr": 1e-3, "ema_decay": decay})).device
+        predicted(gpt_model(), config_of(optimizer={"name": "adamw", "lr": 1e-3, "ema_decay": decay}))
         for decay in (None, 0.9)
     )
-    assert averaged["optimizer"] - plain["optimizer"] == 4 * gpt_model().num_parameters()
+    numel = gpt_model().num_parameters()
+    assert averaged.device["optimizer"] - plain.device["optimizer"] == 4 * numel
+    assert averaged.host["buffers"] - plain.host["buffers"] == 4 * numel
