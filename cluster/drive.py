@@ -98,20 +98,22 @@ class Drive:
 
     def _run(self) -> None:
         copy = MlflowCopy(self._record)
-        planning = Background(self._tell_ahead)  # while Ray starts
+        planning: Background | None = None
         try:
             if self._record.status() == "finished":
                 self.notices.put(f"Run '{self._record.name}' has finished already; there is nothing left to train.")
                 ends = [event["step"] for event in self._record.events() if event["kind"] == "finished"]
                 self.outcome = Outcome("finished", ends[-1], 0)
                 return
+            planning = Background(self._tell_ahead)  # while Ray starts
             with self._group_of_workers():
                 self.outcome = self._train(copy)
                 self.activity = "ending the workers"
         except BaseException as error:
             self.error = error
         finally:
-            planning.done.wait(END_TIMEOUT_S)
+            if planning is not None:
+                planning.done.wait(END_TIMEOUT_S)
             self._record.close()
             if self._copying:
                 self.activity = "sending the rest to MLflow"
