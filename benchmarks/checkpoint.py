@@ -37,10 +37,10 @@ from configs.schema import CheckpointConfig, RunConfig  # noqa: E402
 from data_pipelines.loader import MicroBatch  # noqa: E402
 from data_pipelines.storage import Store  # noqa: E402
 from tests.configs.minimal import minimal  # noqa: E402
-from tests.contract.examples import batch_of, example_rows  # noqa: E402
 from trainer.bound import BoundModel, BoundTask  # noqa: E402
 from trainer.checkpoint import Checkpointer  # noqa: E402
 from trainer.distributed import World, all_gather_json, init_world  # noqa: E402
+from trainer.example_batch import batch_of, example_rows  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 
 VARIANTS = ("none", "ours", "deepspeed")

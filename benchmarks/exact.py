@@ -36,8 +36,8 @@ from configs.plugins import find_plugin  # noqa: E402
 from configs.schema import RunConfig  # noqa: E402
 from data_pipelines.loader import MicroBatch  # noqa: E402
 from tests.configs.minimal import minimal  # noqa: E402
-from tests.contract.examples import batch_of, example_rows  # noqa: E402
 from trainer.bound import BoundModel, BoundTask  # noqa: E402
+from trainer.example_batch import batch_of, example_rows  # noqa: E402
 
 WARM_UP = 4  # steps that do not count
 RECIPE, CURVE_STEPS, SEEDS = "language_modeling-gpt-tiny", 500, (1337, 1338, 1339)

@@ -114,6 +114,7 @@ def _add_recipe_commands(commands: Any, command: Any) -> None:
     init.add_argument("--recipe", default="language_modeling-gpt-tiny", help="recipe to start from")
     check = command(commands, "check", "recipes:check", "validate a recipe and show what it will do")
     _add_recipe(check)
+    check.add_argument("--on", metavar="TARGET", default="local", help="plan for this target (default: local)")
     train = command(commands, "train", "train:train", "train a recipe; the same name launched again resumes the run")
     _add_recipe(train)
     train.add_argument("--on", metavar="TARGET", default="local", help="a target of targets.yaml (default: local)")

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from cluster.ahead import Ahead
 from cluster.commands.output import run_arguments
 from cluster.controller import Controller, Outcome
 from cluster.mlflow_copy import MlflowCopy
@@ -37,13 +38,16 @@ class Drive:
         UsageError: another launcher holds the run, or this process trains another.
     """
 
-    def __init__(self, record: RunRecord, plan: Plan, *, address: str | None, body: str, resume_command: str) -> None:
+    def __init__(
+        self, record: RunRecord, plan: Plan, ahead: Ahead, *, address: str | None, body: str, resume_command: str
+    ) -> None:
         self.outcome: Outcome | None = None
         self.error: BaseException | None = None
         self.activity = "starting Ray"
         self.notices: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._record = record
         self._plan = plan
+        self._ahead = ahead
         self._config = record.config
         self._copying = False
         self._unwanted = threading.Event()  # the data set
@@ -96,18 +100,22 @@ class Drive:
 
     def _run(self) -> None:
         copy = MlflowCopy(self._record)
+        planning: Background | None = None
         try:
             if self._record.status() == "finished":
                 self.notices.put(f"Run '{self._record.name}' has finished already; there is nothing left to train.")
                 ends = [event["step"] for event in self._record.events() if event["kind"] == "finished"]
                 self.outcome = Outcome("finished", ends[-1], 0)
                 return
+            planning = Background(self._tell_ahead)  # while Ray starts
             with self._group_of_workers():
                 self.outcome = self._train(copy)
                 self.activity = "ending the workers"
         except BaseException as error:
             self.error = error
         finally:
+            if planning is not None:
+                planning.done.wait(END_TIMEOUT_S)
             self._record.close()
             if self._copying:
                 self.activity = "sending the rest to MLflow"
@@ -148,6 +156,13 @@ class Drive:
             # Python aborts where it ends while another thread is in the libraries that a build uses.
             self._unwanted.set()
             build.done.wait(BUILD_END_TIMEOUT_S)
+
+    def _tell_ahead(self) -> None:
+        found = self._ahead.find()
+        if found is None:
+            return
+        self.notices.put(found.headline())
+        self._record.event("planned", **found.describe())
 
     def _build(self) -> None:
         def progress(stage: str, rows: int) -> None:

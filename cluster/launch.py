@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from cluster.ahead import Ahead
 from cluster.commands.output import run_arguments
 from cluster.controller import Outcome, State
 from cluster.drive import POLL_S, Drive
@@ -49,30 +50,42 @@ def train(
     json: bool = False,
     quiet: bool = False,
     body: str = BODY,
+    device: str | None = None,
 ) -> Run:
     """Launch a run, or go on with the one of this name; it trains in the background until it is awaited or stopped.
 
     address: of a running Ray cluster ("auto", "host:6379"); None starts one on this machine for this run.
     json: narrate on stderr, since stdout belongs to the caller. quiet: do not narrate.
     body: "module:function" that each worker runs.
+    device: of each worker, for the plan, by its name in devices.yaml; None is what this machine has.
 
     Raises:
-        ConfigError: with everything that is wrong. NotFound: no such recipe.
+        ConfigError: with everything that is wrong. NotFound: no such recipe or device.
+        UsageError: it cannot fit the memory; with the cheapest change that does.
         UsageError: the run belongs to another config, or another launcher holds it.
         What goes wrong later comes out of `Run.wait`.
     """
     resolved = load_recipe(recipe, overrides)
     plan = validate(resolved)
+    ahead = Ahead.of(plan, device, here=address is None)
     record = RunRecord.create(Store(resolved.config.store), resolved)
     stream = None if quiet else sys.stderr if json else sys.stdout
-    return Run(record, plan, address=address, body=body, narrator=None if stream is None else Narrator(stream))
+    narrator = None if stream is None else Narrator(stream)
+    return Run(record, plan, ahead, address=address, body=body, narrator=narrator)
 
 
 class Run:
     """A launched run. Its record outlives it; what is read here can be read later with RunRecord.open, too."""
 
     def __init__(
-        self, record: RunRecord, plan: Plan, *, address: str | None, body: str, narrator: Narrator | None
+        self,
+        record: RunRecord,
+        plan: Plan,
+        ahead: Ahead,
+        *,
+        address: str | None,
+        body: str,
+        narrator: Narrator | None,
     ) -> None:
         import ray  # noqa: F401 - in this thread: signal handlers can only be set in the main one
 
@@ -84,7 +97,7 @@ class Run:
         self._narrator = narrator
         self._interrupts = 0
         self._first_signal: int | None = None
-        self._drive = Drive(record, plan, address=address, body=body, resume_command=self.resume_command)
+        self._drive = Drive(record, plan, ahead, address=address, body=body, resume_command=self.resume_command)
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from ray.train._internal.session import _TrainingResult  # what Tune's own Trainable.save returns
 from ray.tune import Trainable
 
+from cluster.ahead import Ahead
 from cluster.launch import Run
 from cluster.ray_group import BODY
 from cluster.sweep_folder import SweepFolder
@@ -140,7 +141,7 @@ class SweepTrial(Trainable):  # type: ignore[misc]
             time.sleep(POLL_S)  # its launcher was killed on another machine, and is still taken to be at work
         self._folder.fail_trial(self._trial.number, None)
         plan = validate(self._record.resolved)
-        run = self._run = Run(self._record, plan, address=None, body=BODY, narrator=None)
+        run = self._run = Run(self._record, plan, Ahead(plan, None, None), address=None, body=BODY, narrator=None)
         self._ending = Background(lambda: _wait(run))
 
     def _stop_run(self) -> None:

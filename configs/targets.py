@@ -30,8 +30,16 @@ _SIZE = re.compile(r"[1-9]\d*[MGT]i")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 
 
-class LocalTarget(Section):
-    """This machine: a Ray of the run's own, or one that is running already."""
+class Target(Section):
+    """What all targets may say."""
+
+    device: str | None = Field(
+        default=None, min_length=1, description="Device of a worker, by its name in devices.yaml, for the plan."
+    )
+
+
+class LocalTarget(Target):
+    """This machine: a Ray of the run's own, or one that is running already; without `device`, what it finds."""
 
     address: str | None = Field(
         default=None,
@@ -40,7 +48,7 @@ class LocalTarget(Section):
     )
 
 
-class RayTarget(Section):
+class RayTarget(Target):
     """A Ray cluster that is there already, by its Jobs API."""
 
     address: str = Field(pattern=r"^https?://", description="The head's dashboard.", examples=["http://head:8265"])
@@ -53,7 +61,7 @@ def _checked_time(value: Any) -> Any:
     return value
 
 
-class SlurmTarget(Section):
+class SlurmTarget(Target):
     """A Slurm site, from one of its login nodes; the store is on a file system that all nodes see."""
 
     partition: str | None = Field(default=None, min_length=1, description="Partition; null is the site's default.")
@@ -97,7 +105,7 @@ Size = Annotated[str, BeforeValidator(_checked_size)]
 ObjectName = Annotated[str, BeforeValidator(_checked_object_name)]
 
 
-class KuberayTarget(Section):
+class KuberayTarget(Target):
     """A Kubernetes cluster with the KubeRay operator; its pods and this machine see the store alike."""
 
     image: str = Field(
@@ -149,7 +157,7 @@ def _mebibytes(size: str) -> int:
     return int(size[:-2]) << {"Mi": 0, "Gi": 10, "Ti": 20}[size[-2:]]
 
 
-TYPES: dict[str, type[Section]] = {
+TYPES: dict[str, type[Target]] = {
     "local": LocalTarget,
     "ray": RayTarget,
     "slurm": SlurmTarget,
@@ -163,7 +171,7 @@ def target_file() -> Path | None:
     return next((path for path in (Path(FILE), home / "shardyard" / FILE) if path.is_file()), None)
 
 
-def load_target(name: str) -> Section:
+def load_target(name: str) -> Target:
     """Settings of the target of this name; their class tells its type.
 
     Raises:
@@ -183,7 +191,7 @@ def load_target(name: str) -> Section:
     raise NotFound(f"There is no target '{name}'.{hint} {there}")
 
 
-def load_targets(file: Path) -> dict[str, Section]:
+def load_targets(file: Path) -> dict[str, Target]:
     """All targets of a file, by name. Raises as load_target."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -205,7 +213,7 @@ def load_targets(file: Path) -> dict[str, Section]:
     return {name: target for name, target in targets.items() if target is not None}
 
 
-def _target(name: str, settings: Any) -> tuple[Section | None, list[tuple[str, str]]]:
+def _target(name: str, settings: Any) -> tuple[Target | None, list[tuple[str, str]]]:
     """The target, and (key, message) of all that is wrong with it."""
     choices = ", ".join(TYPES)
     if not isinstance(settings, Mapping):

@@ -12,8 +12,8 @@ from configs.plugins import find_plugin
 from configs.schema import Section
 from data_pipelines.columns import Column
 from data_pipelines.sources import Bad, Partition, Row, SourceConfig
-from tests.contract.examples import column_of
 from tests.tiny import WORDS
+from trainer.example_batch import column_of
 
 NEAR_DUPLICATES_SHARE_A_SPLIT = False
 

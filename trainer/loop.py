@@ -84,10 +84,12 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             saves.saved()
         if stopping and not last:
             session.wait_until_saved(done)
+            session.log_memory()
             return Outcome("stopped", done)
         meter.pause()
     progress.steps = done
     session.wait_until_saved(done)
+    session.log_memory()
     session.log_sample(done)  # after the save: what goes wrong here costs no training
     session.log_pictures(done)
     return Outcome("finished", done)

@@ -14,7 +14,7 @@ from configs.errors import Damaged, NotFound, PeerFailed, RunFailed
 from configs.schema import RunConfig
 from data_pipelines.examples import Examples
 from data_pipelines.loader import Loader, MicroBatch, evaluation_batches
-from trainer import checkpoint, device
+from trainer import checkpoint, device, peak_memory
 from trainer.beginning import engine_at_start, load_newest, newest_agreed
 from trainer.bound import BoundModel, BoundTask
 from trainer.checkpoint import Checkpointer, CheckpointReader
@@ -52,6 +52,7 @@ class Session:
     early_stopping: EarlyStopping | None
     divergence: Divergence
     resumed: bool  # from a checkpoint of this run
+    base_bytes: int  # of the process before it had a model
 
     @property
     def start_step(self) -> int:
@@ -256,6 +257,11 @@ class Session:
         """Position in the global order after `step` completed steps."""
         return self.loader.position(step)
 
+    def log_memory(self) -> None:
+        """Every rank says what memory it took at most, beside which the launcher's prediction stands (planned)."""
+        peak = peak_memory.peak_bytes(self.world.device)
+        self.record.event("memory", rank=self.world.rank, peak_bytes=peak, base_bytes=self.base_bytes)
+
     def device_metrics(self, step_s: float) -> dict[str, float]:
         """Memory of this worker, and model FLOPs utilisation where the device's peak is known."""
         metrics = device.memory_metrics(self.world.device)
@@ -278,6 +284,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
     """
     config = record.config
     plan = validate(record.resolved, sees_inputs=False)
+    base_bytes = peak_memory.begin(world.device)
     with ExitStack() as stack:
         progress.phase = "data"
         data = RunData.of(open_recorded(record, plan), plan)
@@ -315,6 +322,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
             early_stopping=_early_stopping(config, reader),
             divergence=Divergence.of(config.recovery, None if reader is None else reader.manifest.get("divergence")),
             resumed=reader is not None,
+            base_bytes=base_bytes,
         )
 
 

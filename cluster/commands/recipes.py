@@ -33,12 +33,29 @@ def init(arguments: Namespace) -> dict[str, Any]:
 
 
 def check(arguments: Namespace) -> dict[str, Any]:
-    """Validate a recipe with every file it names, and show what a run of it will do."""
+    """Validate a recipe with every file it names, and show what a run of it will do, and take at the target.
+
+    Raises:
+        UsageError: it cannot fit there; with the cheapest change that does.
+    """
+    from configs.targets import LocalTarget, load_target
+    from trainer.cheapest import refuse_what_cannot_fit
+    from trainer.plan import estimate
+    from trainer.site import NotPlanned, site_of
     from trainer.validate import load_recipe, validate
 
+    target = load_target(arguments.on)
     plan = validate(load_recipe(arguments.recipe, arguments.overrides))
-    described = plan.describe()
+    described, warnings = plan.describe(), plan.warnings()
     facts(arguments, described)
-    for warning in plan.warnings():
+    try:
+        found = estimate(plan, site_of(plan.config, target.device, here=isinstance(target, LocalTarget)))
+    except NotPlanned as error:
+        warnings.append(str(error))
+    else:
+        say(arguments, f"\n{found.table()}")
+        refuse_what_cannot_fit(found)
+        described |= {"plan": found.describe()}
+    for warning in warnings:
         say(arguments, f"warning: {warning}")
-    return described | {"warnings": plan.warnings()}
+    return described | {"warnings": warnings}

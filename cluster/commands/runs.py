@@ -60,6 +60,11 @@ def show(arguments: Namespace) -> dict[str, Any]:
     shown = {key: value for key, value in summary.items() if key not in hidden}
     if waste:
         shown["padding"] = f"{100 * waste[-1]:.2g} % of the packed sequences"
+    memory = _memory(record)
+    if memory is not None:
+        predicted = memory["predicted_bytes"]
+        beside = "" if predicted is None else f", {predicted / 1e9:.2f} GB predicted"
+        shown["memory"] = f"{memory['peak_bytes'] / 1e9:.2f} GB at most (rank {memory['rank']}){beside}"
     facts(arguments, shown)
     attempts = record.attempts()
     if attempts:
@@ -78,7 +83,20 @@ def show(arguments: Namespace) -> dict[str, Any]:
         say(arguments, f"\nLast failure (attempt {failure['attempt']}): {failure.get('summary', failure.get('error'))}")
         if failure.get("stack"):
             say(arguments, "\n".join(["It was here (innermost first):", *failure["stack"].splitlines()[:8]]))
-    return summary | {"attempts": attempts, "checkpoints": checkpoints, "failures": failures}
+    return summary | {"memory": memory, "attempts": attempts, "checkpoints": checkpoints, "failures": failures}
+
+
+def _memory(record: RunRecord) -> dict[str, Any] | None:
+    """What the worker that took the most has measured in the latest attempt, and what was predicted before it."""
+    events = record.events()
+    measured = [event for event in events if event["kind"] == "memory"]
+    if not measured:
+        return None
+    latest = [event for event in measured if event["attempt"] == measured[-1]["attempt"]]
+    most = max(latest, key=lambda event: int(event["peak_bytes"]))
+    predicted = [event["measurable_bytes"] for event in events if event["kind"] == "planned"]
+    named = {name: most[name] for name in ("rank", "peak_bytes", "base_bytes")}
+    return named | {"predicted_bytes": predicted[-1] if predicted else None}
 
 
 def stop(arguments: Namespace) -> dict[str, Any]:

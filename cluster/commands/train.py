@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.commands.output import run_arguments, say
 from configs.errors import NotFound, ShardyardError, UsageError
-from configs.schema import ParentConfig, RunConfig, Section
+from configs.schema import ParentConfig, RunConfig
 
 if TYPE_CHECKING:
     from cluster.launch import Run
     from cluster.targets import Job
+    from configs.targets import Target
 
 
 def train(arguments: Namespace) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def on_target(arguments: Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     if isinstance(settings, LocalTarget):
         if arguments.detach:
             raise UsageError("-d leaves a job at a target; a run on this machine ends with its command. Use --on.")
-        arguments.address = arguments.address or settings.address
+        arguments.address, arguments.device = arguments.address or settings.address, settings.device
         if arguments.dry_run:
             return dry_run_here(arguments, overrides)
         return foreground(arguments, arguments.recipe, overrides)
@@ -71,8 +72,9 @@ def dry_run_here(arguments: Namespace, overrides: Sequence[str]) -> dict[str, An
     return {"target": "local", "rendered": dump(resolved)}
 
 
-def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> dict[str, Any]:
+def send(arguments: Namespace, settings: Target, overrides: Sequence[str]) -> dict[str, Any]:
     """Queue the run at a target, and follow it unless told to leave it."""
+    from cluster.ahead import Ahead
     from cluster.following import Following, shared_store
     from cluster.following import send as submit
     from cluster.targets import Job, open_target
@@ -80,7 +82,13 @@ def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> d
 
     resolved = load_recipe(arguments.recipe, overrides)
     plan = validate(resolved)
-    job, target, name = Job(resolved, priority=arguments.priority), open_target(settings), arguments.on
+    found = Ahead.of(plan, settings.device, here=False).find()
+    expected_s = None if found is None else found.total_s
+    job, target, name = (
+        Job(resolved, priority=arguments.priority, expected_s=expected_s),
+        open_target(settings),
+        arguments.on,
+    )
     if arguments.dry_run:
         shared_store(job)
         text = target.render(job)
@@ -89,7 +97,8 @@ def send(arguments: Namespace, settings: Section, overrides: Sequence[str]) -> d
     job_id = submit(target, name, job)
     come_back = f"the same command comes back to it, and `shardyard runs stop {_named(job)}` saves and ends it"
     sent = {"run": job.run, "target": name, "job": job_id}
-    say(arguments, f"{plan.headline()}\nJob {job_id} at {name}.")
+    head = plan.headline() if found is None else f"{plan.headline()}\n{found.headline()}"
+    say(arguments, f"{head}\nJob {job_id} at {name}.")
     if arguments.detach:
         say(arguments, f"It goes on without this command: {come_back}.")
         return sent
@@ -113,7 +122,8 @@ def foreground(arguments: Namespace, recipe: str | Path | RunConfig, overrides: 
     """Launch, narrate and wait; returns how the run ended."""
     from cluster.launch import train as launch
 
-    run = launch(recipe, overrides, address=arguments.address, json=arguments.json)
+    device = getattr(arguments, "device", None)  # `runs resume` has no target
+    run = launch(recipe, overrides, address=arguments.address, json=arguments.json, device=device)
     result = run.wait()
     _farewell(arguments, run, result)
     return result

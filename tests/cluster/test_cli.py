@@ -124,6 +124,7 @@ def test_init_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert json.loads(Path("shardyard.schema.json").read_text())["properties"]["steps"]
     assert "parameters" in tell(capsys, "check", "run.yaml")
     assert ask(capsys, "check", "run.yaml", "steps=70")["steps"] == 70
+    assert ask(capsys, "check", "run.yaml")["plan"]["fits"] and "process" in tell(capsys, "check", "run.yaml")
     warned = ask(
         capsys, "check", "run.yaml", "resources.workers=3", "batch.global_batch_size=8", "batch.micro_batch_size=4"
     )
@@ -206,7 +207,9 @@ def test_runs(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         event["packing_waste"] for event in RunRecord.open(store[1], "tiny").events() if event["kind"] == "started"
     ]
     assert shown["packing_waste"] == waste > 0
+    assert shown["memory"]["peak_bytes"] > shown["memory"]["base_bytes"] > 2**20
     said = tell(capsys, "runs", "show", "tiny", *store)
+    assert re.search(r"memory +\d\.\d\d GB at most \(rank 0\)\n", said)
     assert "ATTEMPT" in said and f"padding       {100 * waste:.2g} % of the packed sequences" in said
     assert "No runs in" in tell(capsys, "runs", "ls", "--store", str(tmp_path / "none"))
     assert main(["runs", "stop", "tiny", *store]) == 2

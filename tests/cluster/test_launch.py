@@ -96,7 +96,9 @@ def test_a_run_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (result["outcome"], result["step"], result["restarts"]) == ("finished", 20, 0)
     assert run.status() == "finished"
     record = RunRecord.open(config["store"], "demo")
-    assert kinds(record) == ["created", "queued", "placed", "finished"]
+    happened = kinds(record)
+    happened.remove("planned")  # once, at some time while things start
+    assert happened == ["created", "queued", "placed", "finished"]
     assert record.status() == "finished"
     assert "fingerprint" in str(record.lineage())
     assert run.datasets()[0].splits

@@ -27,8 +27,10 @@ EXACT = {"checkpoint": {"every": 200}, "determinism": "exact", "zero": {"stage":
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySite]:
-    with RaySite(tmp_path_factory.mktemp("site")) as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        with RaySite(tmp_path_factory.mktemp("site")) as made:
+            yield made
 
 
 def user_of(site: RaySite, folder: Path, steps: int, **changes: Any) -> User:
@@ -143,7 +145,7 @@ def test_a_run_that_waits_is_taken_back(site: RaySite, tmp_path: Path) -> None:
 
 def test_quotas_hold_and_the_queue_goes_when_nobody_needs_it(site: RaySite, tmp_path: Path) -> None:
     user = user_of(site, tmp_path / "user", SHORT)
-    quota = Path(site.environment.get("XDG_CONFIG_HOME", "")) / "shardyard" / "quota.yaml"
+    quota = Path(site.environment["XDG_CONFIG_HOME"]) / "shardyard" / "quota.yaml"
     quota.parent.mkdir(parents=True, exist_ok=True)
     quota.write_text("default: 1\n")
     try:

@@ -11,18 +11,10 @@ import torch
 
 from configs.plugins import find_plugin
 from configs.schema import Section
-from tests.contract.examples import (
-    TASKS,
-    batch_of,
-    bound_task,
-    built,
-    example_config,
-    example_rows,
-    fitting_model,
-    stored_columns,
-)
+from tests.contract.examples import TASKS, bound_task, built, example_config, fitting_model
 from trainer import shapes
 from trainer.bound import BoundTask
+from trainer.example_batch import batch_of, example_rows, stored_columns
 
 each_task = pytest.mark.parametrize("name", TASKS)
 

@@ -18,9 +18,10 @@ from configs.plugins import find_plugin
 from configs.schema import RunConfig, Section
 from data_pipelines.loader import MicroBatch
 from tests.configs.minimal import minimal
-from tests.contract.examples import batch_of, bound_task, example_config, example_rows
+from tests.contract.examples import bound_task, example_config
 from trainer.bound import BoundModel, BoundTask
 from trainer.distributed import World
+from trainer.example_batch import batch_of, example_rows
 from trainer.initialization import materialize
 from trainer.rng import seed_forward
 

@@ -75,6 +75,9 @@ class FakeSession:
     def save(self, step: int, evaluation: Any = None) -> None:
         self.done.append(("save", step))
 
+    def log_memory(self) -> None:
+        pass
+
     def wait_until_saved(self, step: int) -> None:
         self.done.append(("saved", step))
 

@@ -12,10 +12,11 @@ import torch
 from configs.errors import UsageError
 from configs.load import load
 from data_pipelines.tokenizer import EOS_ID, TokenizerConfig, train_tokenizer
-from tests.contract.examples import batch_of, built
+from tests.contract.examples import built
 from tests.trainer.attempts import train
 from tests.trainer.test_recipes_run import shrunk
 from trainer.bound import BoundModel, BoundTask
+from trainer.example_batch import batch_of
 from trainer.inference import load_model
 from trainer.models import seq2seq
 from trainer.parts.cross_entropy import summed_cross_entropy

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_pipelines.columns import Column
-from tests.contract.examples import batch_of, bound_task, built, example_rows, fitting_model
+from tests.contract.examples import bound_task, built, fitting_model
 from trainer.bound import BoundTask
+from trainer.example_batch import batch_of, example_rows
 from trainer.shapes import Boxes, Image
 from trainer.tasks import object_detection
 from trainer.tasks.object_detection import FOUND_COLOUR, TRUE_COLOUR, assign, centrality, finds, focal_loss

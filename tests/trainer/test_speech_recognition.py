@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_pipelines.columns import Column
-from tests.contract.examples import batch_of
 from trainer.bound import BoundTask
+from trainer.example_batch import batch_of
 from trainer.initialization import materialize
 from trainer.models import lstm
 from trainer.shapes import Frames, Logits

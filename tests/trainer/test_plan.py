@@ -1,0 +1,84 @@
+"""The plan: seconds, price, and what is named instead of what cannot fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.devices import find_device
+from configs.errors import UsageError
+from configs.load import load
+from tests.tiny import tiny_config
+from trainer.cheapest import cheapest_change, refuse_what_cannot_fit
+from trainer.plan import GPU_UTILISATION, Estimate, estimate, surely_fits
+from trainer.site import NotPlanned, Site, site_of
+from trainer.validate import Plan, validate
+
+H100 = find_device("h100")
+
+
+def plan_of(folder: Path, **changes: Any) -> Plan:
+    values = {"batch": {"global_batch_size": 64, "micro_batch_size": 32}, "zero": {"stage": 1}} | changes
+    return validate(load(tiny_config(folder, **values)), sees_inputs=False)
+
+
+def at(plan: Plan, memory_bytes: int | None = None) -> Estimate:
+    return estimate(plan, Site("h100", H100, memory_bytes, H100.peak_flops("fp32") or 0.0, True))
+
+
+def test_seconds_and_price_are_arithmetic_that_is_told(tmp_path: Path) -> None:
+    found = at(plan_of(tmp_path))
+    flops = found.plan.model.flops_per_example() * 64
+    workers = found.config.resources.workers
+    compute_s = flops / (workers * 67e12 * GPU_UTILISATION)
+    moved_s = 12 * found.plan.num_parameters * (workers - 1) / workers / 450e9
+    assert found.step_s == pytest.approx(compute_s + moved_s)
+    assert found.mfu == pytest.approx(flops / found.step_s / (workers * 67e12))
+    assert found.usd == pytest.approx(found.step_s * found.config.steps / 3600 * workers * H100.usd_per_hour)
+    assert found.tokens_per_step == 64 * found.plan.model.input.seq_len
+    assert "estimate: 40% of its peak" in found.headline() and "estimate" in found.table()
+    assert sum(found.describe()["memory_bytes"].values()) == found.memory.peak
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.5])
+def test_what_is_named_instead_fits(tmp_path: Path, share: float) -> None:
+    whole = at(plan_of(tmp_path))
+    room = whole.memory.base + int(whole.memory.tensors * share)
+    tight = replace(whole, site=replace(whole.site, memory_bytes=room))
+    assert not tight.fits and whole.fits
+    with pytest.raises(UsageError) as error:
+        refuse_what_cannot_fit(tight)
+    named = re.search(r"The cheapest change that fits: ([^(]+) \(", str(error.value))
+    assert named is not None, error.value
+    changed = cheapest_change(tight)
+    assert changed is not None and changed[0] == named[1]
+    again = at(changed[1].plan, room)
+    assert again.fits and again.memory.peak <= room
+    for setting in named[1].split():  # it is a change that a user can type
+        key, _, value = setting.partition("=")
+        section, _, name = key.partition(".")
+        assert str(dict(changed[1].plan.config)[section].model_dump()[name]).lower() == value
+
+
+def test_where_nothing_fits_that_is_said(tmp_path: Path) -> None:
+    whole = at(plan_of(tmp_path))
+    with pytest.raises(UsageError, match="Use a smaller model, or a larger device"):
+        refuse_what_cannot_fit(replace(whole, site=replace(whole.site, memory_bytes=whole.memory.base)))
+
+
+def test_a_cpu_is_measured_and_shared(tmp_path: Path) -> None:
+    one, four = (site_of(plan_of(tmp_path, resources={"workers": count}).config, None, here=True) for count in (1, 4))
+    assert one.name == "cpu" and one.flops > 1e8
+    assert one.memory_bytes is not None and four.memory_bytes == one.memory_bytes // 4
+    assert surely_fits(plan_of(tmp_path), one)
+    assert not surely_fits(replace(plan_of(tmp_path), num_parameters=one.memory_bytes // 100), one)
+
+
+def test_a_target_that_says_no_device_is_not_planned_for(tmp_path: Path) -> None:
+    config = plan_of(tmp_path, resources={"workers": 1, "gpus_per_worker": 1}).config
+    with pytest.raises(NotPlanned, match=r"set `device:` in targets.yaml"):
+        site_of(config, None, here=False)

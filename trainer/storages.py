@@ -1,0 +1,115 @@
+"""Bytes of the tensors that live, by part, at every moment of what runs: real tensors, or fake ones of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class LogitsShape:
+    """Logits have this many values a row, and no other number of elements is excluded."""
+
+    width: int
+    excluded: frozenset[int]
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether the tensor may be logits, or their gradient."""
+        return tensor.ndim >= 2 and tensor.shape[-1] == self.width and tensor.numel() not in self.excluded
+
+
+class Storages(TorchDispatchMode):
+    """Follows every storage that an operation makes under this mode, from there to its end.
+
+    A storage counts once, however many tensors look at it, and belongs to the part that was named when it was made
+    (`part`), or that it was moved to later (`assign`). Tensors made elsewhere count once `assign` has named them.
+    live, peak: bytes by (part, whether on the host while training is on a device). `peak` is that of the moment when
+    their sum was largest; host_peak: the same for the host alone.
+    """
+
+    def __init__(self, *, one_memory: bool) -> None:
+        """one_memory: the host is the device (a CPU), so one peak counts both."""
+        super().__init__()
+        self.live: dict[tuple[str, bool], int] = {}
+        self.peak: dict[tuple[str, bool], int] = {}
+        self.host_peak: dict[tuple[str, bool], int] = {}
+        self.logits: LogitsShape | None = None  # what is made as activations and fits it belongs to the part "logits"
+        self._one_memory = one_memory
+        self._highest = {False: 0, True: 0}
+        self._sums = {False: 0, True: 0}
+        self._place = ("activations", False)
+        self._known: dict[int, tuple[tuple[str, bool], int]] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str, *, host: bool = False) -> Iterator[None]:
+        """What is made inside belongs to this part."""
+        before, self._place = self._place, (name, host)
+        try:
+            yield
+        finally:
+            self._place = before
+
+    def assign(self, name: str, tensor: Tensor, *, host: bool = False, size: int | None = None) -> None:
+        """The tensor's storage belongs to this part from now on. size: what it counts for; None is its bytes."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            place, counted = self._known[key]
+            self._add(place, -counted)
+        else:
+            counted = storage.nbytes() if size is None else size
+            weakref.finalize(storage, self._forget, key)
+        self._known[key] = ((name, host), counted)
+        self._add((name, host), counted)
+
+    def forget_peak(self) -> None:
+        """Look for the peak from now on."""
+        for host, kept in ((False, self.peak), (True, self.host_peak)):
+            self._highest[host] = 0
+            kept.clear()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the device; with one memory, of all."""
+        return sum(self.peak.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._made(storage, leaf)
+        return found
+
+    def _made(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
+        key, size, place = storage._cdata, storage.nbytes(), self._place
+        if place[0] == "activations" and self.logits is not None and self.logits.fits(tensor):
+            place = ("logits", False)
+        self._known[key] = (place, size)
+        weakref.finalize(storage, self._forget, key)
+        self._add(place, size)
+
+    def _forget(self, key: int) -> None:
+        place, size = self._known.pop(key)
+        self._add(place, -size)
+
+    def _add(self, place: tuple[str, bool], size: int) -> None:
+        self.live[place] = self.live.get(place, 0) + size
+        host = place[1] and not self._one_memory
+        self._sums[host] += size
+        if self._sums[host] > self._highest[host]:
+            self._highest[host] = self._sums[host]
+            kept = {other: live for other, live in self.live.items() if (other[1] and not self._one_memory) == host}
+            if host:
+                self.host_peak = kept
+            else:
+                self.peak = kept
