@@ -28,7 +28,8 @@ from configs.errors import Unreachable, UsageError
 from configs.targets import RayTarget
 
 PACKAGES = ("configs", "data_pipelines", "trainer", "cluster")
-PROGRAM = "python -m cluster.targets.ray_job"
+# exec: where nobody reaps orphans, as in many containers, Ray would wait for the shell's for ever when it stops a job.
+PROGRAM = "exec python -m cluster.targets.ray_job"
 # Ray kills a job that it is told to stop after 3 s otherwise: too soon for a save.
 STOP_WAIT_S = 300
 AGENT_WAIT_S = 5.0
