@@ -187,11 +187,11 @@ def estimate(plan: Plan, site: Site) -> Estimate:
 
 
 def surely_fits(plan: Plan, site: Site) -> bool:
-    """Whether it need not be planned to know: the state, 40 bytes a parameter at most, is a hundredth of the memory.
+    """Whether it need not be planned to be let through: the memory is not known, or a hundred times the state.
 
-    What is left is far more than the activations of models so small.
+    The state is at most 40 bytes a parameter; what is left is far more than the activations of models so small.
     """
-    return site.memory_bytes is not None and 100 * 40 * plan.num_parameters < site.memory_bytes
+    return site.memory_bytes is None or 100 * 40 * plan.num_parameters < site.memory_bytes
 
 
 # --- seconds
