@@ -78,9 +78,12 @@ class Bench:
             own = f"--node-ip-address=127.0.0.1 --port={ports[0]} --dashboard-port={ports[1]} --temp-dir={scratch}"
             free = f"--ray-client-server-port={ports[2]} --min-worker-port=0 --max-worker-port=0"
             command = f"start --head --block --num-cpus={WORKERS + 1} --dashboard-agent-listen-port=0 {own} {free}"
-            ray = str(Path(sys.executable).with_name("ray"))
+            own_bin = Path(sys.executable).parent
+            environment = {**os.environ, "PATH": f"{own_bin}:{os.environ['PATH']}"}  # a job's `python`
             with open(self._folder / "head.log", "w") as log:
-                head = subprocess.Popen([ray, *command.split()], stdout=log, stderr=log)
+                head = subprocess.Popen(
+                    [str(own_bin / "ray"), *command.split()], stdout=log, stderr=log, env=environment
+                )
             try:
                 self.head = (f"127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
                 (self._folder / "targets.yaml").write_text(f"lab: {{type: ray, address: '{self.head[1]}'}}\n")
