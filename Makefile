@@ -65,6 +65,8 @@ bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/exact.py
 	$(BIN)/python benchmarks/exact.py --curve
 	$(BIN)/python benchmarks/parity_grid.py
+	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/memory.py
 
 results: setup  ## train every recipe of real data, 3 seeds each, beside its baseline: docs/results.md (one task: TASK=...)
 	$(BIN)/python benchmarks/results.py $(TASK)

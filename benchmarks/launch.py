@@ -28,7 +28,9 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.overhead import ROOT, WORKERS, recipe
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.overhead import WORKERS, recipe  # noqa: E402
 
 STEPS = 5
 START_S = 120.0
