@@ -64,10 +64,11 @@ class Heap:
 
     def tensor(self, size: int) -> int:
         """As posix_memalign for torch: what is before and after the aligned block is freed."""
-        address, got = self._take(_block(size + _TENSOR_ALIGNMENT + _SMALLEST))
+        need = _block(size)
+        address, got = self._take(_block(need + _TENSOR_ALIGNMENT + _SMALLEST))
         if address < 0:
             return address
-        need, before = _block(size), -(address + _UNIT) % _TENSOR_ALIGNMENT
+        before = -(address + _UNIT) % _TENSOR_ALIGNMENT
         if 0 < before < _SMALLEST:
             before += _TENSOR_ALIGNMENT
         if before:
@@ -107,16 +108,9 @@ class Heap:
                 self._detach(other)
                 self._cache[need].append(other)
             return same, need
-        if need <= _SMALL and len(self._unsorted) == 1 and self._remainder in self._unsorted:
-            address = self._remainder
-            if self._free[address] > need + _SMALLEST:
-                return self._split(address, need)
-        for address in self._unsorted:
-            self._age += 1
-            self._ages[address] = self._age
-            bisect.insort(self._bins, (self._free[address], self._age, address))
-        self._unsorted.clear()
-        place = bisect.bisect_left(self._bins, (need, 0, 0))
+        if (found := self._sort(need)) is not None:
+            return found
+        place = bisect.bisect_left(self._bins, (need,))
         if place < len(self._bins):
             return self._split(self._bins[place][2], need)
         if self._break - self._top < need + _SMALLEST:
@@ -131,6 +125,28 @@ class Heap:
         self._touched = max(self._touched, self._top)
         return address, need
 
+    def _sort(self, need: int) -> tuple[int, int] | None:
+        """Blocks that were freed go to their bins, oldest first, until one fits exactly."""
+        cached = False
+        while self._unsorted:
+            address = next(iter(self._unsorted))
+            size = self._free[address]
+            alone = len(self._unsorted) == 1 and address == self._remainder
+            if need <= _SMALL and alone and size > need + _SMALLEST:
+                return self._split(address, need)
+            if size == need:
+                self._detach(address)
+                if need > _CACHED or len(self._cache[need]) == _CACHE_COUNT:
+                    return address, need
+                self._cache[need].append(address)
+                cached = True
+                continue
+            del self._unsorted[address]
+            self._age += 1
+            order = self._ages[address] = self._age if size <= _SMALL else -self._age  # of large ones the newest first
+            bisect.insort(self._bins, (size, order, address))
+        return (self._cache[need].pop(), need) if cached else None
+
     def _and_cache(self, need: int, blocks: list[int]) -> tuple[int, int]:
         """The newest of a fastbin, and tcache filled with the others."""
         address = blocks.pop()
@@ -140,7 +156,7 @@ class Heap:
 
     def _of_size(self, need: int) -> int | None:
         """The oldest in the bin of exactly this size."""
-        place = bisect.bisect_left(self._bins, (need, 0, 0))
+        place = bisect.bisect_left(self._bins, (need,))
         return self._bins[place][2] if place < len(self._bins) and self._bins[place][0] == need else None
 
     def _split(self, address: int, need: int) -> tuple[int, int]:

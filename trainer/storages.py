@@ -63,17 +63,21 @@ class Storages(TorchDispatchMode):
             self._place, self._mapped = before
 
     def assign(self, name: str, tensor: Tensor, *, host: bool = False, size: int | None = None) -> None:
-        """The tensor's storage belongs to this part from now on. size: what it counts for; None is its bytes."""
+        """The tensor's storage belongs to this part from now on. size: what it counts for; None: as before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            place, counted = self._known[key]
-            self._add(place, -counted)
-        else:
-            counted = storage.nbytes() if size is None else size
+        if key not in self._known:
             weakref.finalize(storage, self._forget, key)
+            counted = storage.nbytes() if size is None else size
             if self._heap is not None:
                 self._heap.storage(key, counted, mapped=self._mapped)
+        else:
+            place, held = self._known[key]
+            counted = held if size is None else size
+            if self._heap is not None and counted != held:
+                self._heap.storage_freed(key)
+                self._heap.storage(key, counted, mapped=self._mapped)
+            self._add(place, -held)
         self._known[key] = ((name, host), counted)
         self._add((name, host), counted)
 

@@ -18,6 +18,7 @@ from trainer.malloc import Heap
 _STORAGE, _TENSOR = 96, (176, 24)
 _DIFFERENTIABLE, _NODE = (184,), (736, 32, 32, 176, 16, 16, 32, 176)
 _DIFFERENTIABLE_VIEW, _VIEW_NODE = (312,), (488, 16, 24)
+_SMALLEST, _LARGEST_LEFT, _LEFT_OF_EACH = 24, 1024, 300
 
 
 class _Lifetime:
@@ -30,11 +31,16 @@ class TorchHeap:
     def __init__(self) -> None:
         self._heap = Heap()
         self._storages: dict[int, tuple[int, int]] = {}
+        # Imports have left small free blocks of all sizes between used ones: small objects go there first.
+        left = [self._heap.malloc(size) for _ in range(_LEFT_OF_EACH) for size in range(_SMALLEST, _LARGEST_LEFT, 16)]
+        for address in left[::2]:
+            self._heap.free(address)
+        self._before = self._heap.resident
 
     @property
     def resident(self) -> int:
-        """Bytes of memory that malloc holds."""
-        return self._heap.resident
+        """Bytes of memory that malloc holds, beside those from before."""
+        return self._heap.resident - self._before
 
     def storage(self, key: int, size: int, *, mapped: bool) -> None:
         """A storage's object and its values; mapped: they lie outside of the heap."""
@@ -53,7 +59,7 @@ class TorchHeap:
     def before(self, operands: Iterable[Any]) -> None:
         """An operation's operands: the nodes that made them live as long as the graph."""
         for each in operands:
-            node = each.grad_fn if isinstance(each, Tensor) else None
+            node: Any = each.grad_fn if isinstance(each, Tensor) else None
             if node is None or "heap" in node.metadata:
                 continue
             view = each._is_view()
@@ -65,5 +71,5 @@ class TorchHeap:
         weakref.finalize(holder, self._free, [self._heap.malloc(size) for size in sizes])
 
     def _free(self, addresses: list[int]) -> None:
-        for address in addresses:
+        for address in reversed(addresses):
             self._heap.free(address)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.storages import Storages
-from trainer.zero.cut import Cut, masters
+from trainer.zero.cut import Cut, joined, masters
 
 
 class ZeroOptimizer:
@@ -20,6 +20,7 @@ class ZeroOptimizer:
         self._storages, self._cut, self._stage = storages, cut, stage
         self._low = cut.dtype != torch.float32
         self._sums_in_fp32 = self._low and stage == 1  # use_grad_accum_attribute
+        self._weights = joined(storages, cut)
         self.flats = masters(storages, cut)
         largest = max(parameter.numel() for group in cut.groups for parameter in group)
         self._kept: list[Tensor] = []

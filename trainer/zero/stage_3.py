@@ -28,7 +28,9 @@ class ZeroOptimizerStage3:
         sizes = dict(zip(self._parameters, own, strict=True))
         self._group_sizes = [sum(sizes[parameter] for parameter in group) for group in cut.groups]
         with storages.part("weights"):
+            pieces = [torch.empty(numel, dtype=cut.dtype) for numel in own]  # by zero.Init, until they are joined
             partitions = [torch.empty(numel, dtype=cut.dtype) for numel in self._group_sizes]
+        del pieces
         with storages.part("optimizer", host=cut.offload):
             # A copy also in fp32: DeepSpeed compares a device with its name to tell whether they may be one.
             self.flats = [[nn.Parameter(torch.empty(part.numel()))] for part in partitions]
