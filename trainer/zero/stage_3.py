@@ -122,6 +122,6 @@ class ZeroOptimizerStage3:
 
 
 def _made_and_cut(module: nn.Module, cut: Cut) -> list[Tensor]:
-    """This worker's pieces of a module's weights, of which first values are made in fp32 (trainer/initialization.py)."""
+    """This worker's pieces of a module's weights; their first values are made in fp32 (trainer/initialization.py)."""
     whole = [torch.empty(each.shape).to(cut.dtype) for each in module.parameters(recurse=False)]
     return [torch.empty(-(-each.numel() // cut.size), dtype=cut.dtype) for each in whole]
