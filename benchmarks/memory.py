@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 
 BAR = 0.1
 STEPS = 3
-MMAP_THRESHOLD_BYTES = 1 << 16  # memory of tensors from that size on goes back to the system when they are freed
 WORK = ROOT / "runs" / "memory"
 FEW = ["schedule.warmup_steps=0", "evaluation.every=null", "evaluation.examples=8", "tracking.mlflow=null"]
 FEW += [f"steps={STEPS}", "checkpoint.every=2", "evaluation.sample_tokens=0"]
@@ -82,11 +81,6 @@ class Case:
         return [*MODELS[self.model][1], *FEW, *settings]
 
 
-# One of each kind is measured with malloc's own ways as well.
-WITH_USUAL_MALLOC = [Case("gpt", 0), Case("gpt", 2, "bf16"), Case("gpt", 3, workers=2), Case("cnn", 2)]
-WITH_USUAL_MALLOC += [Case("cnn, wide batch", 1), Case("lstm", 1), Case("gpt, long", 0, recompute=True)]
-
-
 def cases() -> list[Case]:
     """Everything that is measured."""
     found = [Case("gpt", stage) for stage in range(4)]
@@ -134,14 +128,7 @@ def main() -> int:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """What rank 0 says of its memory, in bytes: the most, before it had a model, and the most with malloc as it is."""
-    found = _run(case, {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES)})
-    if case in WITH_USUAL_MALLOC:
-        found["usual_malloc"] = _run(case, {})["measured"]
-    return found
-
-
-def _run(case: Case, malloc: dict[str, str]) -> dict[str, Any]:
+    """What rank 0 says of its memory, in bytes: the most, and before it had a model."""
     from trainer.record import RunRecord
 
     # Text becomes tokens before, so that this is no part of what is measured.
@@ -159,7 +146,7 @@ def _run(case: Case, malloc: dict[str, str]) -> dict[str, Any]:
         subprocess.Popen(
             run,
             cwd=ROOT,
-            env=_environment() | malloc | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=_environment() | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -241,21 +228,18 @@ def page(rows: dict[str, Any]) -> str:
         f"{STEPS} steps with a checkpoint in the middle, by `python -m trainer`. Predicted: by trainer/memory.py.",
         "Above base: the error of what is more than the process had before it had a model, as a share of that.",
         "DeepSpeed: its estimators of model states, which know neither activations nor the process.",
+        "Heap: of the prediction, what malloc keeps of what was freed (glibc's own ways, no variable set).",
         f"{len(rows)} configurations; {len(rows) - len(off)} within {BAR:.0%},",
         f"the largest error is {max(errors.values(), key=abs):+.1%}.",
         "",
-        "Memory was measured with `MALLOC_MMAP_THRESHOLD_=65536`, by which freed memory goes back at once. With",
-        "malloc's own ways, the default, a process keeps freed memory in its heap; the last column shows that peak.",
-        "",
-        "| configuration | measured | predicted | error | above base | DeepSpeed | malloc's own ways |",
+        "| configuration | measured | predicted | error | above base | DeepSpeed | heap |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         above = (row["predicted"] - row["measured"]) / (row["measured"] - row["base"])
-        usual = row.get("usual_malloc")
         cells = [f"{row['measured'] / 2**20:,.0f}", f"{row['predicted'] / 2**20:,.0f}", f"{errors[name]:+.1%}"]
         cells += [f"{above:+.1%}", "-" if row["deepspeed"] is None else f"{row['deepspeed'] / 2**20:,.0f}"]
-        cells += ["" if usual is None else f"{usual / 2**20:,.0f} ({row['predicted'] / usual - 1:+.1%})"]
+        cells += [f"{row['parts']['heap'] / 2**20:,.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -7,8 +7,8 @@ sum. It takes seconds and little memory at any size of model, on any machine.
 
 Parts, each with what is temporary in it: weights (stage 3: gathered ones too), gradients, optimizer (fp32 masters,
 moments, the average of the weights), activations (with inputs, and what operations need for a moment), logits (of
-tasks that have them, and their gradient), buffers (communication; the snapshot of a checkpoint, on the host), and base:
-the process before it has a model.
+tasks that have them, and their gradient), buffers (communication; the snapshot of a checkpoint, on the host), heap (on
+a CPU: what malloc keeps of what was freed, trainer/malloc.py), and base: the process before it has a model.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from trainer.storages import LogitsShape, Storages
 from trainer.zero import Handling, handling
 from trainer.zero.cut import Cut
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "heap")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Resident after a worker's imports, before it has a model; measured by benchmarks/memory.py.
-CPU_BASE_BYTES = 442 << 20
+# Resident after a worker's imports and first operations: what the smallest models take beside their tensors, which is
+# 468 (GPT) to 480 MiB (LSTM).
+CPU_BASE_BYTES = 468 << 20
+STEPS_UNTIL_SETTLED = 3  # until malloc holds no more than before
 # What CUDA and NCCL take beside torch's allocator: a context with its kernels, and channels. Not measured here.
 GPU_BASE_BYTES = 1 << 30
 
@@ -104,7 +106,7 @@ def _followed(
     with_values: bool,
 ) -> Storages:
     """One step, and what is alive in it."""
-    storages = Storages(one_memory=not on_gpu)
+    storages = Storages(one_memory=not on_gpu, follow_malloc=not on_gpu)
     chunks = as_on_gpu() if on_gpu else contextlib.nullcontext()
     with chunks, FakeTensorMode(allow_non_fake_inputs=with_values) as fake:
         with torch.device("cpu"):
@@ -122,15 +124,17 @@ def _followed(
         workspaces = contextlib.nullcontext() if on_gpu else _Workspaces()
         with storages, workspaces, _WholeNumbers() if with_values else contextlib.nullcontext():
             step = _Step(storages, module, config, size, on_gpu=on_gpu)
-            step.update_alone()
+            if on_gpu:
+                step.update_alone()
             saves = _saves_before_the_end(config)
-            if saves:
-                step.take_snapshot()
             # A second micro-batch meets the gradients of the first; stage 3 keeps room for them from the start.
             count = 1 if config.zero.stage == 3 else min(config.accumulation(size), 2)
-            for micro_batch in range(count):
-                step.forward_backward(task, inputs, last=micro_batch + 1 == count)
-            step.update()
+            for number in range(1 if on_gpu else STEPS_UNTIL_SETTLED):
+                if saves and (on_gpu or number == 1):
+                    step.take_snapshot()
+                for micro_batch in range(count):
+                    step.forward_backward(task, inputs, last=micro_batch + 1 == count)
+                step.update()
             if not saves:
                 step.take_snapshot()
     return storages
@@ -232,7 +236,7 @@ class _Step:
         state = [each for flat in flats for each in self._optimizer.state[flat].values() if isinstance(each, Tensor)]
         share = self._size if self._config.zero.stage == 0 else 1
         size = sum(each.numel() * each.element_size() for each in (*flats, *state, *self._average)) // share
-        with self._storages.part("buffers", host=True):
+        with self._storages.part("buffers", host=True, mapped=True):
             self.snapshot = [torch.empty(size, dtype=torch.uint8)]
 
     def forward_backward(self, task: BoundTask, batch: Mapping[str, Tensor], *, last: bool) -> None:

@@ -146,10 +146,6 @@ class Estimate:
             lines.append(f"  {part:12} {size_words(size):>10}{where}")
         lines.append(f"  {'process':12} {size_words(memory.base):>10}")
         lines.append(f"  {'together':12} {size_words(memory.peak):>10}{room}")
-        if not self.site.is_gpu:
-            lines.append(
-                "  (malloc may keep up to 30 % more; MALLOC_MMAP_THRESHOLD_=65536 gives it back: docs/plan.md)"
-            )
         lines.append(f"Time ({self.basis})")
         lines.append(f"  step         {_seconds(self.step_s):>10}   MFU {self.mfu:.0%}")
         if tokens is not None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trainer.torch_heap import TorchHeap
+
 
 @dataclass(frozen=True)
 class LogitsShape:
@@ -32,11 +34,12 @@ class Storages(TorchDispatchMode):
     A storage counts once, however many tensors look at it, and belongs to the part that was named when it was made
     (`part`), or that it was moved to later (`assign`). Tensors made elsewhere count once `assign` has named them.
     live, peak: bytes by (part, whether on the host while training is on a device). `peak` is that of the moment when
-    their sum was largest; host_peak: the same for the host alone.
+    their sum was largest; host_peak: the same for the host alone. Where malloc is followed, `peak` is of the moment
+    when it held most, and what no tensor has of that is the part "heap".
     """
 
-    def __init__(self, *, one_memory: bool) -> None:
-        """one_memory: the host is the device (a CPU), so one peak counts both."""
+    def __init__(self, *, one_memory: bool, follow_malloc: bool = False) -> None:
+        """one_memory: the host is the device (a CPU), so one peak counts both. follow_malloc: then by glibc's."""
         super().__init__()
         self.live: dict[tuple[str, bool], int] = {}
         self.peak: dict[tuple[str, bool], int] = {}
@@ -47,26 +50,34 @@ class Storages(TorchDispatchMode):
         self._sums = {False: 0, True: 0}
         self._place = ("activations", False)
         self._known: dict[int, tuple[tuple[str, bool], int]] = {}
+        self._heap = TorchHeap() if follow_malloc else None
+        self._mapped = False
 
     @contextlib.contextmanager
-    def part(self, name: str, *, host: bool = False) -> Iterator[None]:
-        """What is made inside belongs to this part."""
-        before, self._place = self._place, (name, host)
+    def part(self, name: str, *, host: bool = False, mapped: bool = False) -> Iterator[None]:
+        """What is made inside belongs to this part; mapped: it takes memory, but no place in this thread's heap."""
+        before, self._place, self._mapped = (self._place, self._mapped), (name, host), mapped
         try:
             yield
         finally:
-            self._place = before
+            self._place, self._mapped = before
 
     def assign(self, name: str, tensor: Tensor, *, host: bool = False, size: int | None = None) -> None:
-        """The tensor's storage belongs to this part from now on. size: what it counts for; None is its bytes."""
+        """The tensor's storage belongs to this part from now on. size: what it counts for; None: as before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            place, counted = self._known[key]
-            self._add(place, -counted)
-        else:
-            counted = storage.nbytes() if size is None else size
+        if key not in self._known:
             weakref.finalize(storage, self._forget, key)
+            counted = storage.nbytes() if size is None else size
+            if self._heap is not None:
+                self._heap.storage(key, counted, mapped=self._mapped)
+        else:
+            place, held = self._known[key]
+            counted = held if size is None else size
+            if self._heap is not None and counted != held:
+                self._heap.storage_freed(key)
+                self._heap.storage(key, counted, mapped=self._mapped)
+            self._add(place, -held)
         self._known[key] = ((name, host), counted)
         self._add((name, host), counted)
 
@@ -83,11 +94,15 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        if self._heap is not None:
+            self._heap.before(tree_leaves(args))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._known:
                     self._made(storage, leaf)
+                if self._heap is not None:
+                    self._heap.made(leaf)
         return found
 
     def _made(self, storage: torch.UntypedStorage, tensor: Tensor) -> None:
@@ -96,19 +111,25 @@ class Storages(TorchDispatchMode):
             place = ("logits", False)
         self._known[key] = (place, size)
         weakref.finalize(storage, self._forget, key)
+        if self._heap is not None:
+            self._heap.storage(key, size, mapped=self._mapped)
         self._add(place, size)
 
     def _forget(self, key: int) -> None:
         place, size = self._known.pop(key)
+        if self._heap is not None:
+            self._heap.storage_freed(key)
         self._add(place, -size)
 
     def _add(self, place: tuple[str, bool], size: int) -> None:
         self.live[place] = self.live.get(place, 0) + size
         host = place[1] and not self._one_memory
         self._sums[host] += size
-        if self._sums[host] > self._highest[host]:
-            self._highest[host] = self._sums[host]
+        held = self._sums[host] if self._heap is None else self._heap.resident
+        if held > self._highest[host]:
+            self._highest[host] = held
             kept = {other: live for other, live in self.live.items() if (other[1] and not self._one_memory) == host}
+            kept["heap", False] = held - self._sums[host]
             if host:
                 self.host_peak = kept
             else:

@@ -11,6 +11,7 @@ from torch import nn
 
 from configs.schema import RunConfig
 from tests.configs.minimal import minimal
+from trainer import memory
 from trainer.bound import BoundModel, BoundTask
 from trainer.example_batch import example_batch
 from trainer.initialization import materialize
@@ -42,6 +43,12 @@ def config_of(stage: int = 0, precision: str = "fp32", micro_batch_size: int = B
         "steps": 5,
     }
     return RunConfig.model_validate(minimal(**(values | changes)))
+
+
+@pytest.fixture
+def tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a CPU the peak is that of tensors, and not of what malloc holds."""
+    monkeypatch.setattr(memory, "Storages", lambda *, one_memory, **_: Storages(one_memory=one_memory))
 
 
 def predicted(model: BoundModel, config: RunConfig, size: int = 1, *, on_gpu: bool = True) -> Memory:
@@ -100,6 +107,7 @@ def test_activations_grow_with_the_micro_batch() -> None:
     ],
     ids=["gpt", "gpt, recompute", "lstm", "cnn"],
 )
+@pytest.mark.usefixtures("tensors_alone")
 def test_fake_tensors_live_as_long_as_real_ones(model: BoundModel, task: BoundTask) -> None:
     """The same bookkeeping over a forward and a backward pass that compute something."""
     with torch.device("meta"):
@@ -159,6 +167,13 @@ def _tables(model: BoundModel) -> int:
     return sum(buffer.numel() * buffer.element_size() for buffer in model.build().buffers())
 
 
+def test_on_a_cpu_what_malloc_keeps_is_a_part() -> None:
+    model = gpt_model(num_layers=4, hidden_size=96)
+    with_heap = predicted(model, config_of(2), on_gpu=False)
+    assert with_heap.device["heap"] > 0 and predicted(model, config_of(2)).device["heap"] == 0
+    assert with_heap.peak == sum(with_heap.device.values()) + sum(with_heap.host.values()) + CPU_BASE_BYTES
+
+
 def test_offload_moves_state_to_the_host() -> None:
     model, zero = gpt_model(), {"stage": 2, "offload_optimizer": True}
     here, away = predicted(model, config_of(2, "bf16")), predicted(model, config_of(zero=zero, precision="bf16"))
@@ -168,6 +183,7 @@ def test_offload_moves_state_to_the_host() -> None:
     assert on_cpu.peak > away.peak - away.base + CPU_BASE_BYTES, "a CPU has one memory"
 
 
+@pytest.mark.usefixtures("tensors_alone")
 def test_a_snapshot_is_held_while_training_only_where_something_is_saved_before_the_end() -> None:
     model = gpt_model()
     early, late = (predicted(model, config_of(checkpoint={"every": every}), on_gpu=False) for every in (2, 100))

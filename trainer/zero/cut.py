@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.storages import Storages
 
@@ -32,6 +32,17 @@ class Cut:
         """Elements of a group that a worker owns, padding included: flattened, aligned to 2 w, cut in w."""
         numel = sum(parameter.numel() for parameter in group)
         return -(-numel // (2 * self.size)) * 2
+
+
+def joined(storages: Storages, cut: Cut) -> list[Tensor]:
+    """The weights of each group in one block, of which parameters are views from now on."""
+    blocks = []
+    for group in cut.groups:
+        with storages.part("weights"):
+            blocks.append(torch.empty(cut.share(group) * cut.size, dtype=cut.dtype))
+        for parameter in group:
+            storages.assign("weights", parameter, size=0)
+    return blocks
 
 
 def masters(storages: Storages, cut: Cut) -> list[list[nn.Parameter]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.storages import Storages
-from trainer.zero.cut import Cut, masters
+from trainer.zero.cut import Cut, joined, masters
 
 
 class ZeroOptimizer:
@@ -20,6 +20,7 @@ class ZeroOptimizer:
         self._storages, self._cut, self._stage = storages, cut, stage
         self._low = cut.dtype != torch.float32
         self._sums_in_fp32 = self._low and stage == 1  # use_grad_accum_attribute
+        self._weights = joined(storages, cut)
         self.flats = masters(storages, cut)
         largest = max(parameter.numel() for group in cut.groups for parameter in group)
         self._kept: list[Tensor] = []
@@ -65,7 +66,7 @@ class ZeroOptimizer:
             self._put_into_bucket(parameter, last=last)
 
     def _extend_bucket(self, numel: int) -> None:
-        with self._storages.part("buffers"):
+        with self._storages.part("buffers", mapped=self._cut.as_touched):
             self._bucket.append(torch.empty(numel, dtype=torch.float32 if self._sums_in_fp32 else self._cut.dtype))
 
     def _put_into_bucket(self, parameter: nn.Parameter, *, last: bool) -> None:

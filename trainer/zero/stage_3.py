@@ -28,7 +28,10 @@ class ZeroOptimizerStage3:
         sizes = dict(zip(self._parameters, own, strict=True))
         self._group_sizes = [sum(sizes[parameter] for parameter in group) for group in cut.groups]
         with storages.part("weights"):
+            self._pieces = [each for part in reversed(list(module.modules())) for each in _made_and_cut(part, cut)]
             partitions = [torch.empty(numel, dtype=cut.dtype) for numel in self._group_sizes]
+        for piece in self._pieces:
+            piece.data = piece.new_empty(0)  # it is a view of the partition from now on
         with storages.part("optimizer", host=cut.offload):
             # A copy also in fp32: DeepSpeed compares a device with its name to tell whether they may be one.
             self.flats = [[nn.Parameter(torch.empty(part.numel()))] for part in partitions]
@@ -116,3 +119,9 @@ class ZeroOptimizerStage3:
             step(number)
             if not self._cut.offload:
                 flat.grad = None
+
+
+def _made_and_cut(module: nn.Module, cut: Cut) -> list[Tensor]:
+    """This worker's pieces of a module's weights; their first values are made in fp32 (trainer/initialization.py)."""
+    whole = [torch.empty(each.shape).to(cut.dtype) for each in module.parameters(recurse=False)]
+    return [torch.empty(-(-each.numel() // cut.size), dtype=cut.dtype) for each in whole]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from trainer.storages import Storages
-from trainer.zero.cut import Cut, masters
+from trainer.zero.cut import Cut, joined, masters
 
 ALLREDUCE_ELEMENTS = 500_000_000  # flattened for one all-reduce: runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE
 
@@ -50,6 +50,7 @@ class BF16Optimizer:
 
     def __init__(self, storages: Storages, cut: Cut) -> None:
         self._storages, self._cut = storages, cut
+        self._weights = joined(storages, cut)
         self.flats = masters(storages, cut)
         with storages.part("gradients"):
             self._sums = [torch.zeros(cut.share(group) * cut.size) for group in cut.groups]
