@@ -47,14 +47,19 @@ class RowWriter:
         self._segments.close()
 
 
-def read_rows(store: Store, folder: str, cursor: Cursor | None = None) -> tuple[list[dict[str, Any]], Cursor]:
+def read_rows(
+    store: Store, folder: str, cursor: Cursor | None = None, *, limit: int | None = None
+) -> tuple[list[dict[str, Any]], Cursor]:
     """Whole rows written to a folder since `cursor` (None: since the beginning), and the cursor to go on from.
 
     In the order of writing within a writer's attempt. A torn last line is left for later, and for ever if its writer
     was killed; a line that is no JSON is skipped.
+
+    limit: bytes to read at most, more only to come to the end of a row; what is left is for the next call.
     """
     reached: Cursor = {prefix: list(position) for prefix, position in (cursor or {}).items()}
     rows: list[dict[str, Any]] = []
+    left = limit
     for name in store.list(folder):
         match = _SEGMENT_NAME.fullmatch(name)
         if match is None:
@@ -67,10 +72,16 @@ def read_rows(store: Store, folder: str, cursor: Cursor | None = None) -> tuple[
             offset = 0
         with store.open_input(f"{folder}/{name}") as file:
             file.seek(offset)
-            data = file.read()
+            data = file.read(-1 if left is None else left)
+            cut = len(data) == left
+            while left is not None and b"\n" not in data and (more := file.read(left)):
+                data += more
         whole = data[: data.rfind(b"\n") + 1]
         rows.extend(row for line in whole.splitlines() if (row := _decode_row(line)) is not None)
         reached[prefix] = [number, offset + len(whole)]
+        if cut:
+            break
+        left = None if left is None else left - len(data)
     return rows, reached
 
 
