@@ -105,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = command(commands, "doctor", "doctor:doctor", "check this machine: packages, devices, Ray, MLflow, disk")
     _add_store(doctor)
     _add_metrics_command(commands, command)
+    _add_dashboard_commands(commands, command)
     return parser
 
 
@@ -247,6 +248,17 @@ def _add_metrics_command(commands: Any, command: Any) -> None:
     metrics.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     metrics.add_argument("--port", type=_port, default=9871, help="default: 9871; 0 takes a free one")
     metrics.add_argument("--token-file", metavar="FILE", help="who asks must show what is in it as a bearer token")
+
+
+def _add_dashboard_commands(commands: Any, command: Any) -> None:
+    ui = command(commands, "ui", "ui:ui", "the runs of a store in a browser")
+    _add_store(ui)
+    ui.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    ui.add_argument("--port", type=_port, default=9870, help="default: 9870; 0 takes a free one")
+    ui.add_argument("--token-file", metavar="FILE", help="who comes must give the token in it")
+    ui.add_argument(
+        "--name", action="append", default=[], metavar="HOST", help="a name that it goes by (behind a proxy); repeat"
+    )
 
 
 def _port(text: str) -> int:

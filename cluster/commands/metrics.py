@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import socket
 from argparse import Namespace
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
 from cluster.commands.output import say
+from cluster.listening import in_url, is_loopback, read_token
 from cluster.prometheus import CONTENT_TYPE, StorePage
 from configs.errors import Unreachable, UsageError
-from data_pipelines.storage import Store, explain
+from data_pipelines.storage import Store
 
 PATH = "/metrics"
 
@@ -33,8 +32,8 @@ def metrics(arguments: Namespace) -> dict[str, Any] | None:
         if not arguments.json:
             print(text, end="")
         return {"page": text}
-    token = _token(arguments.token_file) if arguments.token_file else None
-    if token is None and not _is_loopback(arguments.host):
+    token = read_token(arguments.token_file) if arguments.token_file else None
+    if token is None and not is_loopback(arguments.host):
         raise UsageError(
             f"--host {arguments.host} lets other machines read how the runs go, and nobody would have to show a token. "
             "Give --token-file FILE, whose content Prometheus sends as its bearer token, or leave --host out."
@@ -48,7 +47,7 @@ def metrics(arguments: Namespace) -> dict[str, Any] | None:
         ) from error
     with server:
         host, port = server.server_address[:2]
-        say(arguments, f"Metrics of {Store(arguments.store).uri} at http://{_in_url(str(host))}:{port}{PATH}")
+        say(arguments, f"Metrics of {Store(arguments.store).uri} at http://{in_url(str(host))}:{port}{PATH}")
         server.serve_forever()
     return None
 
@@ -94,24 +93,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Scrapes come every few seconds: nobody wants a line of each."""
-
-
-def _token(file: str) -> bytes:
-    try:
-        token = Path(file).read_bytes().strip()
-    except OSError as error:
-        raise explain(error, "read", file) from error
-    if not token:
-        raise UsageError(f"{file} is empty: everybody would know the token. Write a long random one into it.")
-    return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

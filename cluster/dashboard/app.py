@@ -1,0 +1,121 @@
+"""The dashboard as an ASGI application: pages (pages.py), the JSON API behind them, and streams of what is new."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
+
+from cluster.dashboard import pages
+from cluster.dashboard.guard import Guard
+from cluster.dashboard.json_response import Json
+from cluster.dashboard.runs import Axis, RunView, StoreView
+from cluster.dashboard.stream import Hubs
+from configs.errors import NotFound, ShardyardError, UsageError
+
+STATIC = Path(__file__).parent / "static"
+MOST_BUCKETS = 5000
+
+
+def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[str] = ()) -> FastAPI:
+    """The application over a store. token, hosts: see guard.py."""
+    hubs = Hubs(store)
+    app = FastAPI(
+        title="Shardyard",
+        summary="What the runs of a store say of themselves.",
+        default_response_class=Json,
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+        middleware=[Middleware(Guard, token=token, hosts=hosts)],
+    )
+
+    @app.exception_handler(ShardyardError)
+    def explain(_: Request, error: ShardyardError) -> Json:
+        status = 404 if isinstance(error, NotFound) else 400 if isinstance(error, UsageError) else 500
+        return Json({"error": str(error)}, status)
+
+    @app.get("/api/runs", tags=["runs"])
+    def runs() -> list[dict[str, Any]]:
+        """One row a run, the newest first, with what needs attention."""
+        return store.summaries()
+
+    @app.get("/api/runs/{name}", tags=["runs"])
+    def run(name: str) -> dict[str, Any]:
+        """A run's summary, and the names of its metrics."""
+        view = store.run(name)
+        return view.summary() | {"metrics": view.metric_names(), "tokens_per_step": view.tokens_per_step()}
+
+    @app.get("/api/runs/{name}/events", tags=["runs"])
+    def events(name: str) -> list[dict[str, Any]]:
+        """Everything that happened to a run, in order."""
+        return store.run(name).events()
+
+    @app.get("/api/runs/{name}/sparkline", tags=["runs"])
+    def sparkline(name: str) -> list[float]:
+        """Its loss in at most 60 numbers."""
+        return store.run(name).sparkline()
+
+    @app.get("/api/runs/{name}/series", tags=["runs"])
+    def series(
+        name: str,
+        metric: str,
+        x: Axis = "step",
+        start: float | None = None,
+        stop: float | None = None,
+        buckets: Annotated[int, Query(ge=1, le=MOST_BUCKETS)] = 600,
+        smooth: Annotated[int, Query(ge=1)] = 1,
+    ) -> dict[str, Any]:
+        """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
+
+        x: of the last value of each bucket. bad: values of it that are not finite. superseded: points of what was
+        rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
+        """
+        return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
+
+    @app.get("/api/stream", tags=["streams"])
+    async def follow_store() -> StreamingResponse:
+        """Server-sent events: `runs` with the overview's rows, whenever they change."""
+        return _stream(hubs.store().messages(None))
+
+    @app.get("/api/runs/{name}/stream", tags=["streams"])
+    async def follow_run(request: Request, name: str) -> StreamingResponse:
+        """Server-sent events: `rows` of metrics, `events` and `summary` of a run, from Last-Event-ID on."""
+        return _stream(
+            hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
+        )
+
+    pages.add(app, store)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app
+
+
+def drawn(
+    view: RunView, metric: str, x: Axis, start: float | None, stop: float | None, buckets: int, smooth: int
+) -> dict[str, Any]:
+    """What the API tells of a metric."""
+    found = view.series(metric, axis=x, start=start, stop=stop, buckets=buckets, smooth=smooth)
+    curve = found.curve
+    return {
+        "metric": metric,
+        "x": curve.x.tolist(),
+        "min": curve.smallest.tolist(),
+        "max": curve.largest.tolist(),
+        "mean": curve.mean.tolist(),
+        "count": curve.count.tolist(),
+        "bad": curve.bad.tolist(),
+        "smooth": None if found.smooth is None else {"x": found.smooth.x.tolist(), "y": found.smooth.values.tolist()},
+        "superseded": found.superseded,
+        "restarts": found.restarts,
+    }
+
+
+def _stream(messages: Any) -> StreamingResponse:
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(messages, media_type="text/event-stream", headers=headers)
