@@ -8,6 +8,7 @@ peak that is usual, and the bytes that ZeRO moves (Rajbhandari et al. 2020, sect
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -226,16 +227,22 @@ def _earlier(plan: Plan, site: Site) -> tuple[float, str] | None:
 
     try:
         store = Store(plan.config.store)
-        if store.local_path() is None:  # reading every record of an object store would take longer than it is worth
+        folder = store.local_path()
+        if folder is None:  # reading every record of an object store would take longer than it is worth
             return None
-        for name in reversed(list_runs(store)[-EARLIER_RUNS:]):
+        names = sorted(list_runs(store), key=lambda name: (folder / name / "run.yaml").stat().st_mtime, reverse=True)
+    except (ShardyardError, OSError):
+        return None
+    for name in names[:EARLIER_RUNS]:
+        try:
             record = RunRecord.open(store.uri, name)
-            if _computes_the_same(record.config, plan.config) and _was_on(record.events(), site.name):
-                seconds = [row["step_s"] for row in record.metrics_table() if "step_s" in row]
-                if len(seconds) >= 3:
-                    return statistics.median(seconds[1:]), name
-    except ShardyardError:
-        return None  # a damaged record is no reason not to plan
+            if not (_computes_the_same(record.config, plan.config) and _was_on(record.events(), site.name)):
+                continue
+            seconds = [row["step_s"] for row in record.metrics_table() if 0 < row.get("step_s", 0) < math.inf]
+        except (ShardyardError, LookupError, TypeError, ValueError, AttributeError):
+            continue  # a damaged record, or rows that nothing here writes, are no reason not to plan
+        if len(seconds) >= 3:
+            return statistics.median(seconds[1:]), name
     return None
 
 
