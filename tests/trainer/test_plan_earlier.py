@@ -15,14 +15,14 @@ from configs.devices import find_device
 from configs.load import load
 from data_pipelines.storage import Store
 from tests.tiny import tiny_config
-from trainer.memory import Memory
+from trainer.memory import Dispatched, Memory
 from trainer.plan import Estimate
 from trainer.record import RunRecord
 from trainer.site import Site
 from trainer.validate import validate
 
 CPU = Site("cpu", find_device("cpu"), None, 1e10, False)
-NO_MEMORY = Memory({}, {}, 0, on_gpu=False)
+NO_MEMORY = Memory({}, {}, 0, on_gpu=False, dispatched=Dispatched(0, 0, 0))
 
 
 def planned(folder: Path, **changes: Any) -> Estimate:
