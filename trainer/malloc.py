@@ -14,13 +14,21 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict
+from dataclasses import dataclass
 
 _PAGE, _UNIT, _SMALLEST = 4096, 16, 32  # bytes; a block is a multiple of _UNIT
 _FAST, _CACHED, _SMALL = 128, 1040, 1008  # the largest blocks of fastbins, tcache, and bins of one size
 _CACHE_COUNT = 7  # blocks of one size in tcache
-_THRESHOLD, _LARGEST_THRESHOLD, _TOP_PAD = 128 << 10, 32 << 20, 128 << 10
+_LARGEST_THRESHOLD, _TOP_PAD = 32 << 20, 128 << 10
 _CONSOLIDATION = 64 << 10
 _TENSOR_ALIGNMENT = 64  # c10/core/impl/alloc_cpu.cpp
+
+
+@dataclass
+class Thresholds:
+    """mmap: bytes from which on a request is mapped. The end of a heap is given back from twice as many on."""
+
+    mmap: int = 128 << 10
 
 
 class Heap:
@@ -29,8 +37,9 @@ class Heap:
     resident: bytes in memory now. Those that were in the heap once stay until its end is given back.
     """
 
-    def __init__(self) -> None:
-        self._threshold, self._trim_threshold = _THRESHOLD, 2 * _THRESHOLD
+    def __init__(self, process: Heap | None = None) -> None:
+        """process: the heap of another thread of the same process: thresholds are of the process."""
+        self._thresholds: Thresholds = Thresholds() if process is None else process._thresholds
         self._top = self._break = self._touched = 0
         self._used: dict[int, int] = {}
         self._mapped: dict[int, int] = {}
@@ -86,8 +95,8 @@ class Heap:
             return
         size = self._mapped.pop(address)
         self._mapped_bytes -= size
-        if self._threshold < size <= _LARGEST_THRESHOLD:
-            self._threshold, self._trim_threshold = size, 2 * size
+        if self._thresholds.mmap < size <= _LARGEST_THRESHOLD:
+            self._thresholds.mmap = size
 
     def map(self, size: int) -> int:
         """A mapping of its own, whatever its size: what another thread's arena holds, or a part of a larger block."""
@@ -117,7 +126,7 @@ class Heap:
             if self._fast:
                 self._consolidate()
                 return self._take(need)
-            if need >= self._threshold:
+            if need >= self._thresholds.mmap:
                 size = _pages(need + 8)
                 return self.map(size), size
             self._break += _pages(need + _TOP_PAD + _SMALLEST - (self._break - self._top))
@@ -191,7 +200,7 @@ class Heap:
         elif self._join(address, size) >= _CONSOLIDATION:
             self._consolidate()
             rest = self._break - self._top
-            if rest >= self._trim_threshold:
+            if rest >= 2 * self._thresholds.mmap:
                 self._break -= (rest - _SMALLEST - 1 - _TOP_PAD) // _PAGE * _PAGE
                 self._touched = min(self._touched, self._break)
 

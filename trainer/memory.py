@@ -38,14 +38,15 @@ from trainer.example_batch import example_batch
 from trainer.parts.cross_entropy import as_on_gpu
 from trainer.shapes import Logits, MaskedLogits
 from trainer.storages import LogitsShape, Storages
+from trainer.torch_heap import KEPT_BYTES
 from trainer.zero import Handling, handling
 from trainer.zero.cut import Cut
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "heap")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Resident after a worker's imports and first operations: what the smallest models take beside their tensors, which is
-# 468 (GPT) to 480 MiB (LSTM).
-CPU_BASE_BYTES = 468 << 20
+# 468 (GPT) to 480 MiB (LSTM), less what is followed in the heap.
+CPU_BASE_BYTES = (474 << 20) - KEPT_BYTES
 STEPS_UNTIL_SETTLED = 3  # until malloc holds no more than before
 # What CUDA and NCCL take beside torch's allocator: a context with its kernels, and channels. Not measured here.
 GPU_BASE_BYTES = 1 << 30
@@ -91,14 +92,27 @@ class Memory:
         return self.tensors if self.on_gpu else self.peak
 
 
-def predict_memory(model: BoundModel, task: BoundTask, config: RunConfig, world_size: int, *, on_gpu: bool) -> Memory:
-    """Of rank 0 of `world_size` workers, from its engine's making to its last step."""
+def predict_memory(
+    model: BoundModel,
+    task: BoundTask,
+    config: RunConfig,
+    world_size: int,
+    *,
+    on_gpu: bool,
+    follow_malloc: bool = True,
+) -> Memory:
+    """Of rank 0 of `world_size` workers, from its engine's making to its last step.
+
+    follow_malloc: on a CPU, the peak is that of all that malloc holds; else that of tensors, and nothing is "heap".
+    """
+    storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
     batch = example_batch(task, config.batch.micro_batch_size)
     try:
-        storages, dispatched = _followed(model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
     except (DataDependentOutputException, DynamicOutputShapeException):
         # Shapes follow from values (documents set apart): then whole numbers are computed, the rest stays fake.
-        storages, dispatched = _followed(model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
+        storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
     found = storages.peak
     device = {part: found.get((part, False), 0) for part in PARTS}
     host_peak = storages.host_peak if on_gpu else found
@@ -106,7 +120,8 @@ def predict_memory(model: BoundModel, task: BoundTask, config: RunConfig, world_
     return Memory(device, host, GPU_BASE_BYTES if on_gpu else CPU_BASE_BYTES, on_gpu, dispatched)
 
 
-def _followed(
+def _follow(
+    storages: Storages,
     model: BoundModel,
     task: BoundTask,
     config: RunConfig,
@@ -115,9 +130,8 @@ def _followed(
     *,
     on_gpu: bool,
     with_values: bool,
-) -> tuple[Storages, Dispatched]:
-    """One step: what is alive in it, and what is dispatched."""
-    storages = Storages(one_memory=not on_gpu, follow_malloc=not on_gpu)
+) -> Dispatched:
+    """Steps: what is alive in them, and what is dispatched."""
     chunks = as_on_gpu() if on_gpu else contextlib.nullcontext()
     with chunks, FakeTensorMode(allow_non_fake_inputs=with_values) as fake:
         with torch.device("cpu"):
@@ -155,7 +169,7 @@ def _followed(
             )
             if not saves:
                 step.take_snapshot()
-    return storages, dispatched
+    return dispatched
 
 
 def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
@@ -254,7 +268,7 @@ class _Step:
         state = [each for flat in flats for each in self._optimizer.state[flat].values() if isinstance(each, Tensor)]
         share = self._size if self._config.zero.stage == 0 else 1
         size = sum(each.numel() * each.element_size() for each in (*flats, *state, *self._average)) // share
-        with self._storages.part("buffers", host=True, mapped=True):
+        with self._storages.part("buffers", host=True, where="mapping"):
             self.snapshot = [torch.empty(size, dtype=torch.uint8)]
 
     def forward_backward(self, task: BoundTask, batch: Mapping[str, Tensor], *, last: bool) -> None:

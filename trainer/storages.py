@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.torch_heap import TorchHeap
+from trainer.torch_heap import Place, TorchHeap
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class Storages(TorchDispatchMode):
         self._place = ("activations", False)
         self._known: dict[int, tuple[tuple[str, bool], int]] = {}
         self._heap = TorchHeap() if follow_malloc else None
-        self._mapped = False
+        self._where: Place = "heap"
 
     @contextlib.contextmanager
-    def part(self, name: str, *, host: bool = False, mapped: bool = False) -> Iterator[None]:
-        """What is made inside belongs to this part; mapped: it takes memory, but no place in this thread's heap."""
-        before, self._place, self._mapped = (self._place, self._mapped), (name, host), mapped
+    def part(self, name: str, *, host: bool = False, where: Place = "heap") -> Iterator[None]:
+        """What is made inside belongs to this part; where: whose memory it takes on a CPU."""
+        before, self._place, self._where = (self._place, self._where), (name, host), where
         try:
             yield
         finally:
-            self._place, self._mapped = before
+            self._place, self._where = before
 
     def assign(self, name: str, tensor: Tensor, *, host: bool = False, size: int | None = None) -> None:
         """The tensor's storage belongs to this part from now on. size: what it counts for; None: as before."""
@@ -72,16 +72,21 @@ class Storages(TorchDispatchMode):
             weakref.finalize(storage, self._forget, key)
             counted = storage.nbytes() if size is None else size
             if self._heap is not None:
-                self._heap.storage(key, counted, mapped=self._mapped)
+                self._heap.storage(key, counted, self._where)
         else:
             place, held = self._known[key]
             counted = held if size is None else size
             if self._heap is not None and counted != held:
                 self._heap.storage_freed(key)
-                self._heap.storage(key, counted, mapped=self._mapped)
+                self._heap.storage(key, counted, self._where)
             self._add(place, -held)
         self._known[key] = ((name, host), counted)
         self._add((name, host), counted)
+
+    def import_deepspeed(self) -> None:
+        """DeepSpeed makes its engine: what is no tensor's has a place among tensors."""
+        if self._heap is not None:
+            self._heap.import_deepspeed()
 
     def forget_peak(self) -> None:
         """Look for the peak from now on."""
@@ -116,7 +121,7 @@ class Storages(TorchDispatchMode):
         self._known[key] = (place, size)
         weakref.finalize(storage, self._forget, key)
         if self._heap is not None:
-            self._heap.storage(key, size, mapped=self._mapped)
+            self._heap.storage(key, size, self._where)
         self._add(place, size)
 
     def _forget(self, key: int) -> None:

@@ -7,9 +7,10 @@ node of some 500 to 700 with lists of its edges and of the shapes that it needs,
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +19,13 @@ from trainer.malloc import Heap
 _STORAGE, _TENSOR = 96, (176, 24)
 _DIFFERENTIABLE, _NODE = (184,), (736, 32, 32, 176, 16, 16, 32, 176)
 _DIFFERENTIABLE_VIEW, _VIEW_NODE = (312,), (488, 16, 24)
+# What is kept beside tensors (mallinfo2 before and after, the same for every model): by deepspeed.initialize, which
+# imports modules once the model is there, and by the operations of the first step.
+_IMPORTED_BYTES, _FIRST_BYTES, _KEPT_OBJECT = 15 << 20, 5 << 19, 1536
+KEPT_BYTES = _IMPORTED_BYTES + _FIRST_BYTES
+_GLOO_THREADS = 2  # ProcessGroupGloo.hpp: Options::threads
+# Whose memory a storage takes: the training thread's heap, that of a thread which communicates, or a mapping.
+Place = Literal["heap", "communication", "mapping"]
 _SMALLEST, _LARGEST_LEFT, _LEFT_OF_EACH = 24, 1024, 300
 
 
@@ -30,7 +38,10 @@ class TorchHeap:
 
     def __init__(self) -> None:
         self._heap = Heap()
-        self._storages: dict[int, tuple[int, int]] = {}
+        self._first = _FIRST_BYTES // _KEPT_OBJECT
+        self._threads = [Heap(process=self._heap) for _ in range(_GLOO_THREADS)]
+        self._next_thread = itertools.cycle(self._threads)
+        self._storages: dict[int, tuple[int, Heap, int]] = {}
         # Imports have left small free blocks of all sizes between used ones: small objects go there first.
         left = [self._heap.malloc(size) for _ in range(_LEFT_OF_EACH) for size in range(_SMALLEST, _LARGEST_LEFT, 16)]
         for address in left[::2]:
@@ -40,21 +51,32 @@ class TorchHeap:
     @property
     def resident(self) -> int:
         """Bytes of memory that malloc holds, beside those from before."""
-        return self._heap.resident - self._before
+        return self._heap.resident - self._before + sum(thread.resident for thread in self._threads)
 
-    def storage(self, key: int, size: int, *, mapped: bool) -> None:
-        """A storage's object and its values; mapped: they lie outside of the heap."""
+    def import_deepspeed(self) -> None:
+        """Modules, which stay: they fill gaps, and lie where the heap would else end."""
+        for _ in range(_IMPORTED_BYTES // _KEPT_OBJECT):
+            self._heap.malloc(_KEPT_OBJECT)
+
+    def storage(self, key: int, size: int, where: Place) -> None:
+        """A storage's object and its values."""
         described = self._heap.malloc(_STORAGE)
-        self._storages[key] = described, self._heap.map(size) if mapped else self._heap.tensor(size)
+        heap = next(self._next_thread) if where == "communication" else self._heap
+        values = heap.map(size) if where == "mapping" else heap.tensor(size)
+        self._storages[key] = described, heap, values
 
     def storage_freed(self, key: int) -> None:
         """Both go."""
-        for address in reversed(self._storages.pop(key)):
-            self._heap.free(address)
+        described, heap, values = self._storages.pop(key)
+        heap.free(values)
+        self._heap.free(described)
 
     def made(self, tensor: Tensor) -> None:
-        """An operation's result: what describes it lives as long."""
+        """An operation's result: what describes it lives as long. The first operations leave something for good."""
         self._objects(tensor, _TENSOR)
+        if self._first > 0:
+            self._first -= 1
+            self._heap.malloc(_KEPT_OBJECT)
 
     def before(self, operands: Iterable[Any]) -> None:
         """An operation's operands: the nodes that made them live as long as the graph."""

@@ -23,10 +23,11 @@ Handling = Replicated | BF16Optimizer | ZeroOptimizer | ZeroOptimizerStage3
 
 def handling(storages: Storages, cut: Cut, stage: int, module: nn.Module) -> Handling:
     """DeepSpeed's choice (engine.py, _do_optimizer_sanity_check)."""
-    if stage == 0:
-        return Replicated(storages, cut)
     if stage == 3:
         return ZeroOptimizerStage3(storages, cut, module)
+    storages.import_deepspeed()
+    if stage == 0:
+        return Replicated(storages, cut)
     if stage == 1 and cut.dtype == torch.bfloat16 and not cut.offload:
         return BF16Optimizer(storages, cut)
     return ZeroOptimizer(storages, cut, stage=stage)

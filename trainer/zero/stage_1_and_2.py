@@ -66,7 +66,7 @@ class ZeroOptimizer:
             self._put_into_bucket(parameter, last=last)
 
     def _extend_bucket(self, numel: int) -> None:
-        with self._storages.part("buffers", mapped=self._cut.as_touched):
+        with self._storages.part("buffers", where="mapping" if self._cut.as_touched else "heap"):
             self._bucket.append(torch.empty(numel, dtype=torch.float32 if self._sums_in_fp32 else self._cut.dtype))
 
     def _put_into_bucket(self, parameter: nn.Parameter, *, last: bool) -> None:

@@ -26,15 +26,16 @@ class ZeroOptimizerStage3:
         self._parameters = [parameter for group in cut.groups for parameter in group]
         own = [-(-parameter.numel() // cut.size) for parameter in self._parameters]
         sizes = dict(zip(self._parameters, own, strict=True))
-        self._group_sizes = [sum(sizes[parameter] for parameter in group) for group in cut.groups]
+        group_sizes = [sum(sizes[parameter] for parameter in group) for group in cut.groups]
         with storages.part("weights"):
             self._pieces = [each for part in reversed(list(module.modules())) for each in _made_and_cut(part, cut)]
-            partitions = [torch.empty(numel, dtype=cut.dtype) for numel in self._group_sizes]
+            storages.import_deepspeed()
+            self._partition = torch.empty(sum(own), dtype=cut.dtype)
         for piece in self._pieces:
             piece.data = piece.new_empty(0)  # it is a view of the partition from now on
         with storages.part("optimizer", host=cut.offload):
             # A copy also in fp32: DeepSpeed compares a device with its name to tell whether they may be one.
-            self.flats = [[nn.Parameter(torch.empty(part.numel()))] for part in partitions]
+            self.flats = [[nn.Parameter(torch.empty(numel))] for numel in group_sizes]
         with storages.part("buffers"):
             self._bucket = torch.empty(cut.bucket)
         with storages.part("gradients", host=cut.offload):
@@ -42,7 +43,8 @@ class ZeroOptimizerStage3:
             if cut.offload:
                 for (flat,) in self.flats:
                     flat.grad = torch.zeros_like(flat)
-        self._partitions = partitions
+        for numel in own:  # each is gathered once, also by a worker alone: create_reduce_and_remove_grad_hooks
+            self._gather(numel * cut.size)
         self._gathered: dict[nn.Parameter, Tensor] = {}
         self._waiting: list[Tensor] = []
         self._filled = 0
@@ -63,9 +65,7 @@ class ZeroOptimizerStage3:
 
         def before(*_: object) -> None:
             if not all(parameter in self._gathered for parameter in parameters):
-                with self._storages.part("weights"):
-                    held = torch.empty(numel, dtype=self._cut.dtype)
-                self._gathered.update(dict.fromkeys(parameters, held))
+                self._gathered.update(dict.fromkeys(parameters, self._gather(numel)))
 
         def after(*_: object) -> None:
             self._left -= numel
@@ -74,6 +74,14 @@ class ZeroOptimizerStage3:
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
+
+    def _gather(self, numel: int) -> Tensor:
+        with self._storages.part("weights"):
+            gathered = torch.empty(numel, dtype=self._cut.dtype)
+        if self._cut.as_touched:  # gloo's own threads gather into a copy (ProcessGroupGloo.cpp, AsyncAllgatherWork)
+            with self._storages.part("buffers", where="communication"):
+                torch.empty(numel, dtype=self._cut.dtype)
+        return gathered
 
     def _release(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
