@@ -110,6 +110,8 @@ class JobQueue:
                 entry = _Entry(report, self._clock(), report.state, {})
             elif report.turn > entry.report.turn:
                 entry = replace(entry, state=report.state, places={}, why="it waits again")
+            elif report.state == "waiting" and entry.state == "leaving":  # before it heard that it may start
+                entry.state, entry.places = "waiting", {}
             entry.report, entry.heard_at = report, self._clock()
             self._entries[report.request.job] = entry
             self._needed_at = self._clock()

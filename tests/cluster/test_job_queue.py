@@ -126,6 +126,28 @@ def test_a_preempted_job_saves_waits_in_its_old_place_and_goes_on() -> None:
     assert (replies["low"].verdict, replies["other"].verdict) == ("start", "wait")
 
 
+def test_one_that_makes_room_before_it_heard_that_it_may_start_waits_again() -> None:
+    """Its launcher asks once a second, the queue decides twice in that time: it has nothing to save or to give back."""
+    site = Site({"n1": 2})
+    site.come("low", 2)
+    site.queue.tick()
+    site.come("urgent", 2, priority=5)
+    site.queue.tick()
+    assert site.states() == {"low": "leaving", "urgent": "waiting"}
+    replies = site.pass_time(2)
+    assert (replies["urgent"].verdict, replies["low"].verdict) == ("start", "wait")
+    assert "room for 0" in replies["low"].why
+
+
+def test_what_another_program_took_from_one_that_was_let_in_takes_no_room_on_other_nodes() -> None:
+    site = Site({"n1": 1, "n2": 2})
+    site.come("a", 1)
+    site.pass_time(1)
+    site.groups["of another program"] = {"n1": 1}
+    site.come("b", 2)
+    assert site.pass_time(1)["b"].verdict == "start"
+
+
 def test_a_queue_that_was_killed_knows_all_again_and_starts_nobody_twice() -> None:
     site = Site({"n1": 2})
     site.come("running", 2)
