@@ -97,7 +97,7 @@ class JobQueue:
     @property
     def idle(self) -> bool:
         """Whether nobody has needed it for a while."""
-        return not self._entries and self._clock() > self._needed_at + IDLE_S
+        return self._clock() > self._needed_at + IDLE_S
 
     def report(self, report: Report) -> Reply:
         """Hear a launcher, and tell it what to do."""
@@ -109,9 +109,9 @@ class JobQueue:
                     return Reply("refused", never)
                 entry = _Entry(report, self._clock(), report.state, {})
             elif report.turn > entry.report.turn:
-                entry = replace(entry, state=report.state, places={}, why="it waits again")
+                entry = replace(entry, state=report.state, why="it waits again")
             elif report.state == "waiting" and entry.state == "leaving":  # before it heard that it may start
-                entry.state, entry.places = "waiting", {}
+                entry.state = "waiting"
             entry.report, entry.heard_at = report, self._clock()
             self._entries[report.request.job] = entry
             self._needed_at = self._clock()

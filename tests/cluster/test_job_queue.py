@@ -105,6 +105,53 @@ def test_one_that_was_let_in_holds_its_places_before_ray_knows_of_them() -> None
     assert site.pass_time(2)["b"].verdict == "wait"
 
 
+def test_it_holds_them_where_there_was_room_when_it_was_let_in() -> None:
+    site = Site({"n1": 1, "n2": 2})
+    site.groups["of another program"] = {"n1": 1}
+    site.come("a", 1)
+    site.pass_time(1)
+    del site.groups["of another program"]
+    site.come("b", 1, worker={"GPU": 2.0})
+    assert site.pass_time(1)["b"].verdict == "wait"
+    del site.gpus["n2"]  # then elsewhere
+    site.come("c", 1)
+    assert "room for 0" in site.pass_time(1)["c"].why
+
+
+def test_the_last_to_start_makes_room() -> None:
+    site = Site({"n1": 2})
+    for job in ("first", "second"):
+        site.come(job, 1)
+        site.pass_time(3)
+    site.come("urgent", 1, priority=5)
+    replies = site.pass_time(2)
+    assert (replies["first"].verdict, replies["second"].verdict) == ("start", "leave")
+
+
+def test_who_has_not_heard_of_its_start_is_the_last_to_start() -> None:
+    site = Site({"n1": 2})
+    site.come("heard", 1)
+    site.pass_time(3)
+    site.come("unheard", 1)
+    site.queue.tick()
+    site.come("urgent", 1, priority=5)
+    site.queue.tick()
+    assert site.states() == {"heard": "running", "unheard": "leaving", "urgent": "waiting"}
+
+
+def test_who_makes_room_for_one_that_is_gone_makes_it_for_the_next() -> None:
+    site = Site({"n1": 1})
+    site.come("low", 1)
+    site.pass_time(2)
+    site.place("low", n1=1)
+    site.come("urgent", 1, priority=5)
+    assert site.pass_time(2)["low"].verdict == "leave"
+    site.queue.leave("urgent")
+    del site.launchers["urgent"]
+    site.come("next", 1)
+    assert "low saves and makes room" in site.pass_time(1)["next"].why
+
+
 def test_a_preempted_job_saves_waits_in_its_old_place_and_goes_on() -> None:
     site = Site({"n1": 2})
     site.come("low", 2)
@@ -118,8 +165,12 @@ def test_a_preempted_job_saves_waits_in_its_old_place_and_goes_on() -> None:
     site.wait_again("low")
     replies = site.pass_time(2)
     assert (replies["urgent"].verdict, replies["low"].verdict) == ("start", "wait")
-    positions = {row["job"]: row["position"] for row in site.queue.table()["jobs"]}
-    assert positions == {"urgent": None, "low": 1, "other": 2}
+    positions = [(row["job"], row["position"]) for row in site.queue.table()["jobs"]]
+    assert positions == [("urgent", None), ("low", 1), ("other", 2)]
+    site.come("behind", 1, priority=9, worker={"GPU": 2.0})
+    assert next(iter(site.states())) == "urgent", "who has places stands before who waits"
+    site.queue.leave("behind")
+    del site.launchers["behind"]
     site.queue.leave("urgent")
     del site.launchers["urgent"]
     replies = site.pass_time(1)
@@ -185,6 +236,21 @@ def test_a_launcher_that_is_silent_loses_its_seat_but_not_its_places() -> None:
     assert site.pass_time(1)["next"].verdict == "start"
 
 
+def test_who_reports_keeps_its_seat_and_who_does_not_keeps_it_for_a_while() -> None:
+    site = Site({"n1": 1})
+    for job in ("first", "second"):
+        site.come(job, 1)
+    silent = site.launchers.pop("second")
+    for second in range(int(SILENT_S) + 5):
+        site.now += 1
+        site.queue.tick()
+        assert list(site.states()) == (["first", "second"] if second < SILENT_S else ["first"])
+        site.ask("first")
+    site.launchers["second"] = silent
+    site.ask("second")
+    assert list(site.states()) == ["first", "second"]
+
+
 def test_what_others_hold_is_waited_for() -> None:
     site = Site({"n1": 2})
     site.groups["of another program"] = {"n1": 2}
@@ -201,6 +267,7 @@ def test_what_never_fits_is_refused_at_once_and_what_does_not_now_waits() -> Non
     refused = site.come("much", 2, user="bob")
     assert refused.verdict == "refused"
     assert "asks for 2 workers, and the quota of bob is 1. Lower" in refused.why
+    assert site.come("elastic", 1, most=2, user="bob").verdict == "refused"
     site.launchers.clear()
     site.come("whole", 4)
     del site.gpus["n2"]
@@ -217,6 +284,11 @@ def test_a_quota_that_cannot_be_read_leaves_the_one_before_and_is_told() -> None
     site.come("b", 1)
     assert "quota: the runs of ada have 1 of 1 workers" in site.pass_time(1)["b"].why
     assert site.queue.table()["problem"].startswith("quota.yaml gives")
+    assert site.come("c", 2).verdict == "refused"
+    del site.launchers["c"]
+    site.quota_error = None
+    site.pass_time(1)
+    assert site.queue.table()["problem"] == ""
 
 
 def test_it_is_idle_once_nobody_has_needed_it_for_a_while() -> None:
@@ -235,8 +307,9 @@ def test_the_table_says_when_a_job_may_start() -> None:
     site = Site({"n1": 1})
     site.come("first", 1, expected_s=100.0)
     site.pass_time(1)
+    assert [row["may_start"] for row in site.queue.table()["jobs"]] == [None]
     site.come("second", 1)
-    site.pass_time(1)
+    site.pass_time(10)
     rows = {row["job"]: row for row in site.queue.table()["jobs"]}
     assert rows["second"]["may_start"] == site.now + 100
     assert (rows["second"]["run"], rows["second"]["store"]) == ("second", "/store")

@@ -488,7 +488,8 @@ def saved(store: Path, run: str, step: int) -> bool:
 def members(store: Path, status: str) -> list[str]:
     """Runs that a population consists of now, and that stand so."""
     runs = [trial.run for trial in SweepFolder.open(Store(str(store)), "s").trials()]
-    return [run for run in runs if RunRecord.open(str(store), run).status() == status]
+    there = list_runs(Store(str(store)))  # a generation is decided before its runs are made
+    return [run for run in runs if run in there and RunRecord.open(str(store), run).status() == status]
 
 
 def decided(store: Path) -> list[dict[str, Any]]:
