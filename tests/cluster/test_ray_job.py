@@ -41,6 +41,7 @@ class Here(Seat):
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self.asked += 1
+        assert self.asked < 100, "it asks for ever"
         self._clock[0] += 1
         self._queue.tick()
         self.at.get(self.asked, lambda: None)()
@@ -163,8 +164,30 @@ def is_stopped_by_a_user_too(record: RunRecord) -> Generator[None, None, int]:
     return 0
 
 
+def is_being_stopped_by_a_user(record: RunRecord) -> Generator[None, None, int]:
+    record.event("started", step=0)
+    record.request_stop("asked by ada")
+    for _ in range(10):
+        yield
+    assert record.stop_requested() == "asked by ada"
+    record.event("stopped", step=7)
+    return 0
+
+
+def fails_after_it_saved(record: RunRecord) -> Generator[None, None, int]:
+    yield from saves(record)
+    return 1
+
+
 @pytest.mark.parametrize(
-    ("launcher", "code"), [(finishes_when_asked, 0), (fails_when_asked, 1), (is_stopped_by_a_user_too, 0)]
+    ("launcher", "code"),
+    [
+        (finishes_when_asked, 0),
+        (fails_when_asked, 1),
+        (fails_after_it_saved, 1),
+        (is_stopped_by_a_user_too, 0),
+        (is_being_stopped_by_a_user, 0),
+    ],
 )
 def test_a_run_that_ended_for_another_reason_does_not_wait_again(site: Site, launcher: Launcher, code: int) -> None:
     site.seat.at = {5: site.urgent}
@@ -227,12 +250,12 @@ def test_a_queue_that_is_away_starts_nobody_and_disturbs_nobody(site: Site, caps
 
     site.launchers = [trains]
     assert site.waiter.serve() == 0
-    assert "the queue does not answer" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("the queue does not answer") == 1
 
 
 def test_who_makes_room_does_so_though_the_queue_goes_away(site: Site) -> None:
     site.seat.at = {5: site.urgent}
-    site.seat.away = range(8, 20)
+    site.seat.away = range(8, 60)
 
     def begins_late(record: RunRecord) -> Generator[None, None, int]:
         while site.seat.asked < 12:
