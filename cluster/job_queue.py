@@ -213,8 +213,9 @@ class JobQueue:
                 continue
             request, held = entry.report.request, cluster.places.get(entry.report.group)
             if held is None:
-                places = {node: count for node, count in entry.places.items() if node in free}
-                held = places or fit(request, free) or {}
+                # Ray may have put another there meanwhile, whose places it then takes.
+                chosen = {node: free[node] for node in entry.places if node in free}
+                held = fit(request, chosen) or fit(request, free) or {}
                 free = take(free, request.worker, held)
             since = entry.report.since if entry.report.state != "waiting" else now
             placed.append(Placed(request, held, since, leaving=entry.state == "leaving", told_at=now))

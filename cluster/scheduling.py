@@ -255,8 +255,7 @@ def everything(placed: Iterable[Placed], free: Free) -> Free:
 def _capacity(amounts: Amounts, worker: Amounts) -> int:
     """How many workers find room in these amounts."""
     wanted = {name: amount for name, amount in worker.items() if amount > 0}
-    counts = (int((amounts.get(name, 0.0) + _EPSILON) // amount) for name, amount in wanted.items())
-    return max(0, min(counts, default=10**9))  # less than nothing is left where somebody took what a job was let in for
+    return min((int((amounts.get(name, 0.0) + _EPSILON) // amount) for name, amount in wanted.items()), default=10**9)
 
 
 def take(free: Free, worker: Amounts, held: Mapping[str, int]) -> Free:

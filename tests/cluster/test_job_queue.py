@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.job_queue import IDLE_S, LISTEN_S, SILENT_S, Cluster, JobQueue, Reply, Report
-from cluster.scheduling import Request
+from cluster.scheduling import Request, fit
 from configs.errors import UsageError
 from configs.quota import load_quota
 
@@ -79,6 +81,59 @@ class Site:
 
     def states(self) -> dict[str, str]:
         return {row["job"]: row["state"] for row in self.queue.table()["jobs"]}
+
+
+COMING = st.fixed_dictionaries(
+    {"workers": st.integers(1, 4), "priority": st.integers(0, 2), "at": st.integers(0, 6), "works": st.integers(1, 8)}
+)
+HEARD = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=15, max_size=15)
+
+
+@settings(max_examples=200, deadline=None)
+@given(jobs=st.lists(COMING, min_size=3, max_size=5), heard=HEARD, restarts=st.sets(st.integers(0, 30), max_size=2))
+def test_whoever_hears_late_no_place_is_given_twice_and_all_come_to_their_end(
+    jobs: list[dict[str, int]], heard: list[list[bool]], restarts: set[int]
+) -> None:
+    """Each second some of the launchers ask, after some seconds each of them; and the queue decides twice."""
+    site = Site({"n1": 2, "n2": 2})
+    left = {number: job["works"] for number, job in enumerate(jobs)}  # seconds of work, by number
+    late = dict.fromkeys(left, 0)
+    for second in range(400):
+        site.now += 1
+        if second in restarts:
+            site.start(restarted=True)
+        site.queue.tick()
+        for number in [number for number in left if jobs[number]["at"] <= second]:
+            name = f"j{number}"
+            if name not in site.launchers:
+                site.come(name, jobs[number]["workers"], priority=jobs[number]["priority"])
+            elif late[number] == 3 or second >= len(heard) or heard[second][number]:
+                late[number] = 0
+                launcher_asks(site, name)
+            else:
+                late[number] += 1
+            if f"/store/{name}" in site.groups:
+                left[number] -= 1
+            if left[number] == 0:
+                del left[number], site.groups[f"/store/{name}"], site.launchers[name]
+                site.queue.leave(name)
+        site.queue.tick()
+        if not left:
+            return
+    raise AssertionError(f"some wait for ever: {site.queue.table()}")
+
+
+def launcher_asks(site: Site, name: str) -> None:
+    """It does what it is told: makes its group, which finds room, or gives it back and waits again."""
+    verdict = site.ask(name).verdict
+    group = f"/store/{name}"
+    if verdict == "start" and group not in site.groups:
+        places = fit(site.launchers[name].request, site.cluster().free)
+        assert places is not None, "a place was given twice"
+        site.groups[group] = places
+    if verdict == "leave":
+        site.groups.setdefault(group, {})
+        site.wait_again(name)
 
 
 def test_gangs_start_whole_and_one_after_the_other() -> None:
@@ -190,13 +245,14 @@ def test_one_that_makes_room_before_it_heard_that_it_may_start_waits_again() -> 
     assert "room for 0" in replies["low"].why
 
 
-def test_what_another_program_took_from_one_that_was_let_in_takes_no_room_on_other_nodes() -> None:
-    site = Site({"n1": 1, "n2": 2})
-    site.come("a", 1)
+def test_one_that_was_let_in_holds_other_places_once_ray_gave_its_own_to_another() -> None:
+    site = Site({"n1": 2, "n2": 2})
+    site.come("slow", 1)
+    site.come("quick", 2)
     site.pass_time(1)
-    site.groups["of another program"] = {"n1": 1}
-    site.come("b", 2)
-    assert site.pass_time(1)["b"].verdict == "start"
+    site.place("quick", n1=2)  # the queue has taken it to be on n2
+    site.come("wide", 2)
+    assert "room for 1" in site.pass_time(1)["wide"].why
 
 
 def test_a_queue_that_was_killed_knows_all_again_and_starts_nobody_twice() -> None:

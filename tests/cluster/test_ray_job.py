@@ -36,16 +36,18 @@ class Here(Seat):
         self.asked = 0
         self.at: dict[int, Callable[[], None]] = {}
         self.away: range = range(0)
-        self._queue = queue
+        self.reports: list[Report] = []
+        self.queue = queue
         self._clock = clock
 
     def _call(self, method: str, *arguments: Any) -> Any:
         self.asked += 1
         assert self.asked < 100, "it asks for ever"
         self._clock[0] += 1
-        self._queue.tick()
+        self.queue.tick()
         self.at.get(self.asked, lambda: None)()
-        return None if self.asked in self.away else getattr(self._queue, method)(*arguments)
+        self.reports += [each for each in arguments if isinstance(each, Report)]
+        return None if self.asked in self.away else getattr(self.queue, method)(*arguments)
 
 
 class Site:
@@ -54,8 +56,7 @@ class Site:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = [1000.0]
         self.quota: dict[str, int] = {}
-        cluster = Cluster({"n1": CPU}, {"n1": CPU}, {})
-        self.queue = JobQueue(lambda: cluster, lambda: self.quota, clock=lambda: self.clock[0])
+        self.queue = self.start()
         resolved = load(minimal(store=str(folder), steps=100))
         self.record = RunRecord.create(Store(str(folder)), resolved)
         self.seat = Here(Request("job", "ada", CPU, 1, 1, submitted_at=1000.0), self.queue, self.clock)
@@ -68,6 +69,10 @@ class Site:
         assert command[1:] == ["-m", "cluster.cli", "train", "run.yaml", "--address", "auto"]
         self.launched += 1
         return self.launchers[self.launched - 1](self.record)
+
+    def start(self, *, restarted: bool = False) -> JobQueue:
+        cluster = Cluster({"n1": CPU}, {"n1": CPU}, {})
+        return JobQueue(lambda: cluster, lambda: self.quota, restarted=restarted, clock=lambda: self.clock[0])
 
     def urgent(self, priority: int = 5) -> None:
         """Somebody else's job comes, and is never heard of again: the queue forgets it after a while."""
@@ -110,6 +115,7 @@ def until_asked(record: RunRecord) -> Generator[None, None, str]:
 
 def saves(record: RunRecord) -> Generator[None, None, int]:
     reason = yield from until_asked(record)
+    yield
     record.event("stopped", step=7, reason=reason)
     return 0
 
@@ -129,6 +135,10 @@ def test_it_makes_room_waits_in_the_queue_and_goes_on(site: Site) -> None:
     events = site.record.events()
     assert (events[2]["reason"], events[3]["reason"]) == (MAKES_ROOM, MAKES_ROOM)
     assert site.seat.asked > SILENT_S, "the urgent one went first"
+    states = dict.fromkeys((report.state, report.turn) for report in site.seat.reports)
+    assert list(states) == [("waiting", 0), ("admitted", 0), ("leaving", 0), ("waiting", 1), ("admitted", 1)]
+    since = {(report.turn, report.since) for report in site.seat.reports if report.state == "admitted"}
+    assert len(since) == 2, "it was let in twice, and each time has its time"
 
 
 def test_a_launcher_that_begins_after_it_was_asked_is_asked_again(site: Site) -> None:
@@ -235,6 +245,16 @@ def test_what_never_starts_fails_with_the_reason(site: Site, capsys: pytest.Capt
     assert "the quota of ada is 0" in failed["error"]
     assert failed["error"] in capsys.readouterr().out
     assert site.record.status() == "failed"
+
+
+def test_who_was_answered_once_is_not_refused_by_a_queue_that_was_restarted(site: Site) -> None:
+    def restart() -> None:
+        site.seat.queue, site.quota = site.start(restarted=True), {"ada": 0}
+
+    site.urgent()
+    site.seat.at = {3: restart, 12: lambda: site.quota.clear()}
+    site.launchers = [finishes]
+    assert site.waiter.serve() == 0
 
 
 def test_a_queue_that_is_away_starts_nobody_and_disturbs_nobody(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
