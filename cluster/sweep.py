@@ -93,8 +93,7 @@ class Sweep:
                 self._thread.start()
                 while self._goes_on():
                     self._thread.join(POLL_S)
-                    if self._signals_seen and self.folder.stop_requested() is None:
-                        self.folder.request_stop(signal.Signals(self.first_signal or signal.SIGINT).name)
+                    self._hand_on_signal()
                     self._narrate()
                 if self._thread.is_alive():
                     self.was_cut_off = True
@@ -116,6 +115,12 @@ class Sweep:
                 "The Ray of this sweep is gone: its processes were killed, by hand or because memory ran out. Call the "
                 "sweep again: its trials go on from their newest checkpoints."
             )
+
+    def _hand_on_signal(self) -> None:
+        """Let the trials know of it; a store that does not answer is asked again."""
+        with contextlib.suppress(ShardyardError):
+            if self.first_signal is not None and self.folder.stop_requested() is None:
+                self.folder.request_stop(signal.Signals(self.first_signal).name)
 
     def _goes_on(self) -> bool:
         ray_is_alive = self._embedded is None or self._ended.is_set() or self._embedded.is_alive()

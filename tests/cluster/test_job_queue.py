@@ -246,13 +246,15 @@ def test_one_that_makes_room_before_it_heard_that_it_may_start_waits_again() -> 
 
 
 def test_one_that_was_let_in_holds_other_places_once_ray_gave_its_own_to_another() -> None:
-    site = Site({"n1": 2, "n2": 2})
-    site.come("slow", 1)
-    site.come("quick", 2)
-    site.pass_time(1)
-    site.place("quick", n1=2)  # the queue has taken it to be on n2
-    site.come("wide", 2)
-    assert "room for 1" in site.pass_time(1)["wide"].why
+    site = Site({"n1": 1, "n2": 2, "n3": 1})
+    for job in ("slow", "quick"):
+        site.come(job, 1)
+        site.pass_time(1)
+    site.place("quick", n1=1)  # where the queue has taken the slow one to be
+    site.come("big", 1, worker={"GPU": 2.0})
+    site.come("more", 1)
+    replies = site.pass_time(1)
+    assert (replies["big"].verdict, replies["more"].verdict) == ("start", "wait"), "the slow one is on n3 now"
 
 
 def test_a_queue_that_was_killed_knows_all_again_and_starts_nobody_twice() -> None:

@@ -21,7 +21,7 @@ from cluster.mlflow_values import run_tags
 from cluster.progress_bar import Narrator
 from cluster.sweep import Sweep
 from cluster.sweep_folder import Branch, Spec, SweepFolder
-from configs.errors import NotFound, RunFailed, UsageError
+from configs.errors import NotFound, RunFailed, Unreachable, UsageError
 from configs.load import Resolved
 from data_pipelines.storage import Store
 from tests.cluster.waiting import alive, wait_for
@@ -426,6 +426,27 @@ def test_a_sweep_that_another_process_took_over_ends_here(tmp_path: Path, monkey
         sweep.wait()
     assert time.monotonic() - began < 10
     assert folder.store.exists(later.path)
+
+
+def test_ctrl_c_is_handed_on_once_a_store_that_is_away_answers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, refused = made(tmp_path), [Unreachable("No space is left."), Unreachable("No space is left.")]
+
+    def request_stop(reason: str) -> None:
+        if refused:
+            raise refused.pop()
+        SweepFolder.request_stop(folder, reason)
+
+    def drive(_: Sweep) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(folder.stop_requested, "the request", 10)
+
+    monkeypatch.setattr(folder, "request_stop", request_stop)
+    monkeypatch.setattr(Sweep, "_drive", drive)
+    sweep = Sweep(folder, address=None, parallel=None, narrator=Narrator(io.StringIO()))
+    sweep.wait()
+    assert (folder.stop_requested(), sweep.first_signal, refused) == ("SIGINT", signal.SIGINT, [])
 
 
 # --- real ones
