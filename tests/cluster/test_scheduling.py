@@ -222,8 +222,8 @@ def test_a_quota_counts_what_a_job_may_grow_to_and_what_it_holds_while_it_moves(
         waits = decide([job("next", 1)], [placed], gpus(n1=4), {"ada": used}, 0)
         assert f"have {used} of {used} workers" in waits.why["next"]
         assert set(decide([job("next", 1)], [placed], gpus(n1=4), {"ada": used + 1}, 0).start) == {"next"}
-    both = [job("grows", at=1, fewest=1, most=3), job("next", 1, at=2)]
-    assert set(decide(both, [], {"n1": {"GPU": 2.0}}, {"ada": 3}, 0).start) == {"grows"}
+    both = [job("grows", at=1, fewest=1, most=3), job("next", 1, at=2, worker={"CPU": 1.0})]
+    assert set(decide(both, [], {"n1": {"GPU": 1.0, "CPU": 1.0}}, {"ada": 3}, 0).start) == {"grows"}
 
 
 def test_a_quota_by_name_goes_before_the_default() -> None:
