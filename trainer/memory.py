@@ -53,17 +53,28 @@ GPU_BASE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Dispatched:
+    """Operations of a worker's micro-batch, forward and backward, and of its update; tensors that are trained."""
+
+    micro_batch: int
+    update: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of a worker at its peak.
 
     device: by part, where it computes. host: what lies in the host's memory instead (offload, snapshots). On a CPU
     both are one memory, and are those of one moment. base: the process itself; on a GPU beside torch's allocator.
+    dispatched: what the host has to start for it, which the same step tells.
     """
 
     device: Mapping[str, int]
     host: Mapping[str, int]
     base: int
     on_gpu: bool
+    dispatched: Dispatched
 
     @property
     def tensors(self) -> int:
@@ -97,16 +108,16 @@ def predict_memory(
     storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
     batch = example_batch(task, config.batch.micro_batch_size)
     try:
-        _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
     except (DataDependentOutputException, DynamicOutputShapeException):
         # Shapes follow from values (documents set apart): then whole numbers are computed, the rest stays fake.
         storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
-        _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
     found = storages.peak
     device = {part: found.get((part, False), 0) for part in PARTS}
     host_peak = storages.host_peak if on_gpu else found
     host = {part: host_peak.get((part, True), 0) for part in PARTS if host_peak.get((part, True), 0)}
-    return Memory(device, host, GPU_BASE_BYTES if on_gpu else CPU_BASE_BYTES, on_gpu)
+    return Memory(device, host, GPU_BASE_BYTES if on_gpu else CPU_BASE_BYTES, on_gpu, dispatched)
 
 
 def _follow(
@@ -119,8 +130,8 @@ def _follow(
     *,
     on_gpu: bool,
     with_values: bool,
-) -> None:
-    """Steps, and what is alive in them."""
+) -> Dispatched:
+    """Steps: what is alive in them, and what is dispatched."""
     chunks = as_on_gpu() if on_gpu else contextlib.nullcontext()
     with chunks, FakeTensorMode(allow_non_fake_inputs=with_values) as fake:
         with torch.device("cpu"):
@@ -147,10 +158,18 @@ def _follow(
                 if saves and (on_gpu or number == 1):
                     step.take_snapshot()
                 for micro_batch in range(count):
+                    before_micro_batch = storages.operations
                     step.forward_backward(task, inputs, last=micro_batch + 1 == count)
+                before_update = storages.operations
                 step.update()
+            dispatched = Dispatched(
+                micro_batch=before_update - before_micro_batch,
+                update=storages.operations - before_update,
+                parameters=sum(parameter.requires_grad for parameter in module.parameters()),
+            )
             if not saves:
                 step.take_snapshot()
+    return dispatched
 
 
 def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
