@@ -146,7 +146,7 @@ def _follow(
         inputs = dict(batch) if with_values else {name: fake.from_tensor(each) for name, each in batch.items()}
         for each in inputs.values():
             storages.assign("activations", each)
-        workspaces = contextlib.nullcontext() if on_gpu else _Workspaces()
+        workspaces = contextlib.nullcontext() if on_gpu else _OneDnn()
         with storages, workspaces, _WholeNumbers() if with_values else contextlib.nullcontext():
             step = _Step(storages, module, config, size, on_gpu=on_gpu)
             if on_gpu:
@@ -179,21 +179,31 @@ def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
     return LogitsShape(model.output.size, frozenset(parameter.numel() for parameter in module.parameters()))
 
 
-class _Workspaces(TorchDispatchMode):
-    """Gives oneDNN's recurrent layers the workspace that fake ones lack: what their backward pass reads.
+class _OneDnn(TorchDispatchMode):
+    """What oneDNN takes on a CPU, of which fake tensors know nothing.
 
-    By oneDNN's src/cpu/rnn/rnn_utils.cpp: gates twice (once in fp32), and layer, iteration and cell states with their
-    gradients; within 15 % of what torch 2.13 makes.
+    Recurrent layers get the workspace that fake ones lack, which their backward pass reads: by its
+    src/cpu/rnn/rnn_utils.cpp gates twice (once in fp32), and layer, iteration and cell states with their gradients;
+    within 15 % of what torch 2.13 makes.
+
+    Convolutions copy into a layout of their own for a moment: forward as much as the larger of input and output,
+    backward as much as both, or with a stride twice the input. So measured in torch 2.13 (fp32 and bf16, kernels of 1
+    and 3).
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.mkldnn_rnn_layer.default:
-            return found
-        (length, rows, width), each = found[0].shape, found[0].element_size()
-        gates = args[1].shape[0] * length * (4 + each)
-        states = width * (length + 1) * (4 * each + 2 * 4)
-        return (*found[:3], torch.empty(rows * (gates + states), dtype=torch.uint8))
+        if func is torch.ops.aten.mkldnn_rnn_layer.default:
+            (length, rows, width), each = found[0].shape, found[0].element_size()
+            gates = args[1].shape[0] * length * (4 + each)
+            states = width * (length + 1) * (4 * each + 2 * 4)
+            return (*found[:3], torch.empty(rows * (gates + states), dtype=torch.uint8))
+        if func is torch.ops.aten.convolution.default:
+            torch.empty(max(args[0].numel(), found.numel()), dtype=found.dtype)
+        if func is torch.ops.aten.convolution_backward.default:
+            given, made, strided = args[1].numel(), args[0].numel(), max(args[4]) > 1
+            torch.empty(2 * given if strided else given + made, dtype=args[0].dtype)
+        return found
 
 
 class _WholeNumbers(TorchDispatchMode):
