@@ -146,7 +146,7 @@ def _follow(
         inputs = dict(batch) if with_values else {name: fake.from_tensor(each) for name, each in batch.items()}
         for each in inputs.values():
             storages.assign("activations", each)
-        workspaces = contextlib.nullcontext() if on_gpu else _OneDnn()
+        workspaces = contextlib.nullcontext() if on_gpu else _OneDnn(storages)
         with storages, workspaces, _WholeNumbers() if with_values else contextlib.nullcontext():
             step = _Step(storages, module, config, size, on_gpu=on_gpu)
             if on_gpu:
@@ -191,6 +191,10 @@ class _OneDnn(TorchDispatchMode):
     and 3).
     """
 
+    def __init__(self, storages: Storages) -> None:
+        super().__init__()
+        self._storages = storages
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.mkldnn_rnn_layer.default:
@@ -199,10 +203,10 @@ class _OneDnn(TorchDispatchMode):
             states = width * (length + 1) * (4 * each + 2 * 4)
             return (*found[:3], torch.empty(rows * (gates + states), dtype=torch.uint8))
         if func is torch.ops.aten.convolution.default:
-            torch.empty(max(args[0].numel(), found.numel()), dtype=found.dtype)
+            self._storages.for_a_moment(max(args[0].nbytes, found.nbytes))
         if func is torch.ops.aten.convolution_backward.default:
-            given, made, strided = args[1].numel(), args[0].numel(), max(args[4]) > 1
-            torch.empty(2 * given if strided else given + made, dtype=args[0].dtype)
+            made, given, strided = args[0].nbytes, args[1].nbytes, max(args[4]) > 1
+            self._storages.for_a_moment(2 * given if strided else given + made)
         return found
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.torch_heap import Place, TorchHeap
 
+_NO_TENSOR = 0  # no storage has this address
+
 
 @dataclass(frozen=True)
 class LogitsShape:
@@ -87,6 +89,13 @@ class Storages(TorchDispatchMode):
         """DeepSpeed makes its engine: what is no tensor's has a place among tensors."""
         if self._heap is not None:
             self._heap.import_deepspeed()
+
+    def for_a_moment(self, size: int) -> None:
+        """Bytes that no tensor shows are taken from the heap, and given back at once."""
+        if self._heap is not None:
+            self._heap.storage(_NO_TENSOR, size, "heap")
+            self._add(self._place, 0)
+            self._heap.storage_freed(_NO_TENSOR)
 
     def forget_peak(self) -> None:
         """Look for the peak from now on."""
