@@ -97,7 +97,7 @@ class JobQueue:
     @property
     def idle(self) -> bool:
         """Whether nobody has needed it for a while."""
-        return not self._entries and self._clock() > self._needed_at + IDLE_S
+        return self._clock() > self._needed_at + IDLE_S
 
     def report(self, report: Report) -> Reply:
         """Hear a launcher, and tell it what to do."""
@@ -109,7 +109,9 @@ class JobQueue:
                     return Reply("refused", never)
                 entry = _Entry(report, self._clock(), report.state, {})
             elif report.turn > entry.report.turn:
-                entry = replace(entry, state=report.state, places={}, why="it waits again")
+                entry = replace(entry, state=report.state, why="it waits again")
+            elif report.state == "waiting" and entry.state == "leaving":  # before it heard that it may start
+                entry.state = "waiting"
             entry.report, entry.heard_at = report, self._clock()
             self._entries[report.request.job] = entry
             self._needed_at = self._clock()
@@ -211,8 +213,9 @@ class JobQueue:
                 continue
             request, held = entry.report.request, cluster.places.get(entry.report.group)
             if held is None:
-                places = {node: count for node, count in entry.places.items() if node in free}
-                held = places or fit(request, free) or {}
+                # Ray may have put another there meanwhile, whose places it then takes.
+                chosen = {node: free[node] for node in entry.places if node in free}
+                held = fit(request, chosen) or fit(request, free) or {}
                 free = take(free, request.worker, held)
             since = entry.report.since if entry.report.state != "waiting" else now
             placed.append(Placed(request, held, since, leaving=entry.state == "leaving", told_at=now))

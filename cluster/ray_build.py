@@ -89,7 +89,13 @@ class RayTasks:
                     yield result
                 self._watch(done, len(items))
         finally:
-            _cancel(list(running))
+            if running and self._embedded is not None:
+                # Its tasks end with it. Cancelling them may end this process as well: Ray (2.60) checks that a task
+                # whose result arrives is still pending, and one that was cancelled in that moment is not.
+                self._embedded.stop()
+                self._embedded = None
+            else:
+                _cancel(list(running))
 
     def _open(self) -> None:
         import ray

@@ -128,10 +128,10 @@ class Seat:
             self._request = replace(self._request, expected_s=expected_s)
         report = Report(self._request, self._state, self._group, self._is_new, self._turn, self._since)
         reply = self._call("report", report)
-        if reply is None:  # a queue that does not answer changes nothing
-            return Reply("wait", "the queue does not answer; it is started again") if self._waits else Reply("start")
+        if reply is None:  # which changes nothing, for one that has its places either
+            return Reply("wait", "the queue does not answer; it is started again")
         self._is_new = False
-        if reply.verdict == "start" and self._waits:
+        if reply.verdict == "start" and self._state == "waiting":
             self._state, self._since = "admitted", time.time()
         if reply.verdict == "leave":
             self._state = "leaving"
@@ -144,10 +144,6 @@ class Seat:
     def leave(self) -> None:
         """The job has ended."""
         self._call("leave", self._request.job)
-
-    @property
-    def _waits(self) -> bool:
-        return self._state == "waiting"
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """The queue's answer; None where it does not answer."""

@@ -137,8 +137,8 @@ def allowance(user: str, quota: Mapping[str, int]) -> float:
 
 
 def fit(request: Request, free: Free) -> dict[str, int] | None:
-    """Workers by node, as many as find room, on few nodes; None where the fewest do not."""
-    room = {node: min(request.most, _capacity(amounts, request.worker)) for node, amounts in free.items()}
+    """Workers by node, as many as find room, on few nodes with little left over; None where the fewest do not."""
+    room = {node: _capacity(amounts, request.worker) for node, amounts in free.items()}
     wanted, held = min(request.most, sum(room.values())), dict[str, int]()
     if wanted < request.fewest:
         return None

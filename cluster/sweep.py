@@ -26,7 +26,7 @@ from cluster.ray_placement import Placement, worker_needs
 from cluster.search_space import split_space
 from cluster.sweep_folder import SweepFolder
 from cluster.sweep_mlflow import SweepInMlflow
-from configs.errors import ShardyardError, Unreachable
+from configs.errors import RunFailed, ShardyardError, Unreachable
 from trainer.lease import Lease
 from trainer.record import RunRecord
 
@@ -86,14 +86,14 @@ class Sweep:
 
         Raises:
             Unreachable: Ray, or room for one trial, is not to be had.
+            RunFailed: another process took the sweep over.
         """
         try:
             with self._signals():
                 self._thread.start()
-                while self._thread.is_alive() and self._signals_seen < 2 and self._ray_is_alive():
+                while self._goes_on():
                     self._thread.join(POLL_S)
-                    if self._signals_seen and self.folder.stop_requested() is None:
-                        self.folder.request_stop(signal.Signals(self.first_signal or signal.SIGINT).name)
+                    self._hand_on_signal()
                     self._narrate()
                 if self._thread.is_alive():
                     self.was_cut_off = True
@@ -103,6 +103,11 @@ class Sweep:
             self._narrator.close()
             with contextlib.suppress(ShardyardError):  # it goes stale by itself, and must not hide how the sweep ended
                 self._lease.release()
+        if self._lease.lost:
+            raise RunFailed(
+                "Another process took the sweep over, because this one was not heard of for too long. The trials here "
+                "were ended; follow the other one."
+            )
         if self._error is not None and not self.was_cut_off:
             raise self._error
         if self.was_cut_off and self.first_signal is None:
@@ -111,8 +116,15 @@ class Sweep:
                 "sweep again: its trials go on from their newest checkpoints."
             )
 
-    def _ray_is_alive(self) -> bool:
-        return self._embedded is None or self._ended.is_set() or self._embedded.is_alive()
+    def _hand_on_signal(self) -> None:
+        """Let the trials know of it; a store that does not answer is asked again."""
+        with contextlib.suppress(ShardyardError):
+            if self.first_signal is not None and self.folder.stop_requested() is None:
+                self.folder.request_stop(signal.Signals(self.first_signal).name)
+
+    def _goes_on(self) -> bool:
+        ray_is_alive = self._embedded is None or self._ended.is_set() or self._embedded.is_alive()
+        return self._thread.is_alive() and ray_is_alive and self._signals_seen < 2 and not self._lease.lost
 
     def _end_now(self) -> None:
         if self._embedded is not None:

@@ -116,13 +116,16 @@ class SweepFolder:
             raise Damaged(f"The sweep in {store.uri} cannot be read: {error}. Start it under another name.") from error
 
     def _refuse_another(self, spec: Spec, base: Resolved) -> None:
-        theirs = asdict(self.spec) | _flat(self.base)
-        mine = asdict(spec) | _flat(base)
-        differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+        # Apart, since both have a seed.
+        pairs = [(asdict(self.spec), asdict(spec)), (_flat(self.base), _flat(base))]
+        differing = [
+            (key, theirs.get(key), mine.get(key))
+            for theirs, mine in pairs
+            for key in {**theirs, **mine}
+            if theirs.get(key) != mine.get(key)
+        ]
         if differing:
-            shown = [
-                f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing if key != "trials"
-            ]
+            shown = [f"{key}: {theirs!r} there, {mine!r} here" for key, theirs, mine in differing if key != "trials"]
             raise UsageError(
                 f"The name '{self.name}' belongs to another sweep ({'; '.join(shown[:8]) or 'its trials differ'}), in "
                 f"{self.store.uri}. Use another name (--name), or go on with it as it is: --resume {self.name}."

@@ -77,7 +77,9 @@ class Population(Unsaved, FIFOScheduler):  # type: ignore[misc]
         members = controller.get_trials()
         training = [member for member in members if not member.is_finished()]
         waiting = [member for member in training if member.status == "PAUSED" and member in self._arrived]
-        if len(members) == len(self._folder.spec.trials) and training and len(waiting) == len(training):
+        all_wait = len(members) == len(self._folder.spec.trials) and training and len(waiting) == len(training)
+        # In a sweep that stops, who has ended has not failed: the next launch waits for everybody's evaluation.
+        if all_wait and self._folder.stop_requested() is None:
             self._decide({member.config["number"]: self._arrived[member] for member in training})
             self._arrived.clear()
         ready = [member for member in training if member.status in ("PENDING", "PAUSED")]

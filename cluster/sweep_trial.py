@@ -92,6 +92,7 @@ class SweepTrial(Trainable):  # type: ignore[misc]
                 if step > self._reported and not is_final and self._may_report(step, ended):
                     return self._report(step)
             if ended:
+                self._folder.fail_trial(self._trial.number, None)  # of a launcher that was killed after its run's end
                 return self._report(last, done=True)
             if self._run is None:
                 self._launch()

@@ -57,7 +57,8 @@ class Store:
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
         if "://" not in text:
-            self._root = Path(text).expanduser().absolute()
+            # Not Path's own, which refuses the home of an unknown user: as in a shell, ~nobody is then a folder's name.
+            self._root = Path(os.path.expanduser(text)).absolute()
             text = str(self._root)
         self.uri: str = text
 

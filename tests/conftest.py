@@ -20,6 +20,7 @@ LONGER = (
     "cluster/test_kubernetes_server.py",
     "cluster/test_metrics_command.py",
     "cluster/test_mlflow_copy.py",
+    "cluster/test_ray_job.py",
     "cluster/test_simulated.py",
     "cluster/test_sweep.py",
     "cluster/test_warm_process.py",

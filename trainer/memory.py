@@ -53,17 +53,28 @@ GPU_BASE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Dispatched:
+    """Operations of a worker's micro-batch, forward and backward, and of its update; tensors that are trained."""
+
+    micro_batch: int
+    update: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of a worker at its peak.
 
     device: by part, where it computes. host: what lies in the host's memory instead (offload, snapshots). On a CPU
     both are one memory, and are those of one moment. base: the process itself; on a GPU beside torch's allocator.
+    dispatched: what the host has to start for it, which the same step tells.
     """
 
     device: Mapping[str, int]
     host: Mapping[str, int]
     base: int
     on_gpu: bool
+    dispatched: Dispatched
 
     @property
     def tensors(self) -> int:
@@ -97,16 +108,16 @@ def predict_memory(
     storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
     batch = example_batch(task, config.batch.micro_batch_size)
     try:
-        _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=False)
     except (DataDependentOutputException, DynamicOutputShapeException):
         # Shapes follow from values (documents set apart): then whole numbers are computed, the rest stays fake.
         storages = Storages(one_memory=not on_gpu, follow_malloc=follow_malloc and not on_gpu)
-        _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
+        dispatched = _follow(storages, model, task, config, world_size, batch, on_gpu=on_gpu, with_values=True)
     found = storages.peak
     device = {part: found.get((part, False), 0) for part in PARTS}
     host_peak = storages.host_peak if on_gpu else found
     host = {part: host_peak.get((part, True), 0) for part in PARTS if host_peak.get((part, True), 0)}
-    return Memory(device, host, GPU_BASE_BYTES if on_gpu else CPU_BASE_BYTES, on_gpu)
+    return Memory(device, host, GPU_BASE_BYTES if on_gpu else CPU_BASE_BYTES, on_gpu, dispatched)
 
 
 def _follow(
@@ -119,8 +130,8 @@ def _follow(
     *,
     on_gpu: bool,
     with_values: bool,
-) -> None:
-    """Steps, and what is alive in them."""
+) -> Dispatched:
+    """Steps: what is alive in them, and what is dispatched."""
     chunks = as_on_gpu() if on_gpu else contextlib.nullcontext()
     with chunks, FakeTensorMode(allow_non_fake_inputs=with_values) as fake:
         with torch.device("cpu"):
@@ -135,7 +146,7 @@ def _follow(
         inputs = dict(batch) if with_values else {name: fake.from_tensor(each) for name, each in batch.items()}
         for each in inputs.values():
             storages.assign("activations", each)
-        workspaces = contextlib.nullcontext() if on_gpu else _Workspaces()
+        workspaces = contextlib.nullcontext() if on_gpu else _OneDnn(storages)
         with storages, workspaces, _WholeNumbers() if with_values else contextlib.nullcontext():
             step = _Step(storages, module, config, size, on_gpu=on_gpu)
             if on_gpu:
@@ -147,10 +158,18 @@ def _follow(
                 if saves and (on_gpu or number == 1):
                     step.take_snapshot()
                 for micro_batch in range(count):
+                    before_micro_batch = storages.operations
                     step.forward_backward(task, inputs, last=micro_batch + 1 == count)
+                before_update = storages.operations
                 step.update()
+            dispatched = Dispatched(
+                micro_batch=before_update - before_micro_batch,
+                update=storages.operations - before_update,
+                parameters=sum(parameter.requires_grad for parameter in module.parameters()),
+            )
             if not saves:
                 step.take_snapshot()
+    return dispatched
 
 
 def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
@@ -160,21 +179,35 @@ def _logits_shape(model: BoundModel, module: nn.Module) -> LogitsShape | None:
     return LogitsShape(model.output.size, frozenset(parameter.numel() for parameter in module.parameters()))
 
 
-class _Workspaces(TorchDispatchMode):
-    """Gives oneDNN's recurrent layers the workspace that fake ones lack: what their backward pass reads.
+class _OneDnn(TorchDispatchMode):
+    """What oneDNN takes on a CPU, of which fake tensors know nothing.
 
-    By oneDNN's src/cpu/rnn/rnn_utils.cpp: gates twice (once in fp32), and layer, iteration and cell states with their
-    gradients; within 15 % of what torch 2.13 makes.
+    Recurrent layers get the workspace that fake ones lack, which their backward pass reads: by its
+    src/cpu/rnn/rnn_utils.cpp gates twice (once in fp32), and layer, iteration and cell states with their gradients;
+    within 15 % of what torch 2.13 makes.
+
+    Convolutions copy into a layout of their own for a moment: forward as much as the larger of input and output,
+    backward as much as both, or with a stride twice the input. So measured in torch 2.13 (fp32 and bf16, kernels of 1
+    and 3).
     """
+
+    def __init__(self, storages: Storages) -> None:
+        super().__init__()
+        self._storages = storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.mkldnn_rnn_layer.default:
-            return found
-        (length, rows, width), each = found[0].shape, found[0].element_size()
-        gates = args[1].shape[0] * length * (4 + each)
-        states = width * (length + 1) * (4 * each + 2 * 4)
-        return (*found[:3], torch.empty(rows * (gates + states), dtype=torch.uint8))
+        if func is torch.ops.aten.mkldnn_rnn_layer.default:
+            (length, rows, width), each = found[0].shape, found[0].element_size()
+            gates = args[1].shape[0] * length * (4 + each)
+            states = width * (length + 1) * (4 * each + 2 * 4)
+            return (*found[:3], torch.empty(rows * (gates + states), dtype=torch.uint8))
+        if func is torch.ops.aten.convolution.default:
+            self._storages.for_a_moment(max(args[0].nbytes, found.nbytes))
+        if func is torch.ops.aten.convolution_backward.default:
+            made, given, strided = args[0].nbytes, args[1].nbytes, max(args[4]) > 1
+            self._storages.for_a_moment(2 * given if strided else given + made)
+        return found
 
 
 class _WholeNumbers(TorchDispatchMode):

@@ -3,11 +3,13 @@
 Memory: trainer/memory.py. A step's seconds are an estimate that says what it rests on. They are those of an earlier run
 with the same model, task, batch, precision, stage and workers on that device, where the store has one. Else they are
 arithmetic: the model's FLOPs (3 forward passes; recomputing adds one: Chen et al. 2016) over the share of the device's
-peak that is usual, and the bytes that ZeRO moves (Rajbhandari et al. 2020, section 7) over the link to a neighbour.
+peak that is usual, the bytes that ZeRO moves (Rajbhandari et al. 2020, section 7) over the link to a neighbour, and
+what the host takes to start each operation of the step, which is most of a small model's time.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,8 +25,14 @@ from trainer.validate import Plan
 
 # Of a GPU's peak: large language models reach 0.3 to 0.5 (Chowdhery et al. 2022, table 3; Narayanan et al. 2021).
 GPU_UTILISATION = 0.4
-# Of a matrix product's speed on a CPU: measured with the models of benchmarks/memory.py.
+# Of a matrix product's speed on a CPU: measured, 0.19 to 0.72 and 0.57 in the median (docs/plan.md).
 CPU_UTILISATION = 0.5
+# What the host takes at any size, in Python, autograd and DeepSpeed: for an operation with its share of views, for a
+# parameter that ZeRO handles (a micro-batch where it reduces each), and for a step, by stage. Fitted by hand to the
+# steps of docs/plan.md's table, measured on one virtual core of an AMD EPYC; not measured on a GPU's host.
+OPERATION_HOST_S = 10e-6
+PARAMETER_HOST_S = (0.0, 60e-6, 60e-6, 1e-3)
+STEP_HOST_S = (0.6e-3, 1.8e-3, 1.8e-3, 1e-3)
 HOST_LINK_BYTES_S = 25e9  # offload: PCIe 4.0 x16
 EARLIER_RUNS = 50  # looked at, newest first
 
@@ -81,9 +89,18 @@ class Estimate:
             / (self.config.resources.workers * self.site.flops * utilisation)
         )
         moved_s = _bytes_moved(self.plan) / (self.site.device.link_gb_s * 1e9)
-        overlaps = self.site.is_gpu and self.config.zero.stage >= 2
-        step_s = max(compute_s, moved_s) if overlaps else compute_s + moved_s
-        return step_s + (_offloaded_bytes(self.plan) / HOST_LINK_BYTES_S if self.site.is_gpu else 0.0)
+        if not self.site.is_gpu:
+            return compute_s + moved_s + self.host_s
+        step_s = max(compute_s, moved_s) if self.config.zero.stage >= 2 else compute_s + moved_s
+        return max(step_s + _offloaded_bytes(self.plan) / HOST_LINK_BYTES_S, self.host_s)
+
+    @property
+    def host_s(self) -> float:
+        """Seconds a step for what takes the same at any size: on a CPU added to the rest, on a GPU done meanwhile."""
+        stage, micro_batches, dispatched = self.config.zero.stage, self.plan.accumulation_steps, self.memory.dispatched
+        operations = micro_batches * dispatched.micro_batch + dispatched.update
+        handled = dispatched.parameters * (micro_batches if stage >= 2 else 1)
+        return STEP_HOST_S[stage] + operations * OPERATION_HOST_S + handled * PARAMETER_HOST_S[stage]
 
     @property
     def basis(self) -> str:
@@ -97,7 +114,11 @@ class Estimate:
             if self.config.resources.workers == 1
             else (f", and {self.site.device.link_gb_s:g} GB/s between neighbours (between nodes it is less)")
         )
-        return f"estimate: {share:.0%} of {of}, {self.site.flops / 1e12:.3g} TFLOP/s a worker{link}"
+        least = "at least " if self.site.is_gpu else ""
+        return (
+            f"estimate: {share:.0%} of {of}, {self.site.flops / 1e12:.3g} TFLOP/s a worker{link}; {least}"
+            f"{_seconds(self.host_s)} a step to start its operations"
+        )
 
     @property
     def mfu(self) -> float:
@@ -226,16 +247,22 @@ def _earlier(plan: Plan, site: Site) -> tuple[float, str] | None:
 
     try:
         store = Store(plan.config.store)
-        if store.local_path() is None:  # reading every record of an object store would take longer than it is worth
+        folder = store.local_path()
+        if folder is None:  # reading every record of an object store would take longer than it is worth
             return None
-        for name in reversed(list_runs(store)[-EARLIER_RUNS:]):
+        names = sorted(list_runs(store), key=lambda name: (folder / name / "run.yaml").stat().st_mtime, reverse=True)
+    except (ShardyardError, OSError):
+        return None
+    for name in names[:EARLIER_RUNS]:
+        try:
             record = RunRecord.open(store.uri, name)
-            if _computes_the_same(record.config, plan.config) and _was_on(record.events(), site.name):
-                seconds = [row["step_s"] for row in record.metrics_table() if "step_s" in row]
-                if len(seconds) >= 3:
-                    return statistics.median(seconds[1:]), name
-    except ShardyardError:
-        return None  # a damaged record is no reason not to plan
+            if not (_computes_the_same(record.config, plan.config) and _was_on(record.events(), site.name)):
+                continue
+            seconds = [row["step_s"] for row in record.metrics_table() if 0 < row.get("step_s", 0) < math.inf]
+        except (ShardyardError, LookupError, TypeError, ValueError, AttributeError):
+            continue  # a damaged record, or rows that nothing here writes, are no reason not to plan
+        if len(seconds) >= 3:
+            return statistics.median(seconds[1:]), name
     return None
 
 

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.torch_heap import Place, TorchHeap
 
+_NO_TENSOR = 0  # no storage has this address
+
 
 @dataclass(frozen=True)
 class LogitsShape:
@@ -35,7 +37,8 @@ class Storages(TorchDispatchMode):
     (`part`), or that it was moved to later (`assign`). Tensors made elsewhere count once `assign` has named them.
     live, peak: bytes by (part, whether on the host while training is on a device). `peak` is that of the moment when
     their sum was largest; host_peak: the same for the host alone. Where malloc is followed, `peak` is of the moment
-    when it held most, and what no tensor has of that is the part "heap".
+    when it held most, and what no tensor has of that is the part "heap". operations: those that compute something or
+    allocate, so far; views of a tensor are not counted.
     """
 
     def __init__(self, *, one_memory: bool, follow_malloc: bool = False) -> None:
@@ -44,6 +47,7 @@ class Storages(TorchDispatchMode):
         self.live: dict[tuple[str, bool], int] = {}
         self.peak: dict[tuple[str, bool], int] = {}
         self.host_peak: dict[tuple[str, bool], int] = {}
+        self.operations = 0
         self.logits: LogitsShape | None = None  # what is made as activations and fits it belongs to the part "logits"
         self._one_memory = one_memory
         self._highest = {False: 0, True: 0}
@@ -86,6 +90,13 @@ class Storages(TorchDispatchMode):
         if self._heap is not None:
             self._heap.import_deepspeed()
 
+    def for_a_moment(self, size: int) -> None:
+        """Bytes that no tensor shows are taken from the heap, and given back at once."""
+        if self._heap is not None:
+            self._heap.storage(_NO_TENSOR, size, "heap")
+            self._add(self._place, 0)
+            self._heap.storage_freed(_NO_TENSOR)
+
     def forget_peak(self) -> None:
         """Look for the peak from now on."""
         for host, kept in ((False, self.peak), (True, self.host_peak)):
@@ -99,6 +110,8 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view:  # prim.device asks a fake tensor where it is
+            self.operations += 1
         if self._heap is not None:
             self._heap.before(tree_leaves(args))
         for leaf in tree_leaves(found):

@@ -71,12 +71,14 @@ def _asked_for(arguments: Namespace) -> SweepFolder:
     metric, goal = _metric(arguments)
     trials = _trials(arguments, algorithm, space)
     base = load_recipe(recipe, fixed)
-    _check_algorithm(algorithm, base.config, space, len(trials))
+    _check_algorithm(algorithm, base.config, space, trials)
     if algorithm == "pbt":
         keep = base.config.checkpoint.keep
         fixed += [f"checkpoint.every={base.config.evaluation.every}"]
         fixed += [] if keep is None else [f"checkpoint.keep={max(keep, POPULATION_KEEPS)}"]
         base = load_recipe(recipe, fixed)
+    name = arguments.name or f"{base.config.name}-{algorithm}"
+    _check_name(base.config, name, algorithm, len(trials))
     _check_values(base.config, [*trials, *(corners(space) if algorithm == "pbt" else [])])
     spec = Spec(
         algorithm=algorithm,
@@ -86,7 +88,6 @@ def _asked_for(arguments: Namespace) -> SweepFolder:
         seed=arguments.seed,
         trials=trials,
     )
-    name = arguments.name or f"{base.config.name}-{algorithm}"
     return SweepFolder.create(Store(base.config.store), name, spec, base)
 
 
@@ -128,20 +129,20 @@ def _trials(arguments: Namespace, algorithm: str, space: Space) -> list[Values]:
     return trials
 
 
-def _check_algorithm(algorithm: str, config: RunConfig, space: Space, num_trials: int) -> None:
+def _check_algorithm(algorithm: str, config: RunConfig, space: Space, trials: Sequence[Values]) -> None:
     """Raises UsageError for what an algorithm cannot work with."""
     from trainer.parent import is_free, may_change
 
     if algorithm not in ("asha", "pbt"):
         return
-    every = config.evaluation.every
-    if every is None or every >= config.steps:
+    every, steps = config.evaluation.every, max(values.get("steps", config.steps) for values in trials)
+    if every is None or every >= steps:
         raise UsageError(
             f"{algorithm} compares trials while they train, and this recipe evaluates at its end alone "
-            f"(evaluation.every={'null' if every is None else every}, steps={config.steps}). Set "
-            f"evaluation.every={max(1, config.steps // 10)} for example, or use random."
+            f"(evaluation.every={'null' if every is None else every}, steps={steps}). Set "
+            f"evaluation.every={max(1, steps // 10)} for example, or use random."
         )
-    if algorithm == "pbt" and num_trials < 2:
+    if algorithm == "pbt" and len(trials) < 2:
         raise UsageError("A population has at least two members. Use --trials 4 for example, or random.")
     bound = [key for key in space if key == "steps" or not is_free(key, "all")] if algorithm == "pbt" else []
     if bound:
@@ -149,6 +150,20 @@ def _check_algorithm(algorithm: str, config: RunConfig, space: Space, num_trials
             f"pbt changes values while it trains, and {', '.join(bound)} cannot change then. {may_change('all')} "
             "steps is the same for a whole population. Leave it out, or use random or asha."
         )
+
+
+def _check_name(config: RunConfig, name: str, algorithm: str, num_trials: int) -> None:
+    """Refuse a name that some of the sweep's runs could not have."""
+    from trainer.validate import load_recipe
+
+    longest = f"{name}-{num_trials:04d}"
+    if algorithm == "pbt":
+        assert config.evaluation.every is not None
+        longest += f"-g{config.steps // config.evaluation.every + 1}"
+    try:
+        load_recipe(config, overrides({"name": longest}))
+    except ConfigError as error:
+        raise UsageError(f"The sweep's runs have its name: {error}. Give it another with --name.") from error
 
 
 def _check_values(config: RunConfig, candidates: Sequence[Mapping[str, Any]]) -> None:

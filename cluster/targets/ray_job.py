@@ -115,7 +115,7 @@ class Waiter:
             if (leaving or self._told_to_end) and self._record().stop_requested() is None:
                 self._record().request_stop(MAKES_ROOM)  # again, if the launcher came after: it forgets what was before
         record = self._record()
-        made_room = leaving and code == 0 and record.status() == "stopped" and record.stop_requested() == MAKES_ROOM
+        made_room = code == 0 and record.status() == "stopped" and record.stop_requested() == MAKES_ROOM
         return code, made_room or code == Preempted.exit_code
 
     def _left_s(self, tail: RecordTail) -> float | None:

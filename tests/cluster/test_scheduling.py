@@ -215,6 +215,23 @@ def test_a_quota_holds_up_its_user_alone() -> None:
     assert decisions.why["a2"] == "quota: the runs of ada have 2 of 3 workers, and this one asks for 2"
 
 
+def test_a_quota_counts_what_a_job_may_grow_to_and_what_it_holds_while_it_moves() -> None:
+    grows = Placed(job("grows", fewest=1, most=3), {"n1": 1}, started_at=0)
+    moves = Placed(job("moves", 1), {"n1": 1, "n2": 1}, started_at=0)
+    for placed, used in ((grows, 3), (moves, 2)):
+        waits = decide([job("next", 1)], [placed], gpus(n1=4), {"ada": used}, 0)
+        assert f"have {used} of {used} workers" in waits.why["next"]
+        assert set(decide([job("next", 1)], [placed], gpus(n1=4), {"ada": used + 1}, 0).start) == {"next"}
+    both = [job("grows", at=1, fewest=1, most=3), job("next", 1, at=2, worker={"CPU": 1.0})]
+    assert set(decide(both, [], {"n1": {"GPU": 1.0, "CPU": 1.0}}, {"ada": 3}, 0).start) == {"grows"}
+
+
+def test_a_quota_by_name_goes_before_the_default() -> None:
+    assert allowance("ada", {"ada": 1, "default": 4}) == 1
+    assert allowance("bob", {"ada": 1, "default": 4}) == 4
+    assert allowance("bob", {"ada": 1}) == math.inf
+
+
 def test_no_more_is_preempted_than_needed_and_the_dearest_is_kept() -> None:
     placed = [
         Placed(job("long", 2), {"n1": 2}, started_at=0),
@@ -235,12 +252,38 @@ def test_nobody_is_preempted_in_vain_or_twice() -> None:
     assert decide([job("next", 1, priority=5)], [going, high], gpus(n1=0), {}, 10).preempt == {}
 
 
+def test_what_makes_room_already_counts_before_anybody_else_is_asked() -> None:
+    going = Placed(job("going", 1), {"n1": 1}, started_at=50, leaving=True)
+    stays = Placed(job("stays", 1), {"n1": 1}, started_at=0)
+    assert decide([job("urgent", 1, priority=5)], [going, stays], gpus(n1=0), {}, 60).preempt == {}
+    assert decide([job("urgent", 2, priority=5)], [going, stays], gpus(n1=0), {}, 60).preempt == {"stays": "urgent"}
+
+
+def test_the_lowest_priority_makes_room_first_however_long_it_has_run() -> None:
+    placed = [
+        Placed(job("low", 1, priority=1), {"n1": 1}, started_at=0),
+        Placed(job("high", 1, priority=2), {"n1": 1}, started_at=50),
+    ]
+    assert decide([job("urgent", 1, priority=5)], placed, gpus(n1=0), {}, 60).preempt == {"low": "urgent"}
+
+
+def test_of_those_that_may_stay_the_one_with_most_to_lose_stays() -> None:
+    """The last to start are asked first; the third of them has places enough that one of the others can stay."""
+    placed = [
+        Placed(job(name, workers), {"n1": workers}, started_at=at)
+        for name, workers, at in (("last", 1, 90), ("middle", 1, 80), ("first", 2, 70))
+    ]
+    assert set(decide([job("urgent", 3, priority=5)], placed, gpus(n1=0), {}, 99).preempt) == {"last", "first"}
+
+
 def test_a_small_job_is_filled_in_where_it_ends_in_time() -> None:
     placed = [Placed(job("running", 3, s=100), {"n1": 3}, started_at=0)]
     waiting = [job("big", 4, at=1, s=50), job("short", 1, at=2, s=60), job("long", 1, at=3, s=200), job("any", 1, at=4)]
     decisions = decide(waiting, placed, gpus(n1=1), {}, 0)
     assert list(decisions.start) == ["short"]
     assert decisions.why["long"] == decisions.why["any"] == "behind big"
+    exact = [waiting[0], job("exact", 1, at=2, s=100)]
+    assert list(decide(exact, placed, gpus(n1=1), {}, 0).start) == ["exact"]
     more = decide(waiting[:1] + waiting[2:], placed, gpus(n1=1), {}, 0)
     assert more.why["long"] == more.why["any"] == "its start would delay big, which comes first"
 
@@ -255,6 +298,29 @@ def test_jobs_of_unknown_length_do_not_pile_up_in_front_of_the_first() -> None:
     assert decide([big, job("s2", 1, at=3)], placed, gpus(n1=1), {}, 5).start == {}
 
 
+def test_in_front_of_one_of_which_nobody_knows_when_it_starts_even_a_short_job_waits() -> None:
+    placed = [Placed(job("running", 3), {"n1": 3}, started_at=0)]
+    decisions = decide([job("big", 4, at=1), job("short", 1, at=2, s=1)], placed, gpus(n1=1), {}, 0)
+    assert decisions.why["short"] == "its start would delay big, which comes first"
+
+
+def test_what_was_filled_in_counts_as_ended_where_it_ends_in_time() -> None:
+    placed = [
+        Placed(job("running", 2, s=100), {"n1": 2}, started_at=0),
+        Placed(job("filled", 1, at=2, s=50), {"n1": 1}, started_at=0),
+    ]
+    assert set(decide([job("big", 3, at=1), job("open", 1, at=3)], placed, gpus(n1=1), {}, 0).start) == {"open"}
+
+
+def test_only_the_first_that_waits_for_room_is_held_to_its_time() -> None:
+    """The third fits, and delays the second alone; the second itself waits, though nobody stands before it but one."""
+    placed = [Placed(job("running", 2, s=100), {"n1": 2}, started_at=0)]
+    waiting = [job("first", 3, at=1), job("second", 4, at=2, priority=0), job("third", 1, at=3)]
+    decisions = decide(waiting, placed, gpus(n1=2), {}, 0)
+    assert set(decisions.start) == {"third"}
+    assert decisions.why["second"] == "behind first"
+
+
 def test_what_the_cluster_has_lost_the_room_for_holds_nobody_up() -> None:
     decisions = decide([job("big", 8, at=1), job("small", 1, at=2)], [], gpus(n1=4), {}, 0)
     assert set(decisions.start) == {"small"}
@@ -266,6 +332,26 @@ def test_an_elastic_job_takes_what_there_is() -> None:
     assert fit(job("e", fewest=5, most=6), gpus(n1=3, n2=1)) is None
 
 
+def test_workers_go_where_the_least_is_left_over() -> None:
+    assert fit(job("a", 1), gpus(n1=4, n2=1, n3=2)) == {"n2": 1}
+    assert fit(job("a", 2), gpus(n1=4, n2=1, n3=2)) == {"n3": 2}
+    assert fit(job("a", 5), gpus(n1=4, n2=1, n3=2)) == {"n1": 4, "n2": 1}
+
+
+def test_parts_of_a_resource_are_counted_as_ray_does() -> None:
+    tenths = job("a", fewest=10, most=10, worker={"CPU": 0.1, "GPU": 0.0})
+    assert fit(tenths, {"n1": {"CPU": 1.0}}) == {"n1": 10}
+
+
+def test_an_end_is_told_from_when_it_was_known_and_an_overdue_one_is_now() -> None:
+    later = Placed(job("running", 1, s=30), {"n1": 1}, started_at=0, told_at=50)
+    assert earliest(job("next", 1), [later], gpus(n1=0), 60) == 80
+    overdue = Placed(job("running", 1, s=30), {"n1": 1}, started_at=0)
+    assert earliest(job("next", 1), [overdue], gpus(n1=0), 60) == 60
+    leaving = replace(later, leaving=True)
+    assert earliest(job("next", 1), [leaving], gpus(n1=0), 60) == 60
+
+
 def test_places_on_a_node_that_is_gone_come_not_back() -> None:
     placed = [Placed(job("running", 2, s=10), {"gone": 2}, started_at=0)]
     assert earliest(job("next", 1), placed, gpus(n1=0), 0) == math.inf
@@ -275,3 +361,20 @@ def test_a_forecast_leaves_out_what_nobody_can_tell() -> None:
     placed = [Placed(job("open", 1), {"n1": 1}, started_at=0), Placed(job("known", 1, s=30), {"n1": 1}, started_at=10)]
     told = forecast([job("one", 1, at=1), job("two", 1, at=2)], placed, gpus(n1=0), {}, 20)
     assert told == {"one": 40}
+
+
+def test_a_forecast_lets_who_made_room_go_on_with_what_is_left_of_it() -> None:
+    """At 10 ada's quota lets `urgent` in, for which `filled` makes room; the rest of it comes before `last`."""
+    placed = [Placed(job("running", 1, priority=9, s=10), {"n1": 1}, started_at=0)]
+    waiting = [
+        job("urgent", 2, priority=5, at=1, s=5),
+        job("filled", 1, at=2, s=100, user="bob"),
+        job("last", 2, at=3, s=1, user="bob"),
+    ]
+    assert forecast(waiting, placed, gpus(n1=1), {"ada": 2}, 0) == {"filled": 0, "urgent": 10, "last": 105}
+
+
+def test_a_forecast_lets_who_makes_room_already_wait_again_in_its_place() -> None:
+    placed = [Placed(job("going", 1, s=50), {"n1": 1}, started_at=0, leaving=True, told_at=20)]
+    waiting = [job("urgent", 1, priority=5, at=2, s=10), job("last", 1, at=3)]
+    assert forecast(waiting, placed, gpus(n1=0), {}, 20) == {"urgent": 20, "last": 80}

@@ -1,24 +1,31 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from cluster import sweep as module
 from cluster.cli import main
 from cluster.mlflow_values import run_tags
+from cluster.progress_bar import Narrator
+from cluster.sweep import Sweep
 from cluster.sweep_folder import Branch, Spec, SweepFolder
-from configs.errors import NotFound, UsageError
+from configs.errors import NotFound, RunFailed, Unreachable, UsageError
 from configs.load import Resolved
 from data_pipelines.storage import Store
 from tests.cluster.waiting import alive, wait_for
+from trainer import lease
 from trainer.record import RunRecord, list_runs
 from trainer.validate import load_recipe
 
@@ -88,6 +95,10 @@ def evaluated(sweep: SweepFolder, run: str, losses: dict[int, float], *, saved: 
         (["random", "model.num_layers=int:-2:0"], "refuses model.num_layers"),
         (["random", "optimizer.lr=1e-3,1e-2", "--metric", "accuracy"], "--goal min or --goal max"),
         (["asha", "optimizer.lr=1e-3,1e-2", "evaluation.every=null"], "evaluation.every=6"),
+        (["asha", "steps=10,20"], "(evaluation.every=20, steps=20)"),
+        (["grid", "optimizer.lr=1e-3,1e-2", "--name", "../s"], "'../s-0002' cannot name a run"),
+        (["grid", "optimizer.lr=1e-3,1e-2", "--name", "a" * 59], "cannot name a run"),
+        (["pbt", "optimizer.lr=1e-3,1e-2", "--name", "a" * 57], "cannot name a run"),
         (["pbt", "model.hidden_size=16,32"], "model.hidden_size cannot change"),
         (["pbt", "steps=60,80"], "steps cannot change"),
         (["pbt", "optimizer.lr=1e-3,1e-2", "--trials", "1"], "at least two members"),
@@ -124,6 +135,8 @@ def test_a_sweep_is_the_same_or_refused(tmp_path: Path) -> None:
         SweepFolder.create(sweep.root, "s", Spec(**{**vars(spec()), "goal": "max"}), base(tmp_path))
     with pytest.raises(UsageError, match="steps: 60 there, 70 here"):
         SweepFolder.create(sweep.root, "s", spec(), base(tmp_path, steps=70))
+    with pytest.raises(UsageError, match="seed: 0 there, 1 here"):
+        SweepFolder.create(sweep.root, "s", Spec(**{**vars(spec()), "seed": 1}), base(tmp_path))
 
 
 def test_trials_are_runs_of_the_store_with_their_values_and_their_sweep(tmp_path: Path) -> None:
@@ -270,6 +283,21 @@ def test_a_population_does_not_wait_for_a_member_that_failed(tmp_path: Path) -> 
     assert [(branch["number"], branch["parent"]) for branch in decided["branches"]] == [(1, "s-0002")]
 
 
+def test_a_population_decides_nothing_once_the_sweep_is_to_stop(tmp_path: Path) -> None:
+    """Who saves and ends by that has not failed: at the next launch the others wait for it."""
+    from cluster.sweep_schedulers import Population
+
+    sweep = made(tmp_path, "pbt", 1e-3, 2e-3, 3e-3)
+    scheduler, controller = Population(sweep, {}, lambda _: None), Members(3)
+    for member in controller.members[:2]:
+        assert scheduler.on_trial_result(controller, member, {"step": 20, "validation/loss": 1.0}) == "PAUSE"
+        member.status = "PAUSED"
+    sweep.request_stop("SIGINT")
+    controller.members[2].status = "TERMINATED"
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert sweep.generations() == []
+
+
 def test_nobody_goes_on_from_a_checkpoint_that_is_gone(tmp_path: Path) -> None:
     sweep = made(tmp_path, "pbt")
     for number in (1, 2):
@@ -347,6 +375,17 @@ def test_a_finished_trial_reports_from_its_record_at_once(tmp_path: Path) -> Non
     assert reports(sweep, 1) == [(20, 0.5, True, False), (40, 0.25, True, False), (60, 0.125, True, True)]
 
 
+def test_what_a_launcher_failed_of_after_its_run_had_finished_is_forgotten(tmp_path: Path) -> None:
+    sweep = made(tmp_path)
+    evaluated(sweep, "s-0001", {60: 0.5})
+    record = RunRecord.open(sweep.root.uri, "s-0001")
+    record.event("finished", step=60)
+    record.close()
+    sweep.fail_trial(1, "Its launcher's process is gone.")
+    assert reports(sweep, 1) == [(60, 0.5, True, True)]
+    assert sweep.failure(1) is None
+
+
 def test_a_trial_that_was_given_up_reports_what_it_had_until_then_and_ends(tmp_path: Path) -> None:
     sweep = made(tmp_path)
     evaluated(sweep, "s-0001", {20: 0.5, 40: 0.25, 60: 0.125})
@@ -369,6 +408,45 @@ def test_a_metric_that_the_evaluation_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no validation/loss.*validation/accuracy"):
         reports(sweep, 1)
     assert "validation/accuracy" in str(sweep.failure(1))
+
+
+# --- the launcher
+
+
+def test_a_sweep_that_another_process_took_over_ends_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path)
+    monkeypatch.setattr(lease, "RENEW_EVERY_S", 0.05)
+    monkeypatch.setattr(module, "END_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(Sweep, "_drive", lambda _: time.sleep(30))
+    sweep = Sweep(folder, address=None, parallel=None, narrator=Narrator(io.StringIO()))
+    later = lease.Claim("f" * 32, lease.Holder("elsewhere", 1, 0.0), True, time.time() + 1, time.time() + 1)
+    folder.store.write_atomic(later.path, json.dumps(asdict(later)))
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="took the sweep over"):
+        sweep.wait()
+    assert time.monotonic() - began < 10
+    assert folder.store.exists(later.path)
+
+
+def test_ctrl_c_is_handed_on_once_a_store_that_is_away_answers_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, refused = made(tmp_path), [Unreachable("No space is left."), Unreachable("No space is left.")]
+
+    def request_stop(reason: str) -> None:
+        if refused:
+            raise refused.pop()
+        SweepFolder.request_stop(folder, reason)
+
+    def drive(_: Sweep) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(folder.stop_requested, "the request", 10)
+
+    monkeypatch.setattr(folder, "request_stop", request_stop)
+    monkeypatch.setattr(Sweep, "_drive", drive)
+    sweep = Sweep(folder, address=None, parallel=None, narrator=Narrator(io.StringIO()))
+    sweep.wait()
+    assert (folder.stop_requested(), sweep.first_signal, refused) == ("SIGINT", signal.SIGINT, [])
 
 
 # --- real ones
@@ -408,6 +486,14 @@ def nothing_is_left(process: subprocess.Popen[str], pids: list[int]) -> None:
     )
 
 
+def killed(sweep: subprocess.Popen[str]) -> None:
+    """Kill it, and wait until its processes are gone."""
+    pids = below(sweep)
+    sweep.kill()
+    sweep.communicate()
+    nothing_is_left(sweep, pids)
+
+
 def weights(store: Path, run: str, step: int) -> list[bytes]:
     """Weights and the optimizer's state as one worker wrote them; the files' names are drawn at random."""
     folder = store / run / "checkpoints" / f"step-{step:08d}"
@@ -418,6 +504,17 @@ def weights(store: Path, run: str, step: int) -> list[bytes]:
 
 def saved(store: Path, run: str, step: int) -> bool:
     return (store / run / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
+
+
+def members(store: Path, status: str) -> list[str]:
+    """Runs that a population consists of now, and that stand so."""
+    runs = [trial.run for trial in SweepFolder.open(Store(str(store)), "s").trials()]
+    there = list_runs(Store(str(store)))  # a generation is decided before its runs are made
+    return [run for run in runs if run in there and RunRecord.open(str(store), run).status() == status]
+
+
+def decided(store: Path) -> list[dict[str, Any]]:
+    return SweepFolder.open(Store(str(store)), "s").generations()
 
 
 @pytest.mark.ray
@@ -487,14 +584,42 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         if name == "killed":
             sweep = start(tmp_path, str(path), *arguments)
             wait_for(lambda store=store: saved(store, "s-0001", 100), "a checkpoint", 120)
-            pids = below(sweep)
-            os.kill(sweep.pid, signal.SIGKILL)
-            sweep.communicate()
-            nothing_is_left(sweep, pids)
+            killed(sweep)
             assert not saved(store, "s-0003", 600)
         result = finished(tmp_path, str(path), *arguments)
         assert list_runs(Store(str(store))) == ["s-0001", "s-0002", "s-0003"]
         outcomes.append((result, {row["run"]: weights(store, row["run"], 600) for row in result["trials"]}))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_population_goes_on_to_the_same_population(tmp_path: Path) -> None:
+    """Killed before its first decision, while the second member trains, and again when one of them has finished."""
+    # One after the other, so that a kill finds the members at different places.
+    arguments = ("pbt", "optimizer.lr=1e-3,1e-5", "--trials", "2", "--seed", "1", "--parallel", "1", "--name", "s")
+    outcomes = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        path, store = recipe(tmp_path / name, steps=2000, evaluation={"every": 1000}), tmp_path / name / "runs"
+        if name == "killed":
+            sweep = start(tmp_path, str(path), *arguments)
+            wait_for(lambda store=store: saved(store, "s-0001", 1000), "the first evaluation", 120)
+            wait_for(lambda store=store: members(store, "running") == ["s-0002"], "the second member", 120)
+            killed(sweep)
+            assert decided(store) == []
+            sweep = start(tmp_path, str(path), *arguments)
+            wait_for(lambda store=store: members(store, "finished"), "the end of a member", 240)
+            killed(sweep)
+            ended = members(store, "finished")
+            assert (len(ended), len(decided(store))) == (1, 1)
+            record = RunRecord.open(str(store), ended[0])
+            before = record.attempts(), record.metrics_table()
+        result = finished(tmp_path, str(path), *arguments)
+        runs = members(store, "finished")
+        outcomes.append((result, decided(store), {run: weights(store, run, 2000) for run in runs}))
+    assert (record.attempts(), record.metrics_table()) == before, "what has finished is not trained again"
+    assert len(runs) == 2
     assert outcomes[0] == outcomes[1]
 
 

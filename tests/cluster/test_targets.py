@@ -89,6 +89,16 @@ def test_a_package_of_the_users_own_travels(tmp_path: Path, monkeypatch: pytest.
     assert json.loads(request)["runtime_env"]["working_dir"] == expected
 
 
+def test_no_shell_stays_between_ray_and_what_it_stops(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text("#!/bin/sh\necho in the place of the shell\n")
+    (tmp_path / "python").chmod(0o755)
+    request = open_target(RayTarget(address="http://head:8265")).render(job())
+    entrypoint = json.loads(request.partition("\n")[2].partition("\n\n")[0])["entrypoint"]
+    command = f"{entrypoint}\necho the shell is still there"  # a shell may leave out to stay for its last command
+    ran = subprocess.run(["sh", "-c", command], env={"PATH": f"{tmp_path}:/bin"}, capture_output=True, text=True)
+    assert ran.stdout == "in the place of the shell\n"
+
+
 def test_a_store_that_no_other_machine_sees_is_refused() -> None:
     relative = Job(load(minimal(name="demo", store="runs")))
     with pytest.raises(UsageError, match="absolute path on a shared file system, or an object store"):

@@ -83,6 +83,13 @@ def test_a_store_means_the_same_folder_everywhere(tmp_path: Path, monkeypatch: p
     assert Store("s3://bucket/p?region=x").child("a", "b").uri == "s3://bucket/p/a/b?region=x"
 
 
+def test_a_tilde_is_what_it_is_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert Store("~/runs").uri == "/home/me/runs"
+    assert Store("~no-user-of-this-name/runs").uri == f"{tmp_path}/~no-user-of-this-name/runs"
+
+
 def test_a_uri_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="nonsense://x is not understood"):
         Store("nonsense://x").read_bytes("file")

@@ -27,6 +27,8 @@ TEXT = BoundTask(
 )
 PICTURES = BoundTask(image_classification, image_classification.Config(num_classes=5, image_size=16))
 
+PICTURE_MODEL = BoundModel(cnn, cnn.Config(blocks=(1, 1), width=16), *PICTURES.io())
+
 
 def gpt_model(**settings: Any) -> BoundModel:
     sizes = {"num_layers": 2, "hidden_size": WIDTH, "num_heads": 4} | settings
@@ -103,7 +105,7 @@ def test_activations_grow_with_the_micro_batch() -> None:
         (gpt_model(), TEXT),
         (gpt_model(activation_checkpointing=True), TEXT),
         (BoundModel(lstm, lstm.Config(num_layers=2, hidden_size=WIDTH), *TEXT.io()), TEXT),
-        (BoundModel(cnn, cnn.Config(blocks=(1, 1), width=16), *PICTURES.io()), PICTURES),
+        (PICTURE_MODEL, PICTURES),
     ],
     ids=["gpt", "gpt, recompute", "lstm", "cnn"],
 )
@@ -132,6 +134,25 @@ def test_fake_tensors_live_as_long_as_real_ones(model: BoundModel, task: BoundTa
     snapshot = sum(fake.host.values())
     within = 0.15 if model.module is lstm else 0.01  # oneDNN's workspace is told by a formula
     assert fake.tensors - snapshot == pytest.approx(real, rel=within)
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [(gpt_model(), TEXT), (gpt_model(activation_checkpointing=True), TEXT), (PICTURE_MODEL, PICTURES)],
+    ids=["gpt", "gpt, recompute", "cnn"],
+)
+def test_operations_are_those_of_a_real_micro_batch(model: BoundModel, task: BoundTask) -> None:
+    """Forward and backward of a second micro-batch, which adds to the gradients of the first."""
+    with torch.device("meta"):
+        module = model.build()
+    materialize(module, model.init_parameter, seed=0)
+    batch = example_batch(task, BATCH)
+    task.loss(module, batch).backward()
+    with Storages(one_memory=True) as storages:
+        task.loss(module, batch).backward()
+    found = predict_memory(model, task, config_of(), 1, on_gpu=False).dispatched
+    assert found.micro_batch == storages.operations + 1, "the buffer of stage 0's all-reduce"
+    assert found.parameters == len(list(module.parameters()))
 
 
 def test_logits_are_a_part_of_their_own() -> None:
