@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cluster.dashboard import performance, rank_rows
 from cluster.dashboard.columns import Columns
-from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
+from cluster.dashboard.curves import Curve, Floats, Mask, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer import history
+from trainer.extremes import bounds_of, is_bound
 from trainer.lease import current_claim
 from trainer.record import RunRecord, list_runs
 from trainer.record_rows import Cursor, decode_value, read_rows
@@ -34,6 +36,7 @@ SPARKLINE_BUCKETS = 60
 # A run counts as stalled when its newest row is older than this many of its own intervals, but not before a minute.
 STALLED_INTERVALS, STALLED_S = 10.0, 60.0
 LOW_DISK = 0.05  # of the store's disk
+STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class RunView:
         self._event_cursor: Cursor | None = None
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
         self._cache = cache
+        self._ranks: rank_rows.RankRows | None = None  # the same
+        self._slow: list[Row] = []
+        self._slow_at = -math.inf
 
     # --- what it says of itself
 
@@ -131,6 +137,8 @@ class RunView:
             silent = now - max(latest["time"], events[-1]["time"])
             if silent > max(STALLED_S, STALLED_INTERVALS * every):
                 found.append({"kind": "stalled", "text": f"nothing new for {silent:.0f} s", "time": latest["time"]})
+        if status == "running" and latest and self.record.config.resources.workers > 1:
+            found.extend({"kind": "straggler", "time": latest["time"]} | each for each in self.stragglers()[:1])
         if status == "lost":
             found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
         for event in events:
@@ -147,6 +155,38 @@ class RunView:
             found.append({"kind": "failed", "text": text, "time": failed[-1]["time"]})
         return found
 
+    def stragglers(self) -> list[Row]:
+        """Ranks that hold the others up now, the slowest first: {rank, node, factor, text}."""
+        with self._lock:
+            if time.monotonic() - self._slow_at < STRAGGLERS_EVERY_S:
+                return self._slow
+            store = self.record.store
+            slow = performance.stragglers(rank_rows.recent_own_s(store))
+            others = len(slow) - 1
+            more = f", and {others} more {'does' if others == 1 else 'do'}" if others > 0 else ""
+            self._slow = []
+            for rank, factor in slow:
+                node = rank_rows.place_of(store, rank).get("host")
+                text = f"rank {rank} on {node} takes {factor:.1f} times the median rank's time a step{more}"
+                self._slow.append({"rank": rank, "node": node, "factor": factor, "text": text})
+            self._slow_at = time.monotonic()
+            return self._slow
+
+    # --- its ranks
+
+    def ranks(self) -> tuple[rank_rows.RankTable, dict[int, Row]]:
+        """What its ranks wrote up to now, and where each ran last."""
+        with self._lock:
+            if self._ranks is None:
+                self._ranks = rank_rows.RankRows(self.record.store)
+            self._ranks.update()
+            return self._ranks.table(), self._ranks.places()
+
+    def split(self, start: float | None, stop: float | None, buckets: int) -> performance.Split:
+        """Where the time of its steps went (see performance.split)."""
+        with self._lock:
+            return performance.split(self.columns(), self.events(), start=start, stop=stop, buckets=buckets)
+
     # --- its curves
 
     def columns(self) -> Columns:
@@ -158,8 +198,8 @@ class RunView:
             return self._columns
 
     def metric_names(self) -> list[str]:
-        """Of all metrics, in the order of their first appearance."""
-        return self.columns().names
+        """Of all metrics that have a curve of their own, in the order of their first appearance."""
+        return [name for name in self.columns().names if not is_bound(name)]
 
     def num_rows(self) -> int:
         """Rows of metrics up to now."""
@@ -186,12 +226,17 @@ class RunView:
             columns = self.columns()
             attempt, step, when = columns.place()
             numbers, values = columns.metric(metric)
+            bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
         kept = surviving(attempt, step)
-        places = self._places(axis, step, when)
-        mask = kept[numbers]
-        curve = curve_of(places[numbers[mask]], values[mask])
+        everywhere = self._places(axis, step, when)
+        places = everywhere[numbers]
+
+        def of_rows(mask: Mask) -> Curve:
+            return curve_of(places[mask], values[mask], *(bound[mask] for bound in bounds))
+
+        curve = of_rows(kept[numbers])
         shown = curve.within(start, stop)
-        old = curve_of(places[numbers[~mask]], values[~mask]).within(start, stop)
+        old = of_rows(~kept[numbers]).within(start, stop)
         lost = reduced(old, buckets)
         return Series(
             curve=reduced(shown, buckets),
@@ -201,7 +246,7 @@ class RunView:
                 for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
                 for point in ([(x, low)] if low == high else [(x, low), (x, high)])
             ],
-            restarts=self._restarts(attempt, places),
+            restarts=self._restarts(attempt, everywhere),
         )
 
     def sparkline(self, metric: str = "loss") -> list[float]:
@@ -280,6 +325,14 @@ def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | 
         return None
     end = until if until is not None else max(event["time"] for event in events)
     return min(1.0, latest["step"] * values["step_s"] / max(end - started[0], 1e-9))
+
+
+def _at_rows(columns: Columns, metric: str, rows: Whole) -> Floats:
+    """A metric's values in these rows, NaN where one has none."""
+    numbers, values = columns.metric(metric)
+    found = np.full(columns.num_rows, np.nan)
+    found[numbers] = values
+    return found[rows]
 
 
 def _thinned(curve: Curve, buckets: int) -> Curve:
