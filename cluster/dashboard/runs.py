@@ -169,7 +169,7 @@ class RunView:
         """Rows of metrics that have been read, by number: {number, attempt, step, time, values}."""
         with self._lock:
             columns = self._columns or self.columns()
-            return [{"number": each} | columns.row(each) for each in range(start, min(stop, columns.num_rows))]
+            return [{"number": number} | row for number, row in enumerate(columns.rows(start, stop), start)]
 
     def series(
         self,
@@ -184,10 +184,10 @@ class RunView:
         """A metric between two places of an axis. smooth: steps to take means over, for a line of its own."""
         with self._lock:
             columns = self.columns()
-            attempt, step, when = columns.place()
             numbers, values = columns.metric(metric)
+            attempt, step = columns.attempt(), columns.step()  # after it: rows are only added
+            places = columns.time() if axis == "time" else self._places(axis, step)
         kept = surviving(attempt, step)
-        places = self._places(axis, step, when)
         mask = kept[numbers]
         curve = curve_of(places[numbers[mask]], values[mask])
         shown = curve.within(start, stop)
@@ -209,9 +209,7 @@ class RunView:
         curve = self.series(metric, buckets=SPARKLINE_BUCKETS).curve
         return [float(each) for each in curve.mean if math.isfinite(each)]
 
-    def _places(self, axis: Axis, step: np.ndarray, when: np.ndarray) -> np.ndarray:
-        if axis == "time":
-            return when
+    def _places(self, axis: Axis, step: np.ndarray) -> np.ndarray:
         if axis == "tokens":
             return step * float(self.tokens_per_step() or 1)
         return step.astype(np.float64)
