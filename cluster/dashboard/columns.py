@@ -125,17 +125,10 @@ class Columns:
         """Rows after the last chunk."""
         return sum(piece.num_rows for piece in self._pieces) + len(self._rows)
 
-    def attempt(self) -> Whole:
-        """Of each row."""
-        return self._place("attempt")
-
-    def step(self) -> Whole:
-        """Of each row."""
-        return self._place("step")
-
-    def time(self) -> Floats:
-        """Of each row, in epoch seconds."""
-        return self._place("time")
+    def place(self) -> tuple[Whole, Whole, Floats]:
+        """(attempt, step, time in epoch seconds) of each row."""
+        attempt, step, time = (self._place(name) for name in _PLACE)
+        return attempt, step, time
 
     def metric(self, name: str) -> tuple[Whole, Floats]:
         """(numbers of the rows that have it, its values), which may not be finite."""

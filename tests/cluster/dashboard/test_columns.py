@@ -43,8 +43,7 @@ def agree(found: Columns, run: Store) -> None:
     """Every metric, every place and every row are those of the record."""
     rows = expected(run)
     assert found.num_rows == len(rows)
-    places = zip(found.attempt(), found.step(), found.time(), strict=True)
-    assert [*places] == [(row["attempt"], row["step"], row["time"]) for row in rows]
+    assert [*zip(*found.place(), strict=True)] == [(row["attempt"], row["step"], row["time"]) for row in rows]
     assert set(found.names) == {name for row in rows for name in row["values"]}
     for name in found.names:
         numbers, values = found.metric(name)
@@ -180,7 +179,7 @@ def test_arrow_does_not_bring_pandas(tmp_path: Path) -> None:
     script = (
         "import sys; from cluster.dashboard.columns import Columns; from data_pipelines.storage import Store\n"
         "found = Columns(Store(sys.argv[1]), __import__('pathlib').Path(sys.argv[2])); found.update()\n"
-        "found.metric('loss'), found.attempt(), found.rows(0, 10), found.close()\n"
+        "found.metric('loss'), found.place(), found.rows(0, 10), found.close()\n"
         "heavy = {'torch', 'ray', 'pandas', 'mlflow', 'transformers'} & set(sys.modules)\n"
         "assert found.num_rows == 2000 and not heavy, heavy"
     )
