@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from cluster.dashboard import pages
+from cluster.dashboard import actions, pages
 from cluster.dashboard.guard import Guard
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.runs import Axis, RunView, StoreView
@@ -93,6 +93,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
             hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
         )
 
+    app.state.actions = actions.add(app, store)
     pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
