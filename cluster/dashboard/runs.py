@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cluster.commands.output import age
 from cluster.dashboard.columns import Columns
 from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
 from configs.errors import NotFound, ShardyardError
@@ -29,10 +31,12 @@ from trainer.record_rows import Cursor, decode_value, read_rows
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
 
-_TAIL_BYTES = 64 << 10
+_TAIL_BYTES, _TAIL_ROWS = 64 << 10, 65
 SPARKLINE_BUCKETS = 60
 # A run counts as stalled when its newest row is older than this many of its own intervals, but not before a minute.
 STALLED_INTERVALS, STALLED_S = 10.0, 60.0
+# A loss counts as a spike above this many medians of those before it, as far as they stand in the record's last bytes.
+SPIKE, SPIKE_FEWEST, SPIKE_SHOWN = 3.0, 16, 16
 LOW_DISK = 0.05  # of the store's disk
 
 
@@ -77,9 +81,10 @@ class RunView:
         return history.status(self.events(), lease=None if claim is None else "live" if claim.is_live() else "stale")
 
     def latest(self) -> Row:
-        """The newest row of a training step: {attempt, step, time, values}; {} before the first.
+        """The newest row of a training step: {attempt, step, time, values, before}; {} before the first.
 
-        From the end of the newest file, so that it costs the same for a run of any length.
+        From the end of the newest file, so that it costs the same for a run of any length. before: the rows of steps
+        before it in that end, at most 64.
         """
         store = self.record.store
         for name in reversed(store.list("metrics")):
@@ -88,10 +93,10 @@ class RunView:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - _TAIL_BYTES))
                 data = file.read()
-            for line in reversed(data[: data.rfind(b"\n") + 1].splitlines()):
-                row = _training_row(line)
-                if row is not None:
-                    return row
+            lines = data[: data.rfind(b"\n") + 1].splitlines()[-_TAIL_ROWS:]
+            rows = [row for line in lines if (row := _training_row(line)) is not None]
+            if rows:
+                return rows[-1] | {"before": rows[:-1]}
         return {}
 
     def summary(self) -> Row:
@@ -125,27 +130,64 @@ class RunView:
         """What a person should look at: {kind, text, time}."""
         found: list[Row] = []
         attempt = max((event["attempt"] for event in events), default=0)
-        now = time.time()
         if status == "running" and latest:
-            every = (self.record.config.tracking.every or 1) * latest["values"].get("step_s", 0.0)
-            silent = now - max(latest["time"], events[-1]["time"])
-            if silent > max(STALLED_S, STALLED_INTERVALS * every):
-                found.append({"kind": "stalled", "text": f"nothing new for {silent:.0f} s", "time": latest["time"]})
-        if status == "lost":
+            found += self._of_steps(events, latest)
+        if status == "lost" and events:
             found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
-        for event in events:
-            if event["attempt"] != attempt or status in {"finished", "stopped"}:
-                continue
-            if event["kind"] == "diverged":
-                text = str(event.get("reason") or event.get("error") or "diverged")
-                found.append({"kind": "diverged", "text": text, "time": event["time"]})
-            elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
-                found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
         failed = [event for event in events if event["kind"] == "failed"]
         if failed and status in {"failed", "running"} and failed[-1]["attempt"] >= attempt - 1:
             text = str(failed[-1].get("summary") or failed[-1].get("error") or "failed")
-            found.append({"kind": "failed", "text": text, "time": failed[-1]["time"]})
+            kind = "failed" if status == "failed" else "restarted"
+            found.append({"kind": kind, "text": text, "time": failed[-1]["time"]})
+        if status in {"finished", "stopped"}:
+            return found
+        if status == "running":
+            found += self._of_nodes(events)
+        for event in events:
+            if event["attempt"] != attempt:
+                continue
+            if event["kind"] == "diverged" and status == "running":
+                found.append({"kind": "diverged", "text": _divergence(event), "time": event["time"]})
+            elif event["kind"] == "straggler" and status == "running":
+                found.append({"kind": "straggler", "text": _straggler(event), "time": event["time"]})
+            elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
+                found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
+            elif event["kind"] == "checkpoint_verified" and event.get("damage"):
+                text = f"The checkpoint of step {event.get('step')} is damaged."
+                found.append({"kind": "checkpoint", "text": text, "time": event["time"]})
+            elif event["kind"] == "data_skipped":
+                text = f"damaged data is left out: {len(event.get('blocks', []))} blocks"
+                found.append({"kind": "data", "text": text, "time": event["time"]})
+        return _last_of_each(found)
+
+    def _of_steps(self, events: list[Row], latest: Row) -> list[Row]:
+        """What the newest steps of a running run show."""
+        found: list[Row] = []
+        values, now = latest["values"], time.time()
+        every = (self.record.config.tracking.every or 1) * values.get("step_s", 0.0)
+        silent = now - max(latest["time"], events[-1]["time"])
+        if silent > max(STALLED_S, STALLED_INTERVALS * every):
+            found.append({"kind": "stalled", "text": f"nothing new for {age(silent)}", "time": latest["time"]})
+        if not math.isfinite(values["loss"]):
+            text = f"the loss is {values['loss']} after step {latest['step']:,}"
+            found.append({"kind": "nan", "text": text, "time": latest["time"]})
+        before = [row["values"]["loss"] for row in latest["before"] if math.isfinite(row["values"]["loss"])]
+        usual = statistics.median(before) if len(before) >= SPIKE_FEWEST else 0.0
+        spikes = [row for row in [*latest["before"][-SPIKE_SHOWN:], latest] if row["values"]["loss"] > SPIKE * usual]
+        if usual > 0 and spikes:
+            worst = max(spikes, key=lambda row: row["values"]["loss"])
+            text = f"loss {worst['values']['loss']:.4g} after step {worst['step']:,}, where {usual:.4g} is usual"
+            found.append({"kind": "spike", "text": text, "time": worst["time"]})
         return found
+
+    def _of_nodes(self, events: list[Row]) -> list[Row]:
+        """Whether it goes on with fewer workers than it was placed with first."""
+        resized = [event for event in events if event["kind"] == "resized"]
+        wanted = self.record.config.resources.workers
+        if not resized or not isinstance(resized[-1].get("workers"), int) or resized[-1]["workers"] >= wanted:
+            return []
+        text = f"it goes on with {resized[-1]['workers']} of {wanted} workers: a node is gone"
+        return [{"kind": "node", "text": text, "time": resized[-1]["time"]}]
 
     # --- its curves
 
@@ -203,6 +245,15 @@ class RunView:
             ],
             restarts=self._restarts(attempt, places),
         )
+
+    def curve(self, metric: str, axis: Axis = "step") -> Curve:
+        """All that survives of a metric."""
+        with self._lock:
+            columns = self.columns()
+            attempt, step, when = columns.place()
+            numbers, values = columns.metric(metric)
+        mask = surviving(attempt, step)[numbers]
+        return curve_of(self._places(axis, step, when)[numbers[mask]], values[mask])
 
     def sparkline(self, metric: str = "loss") -> list[float]:
         """The curve in a few numbers: means, with what is not finite left out."""
@@ -280,6 +331,27 @@ def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | 
         return None
     end = until if until is not None else max(event["time"] for event in events)
     return min(1.0, latest["step"] * values["step_s"] / max(end - started[0], 1e-9))
+
+
+def _divergence(event: Row) -> str:
+    """What trainer/session.py records of a step that diverged."""
+    limit = event.get("limit")
+    above = "" if limit is None else f", above its limit of {_told(limit)}"
+    where = f"{event.get('what', 'loss')} {_told(event.get('value'))} at step {_told(event.get('step'))}"
+    return f"{where}{above}; recovery.divergence is {event.get('policy')}"
+
+
+def _told(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, int | float) else str(value)
+
+
+def _straggler(event: Row) -> str:
+    return str(event.get("text") or f"worker {event.get('rank')} on {event.get('node')} is slower than the others")
+
+
+def _last_of_each(found: list[Row]) -> list[Row]:
+    """Of each kind the newest."""
+    return list({each["kind"]: each for each in found}.values())
 
 
 def _thinned(curve: Curve, buckets: int) -> Curve:
