@@ -38,9 +38,11 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     )
 
     @app.exception_handler(ShardyardError)
-    def explain(_: Request, error: ShardyardError) -> Json:
+    def explain(request: Request, error: ShardyardError) -> Response:
         status = 404 if isinstance(error, NotFound) else 400 if isinstance(error, UsageError) else 500
-        return Json({"error": str(error)}, status)
+        if request.url.path.startswith("/api/"):
+            return Json({"error": str(error)}, status)
+        return show_error(request, str(error), status)
 
     @app.get("/api/runs", tags=["runs"])
     def runs() -> list[dict[str, Any]]:
@@ -128,7 +130,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
             hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
         )
 
-    pages.add(app, store)
+    show_error = pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
 

@@ -27,17 +27,23 @@ def main() -> None:
 
 
 def ask(settings: Target) -> dict[str, Any]:
-    """jobs: see cluster.targets.Queued. nodes: {node, state, cpus, used_cpus, gpus, used_gpus, memory_bytes,
-    used_bytes}, where None is unknown; None where the target's nodes cannot be asked for."""
+    """{jobs, nodes}, or {error}.
+
+    jobs: see cluster.targets.Queued. nodes: {node, state, cpus, used_cpus, gpus, used_gpus, memory_bytes, used_bytes},
+    None where a target cannot be asked for them; None is what is not known.
+    """
     try:
         jobs = [asdict(job) for job in open_target(settings).queue()]
-        if isinstance(settings, RayTarget):
-            nodes = _of_ray(settings)
-        else:
-            nodes = _of_slurm(settings) if isinstance(settings, SlurmTarget) else None
+        nodes = _nodes(settings)
     except (ShardyardError, OSError) as error:
         return {"error": Redactor(os.environ).text(str(error))}
     return {"jobs": jobs, "nodes": nodes}
+
+
+def _nodes(settings: Target) -> list[dict[str, Any]] | None:
+    if isinstance(settings, RayTarget):
+        return _of_ray(settings)
+    return _of_slurm(settings) if isinstance(settings, SlurmTarget) else None
 
 
 def _of_ray(settings: RayTarget) -> list[dict[str, Any]]:

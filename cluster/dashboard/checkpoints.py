@@ -31,9 +31,10 @@ def add(app: FastAPI, store: StoreView, manifests: Manifests) -> None:
 
 
 def checkpoints(store: StoreView, manifests: Manifests, run: str | None) -> list[Row]:
-    """{run, step, state, damage, size_bytes, stall_s, write_s, saved_at, world_size, zero_stage, precision,
-    evaluation, command}, the newest first. state: verified, whole, unfinished or damaged; damage: why the latter. command: what goes on from it.
+    """{run, step, state, damage, size_bytes, stall_s, write_s, saved_at, verified_at, world_size, zero_stage,
+    precision, evaluation, command}, the newest first.
 
+    state: verified, whole, unfinished or damaged; damage: why the latter. command: what goes on from it.
     Raises NotFound: there is no such run.
     """
     found = []
@@ -108,7 +109,9 @@ def _of_run(view: RunView, manifests: Manifests, uri: str) -> list[Row]:
             found.append(row | {"state": "damaged", "damage": str(error)})
             continue
         if said is None:
-            found.append(row | {"state": "unfinished", "damage": "It has no manifest: it is being saved, or was cut off."})
+            found.append(
+                row | {"state": "unfinished", "damage": "It has no manifest: it is being saved, or was cut off."}
+            )
             continue
         check = verified.get(step, {})
         # One that was saved anew at the same step is another one.

@@ -71,8 +71,10 @@ def metric_names(views: list[RunView]) -> list[str]:
 
 
 def equal_cost(views: list[RunView], metric: str) -> list[Row]:
-    """The metric at the same places of an axis: {axis, unit, rows: [{at, values}]}; an axis that one of them lacks is
-    left out. Values are means over the last `AVERAGED` up to there, None before the first.
+    """The metric at the same places of an axis: {axis, name, unit, rows: [{at, values, least}]}.
+
+    An axis that one of them lacks is left out. Values are means over the last `AVERAGED` up to there, None before the
+    first.
     """
     found = []
     for axis in AXES:
@@ -81,9 +83,10 @@ def equal_cost(views: list[RunView], metric: str) -> list[Row]:
             continue
         smooth = [each.smoothed(AVERAGED) for each in curves if each is not None]
         end = min(float(each.x[-1]) for each in smooth)
-        rows = [{"at": share * end, "values": [_at(each, share * end) for each in smooth]} for share in _SHARES]
-        if axis == "step":  # where whole numbers alone make sense
-            rows = [{"at": float(round(row["at"])), "values": [_at(each, round(row["at"])) for each in smooth]} for row in rows]
+        places = [share * end for share in _SHARES]
+        if axis in {"step", "tokens"}:  # where whole numbers alone make sense
+            places = [float(round(place)) for place in places]
+        rows = [_row(place, smooth) for place in places]
         found.append({"axis": axis, "name": AXES[axis], "unit": UNITS[axis], "rows": rows})
     return found
 
@@ -104,7 +107,9 @@ def curve(view: RunView, metric: str, axis: Axis) -> Curve | None:
 
 def flops_per_step(view: RunView) -> float | None:
     """By the usual rule, 6 for each parameter and token; None where the parameters or the tokens are not known."""
-    parameters = [event["parameters"] for event in view.events() if event["kind"] == "started" and "parameters" in event]
+    parameters = [
+        event["parameters"] for event in view.events() if event["kind"] == "started" and "parameters" in event
+    ]
     tokens = view.tokens_per_step()
     return 6.0 * parameters[-1] * tokens if parameters and tokens is not None else None
 
@@ -115,6 +120,11 @@ def _drawn(view: RunView, metric: str, axis: Axis, buckets: int) -> Row:
         return {"x": [], "y": [], "missing": f"{AXES[axis]} is not known for this run."}
     small = reduced(found, buckets)
     return {"x": small.x.tolist(), "y": small.mean.tolist(), "missing": None}
+
+
+def _row(place: float, curves: list[Curve]) -> Row:
+    values = [_at(each, place) for each in curves]
+    return {"at": place, "values": values, "least": min((each for each in values if each is not None), default=None)}
 
 
 def _at(found: Curve, place: float) -> float | None:

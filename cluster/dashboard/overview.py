@@ -30,7 +30,7 @@ COLUMNS = {
 }
 STATUSES = ("running", "queued", "finished", "stopped", "failed", "lost", "damaged")
 # Of a run that cannot be read nothing of this is known.
-_UNKNOWN = ("where", "step", "steps", "loss", "tokens_per_s", "mfu", "eta_s", "started_at", "updated_at", "goodput")
+_UNKNOWN = ("where", "step", "steps", "loss", "tokens_per_s", "mfu", "eta_s", "started_at", "updated_at", "error")
 
 
 def add(app: FastAPI, store: StoreView) -> None:
@@ -46,7 +46,7 @@ def add(app: FastAPI, store: StoreView) -> None:
 
 def overview(store: StoreView, status: str, search: str, sort: str, order: str) -> dict[str, Any]:
     """All that the page shows."""
-    rows = [dict.fromkeys(_UNKNOWN) | {"restarts": 0} | row for row in store.summaries()]
+    rows: list[Row] = [dict.fromkeys(_UNKNOWN) | {"restarts": 0} | row for row in store.summaries()]
     live = [row for row in rows if row["status"] == "running"]
     counts = Counter(row["status"] for row in rows)
     return {
@@ -88,7 +88,7 @@ def _of_runs(rows: list[Row]) -> list[Row]:
     """What needs attention in any run, the newest first: {run, kind, text, time}."""
     found = [{"run": row["run"]} | each for row in rows for each in row["attention"]]
     found += [
-        {"run": row["run"], "kind": "damaged", "text": row["error"], "time": None} for row in rows if "error" in row
+        {"run": row["run"], "kind": "damaged", "text": row["error"], "time": None} for row in rows if row["error"]
     ]
     return sorted(found, key=lambda each: each["time"] or 0.0, reverse=True)
 
