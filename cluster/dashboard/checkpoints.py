@@ -77,7 +77,7 @@ class Manifests:
                 "files": {str(file["name"]): int(file["size"]) for file in manifest["files"]},
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(f"{folder.path(_MANIFEST)} is not readable ({type(error).__name__}: {error}).") from error
+            raise Damaged(f"{_MANIFEST} is not readable ({type(error).__name__}: {error}).") from error
         with self._lock:
             self._known[folder.uri] = (facts, said)
         return said

@@ -14,7 +14,8 @@ from configs.errors import UsageError
 from configs.schema import flatten
 
 Axis = Literal["step", "tokens", "time", "compute"]
-AXES = {"step": "Step", "tokens": "Tokens", "time": "Time since its start", "compute": "Compute"}
+# Time counts from each run's start.
+AXES = {"step": "Step", "tokens": "Tokens", "time": "Time", "compute": "Compute"}
 UNITS = {"step": "", "tokens": "tokens", "time": "s", "compute": "FLOPs"}
 FEWEST, MOST = 2, 8
 AVERAGED = 20  # values, of which the table of equal cost shows the mean

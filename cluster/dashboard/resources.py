@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from cluster.dashboard.runs import Row, RunView, StoreView
 from configs.errors import ShardyardError
 from configs.targets import TYPES, LocalTarget, Target, load_targets, target_file
+from trainer.record import attempt_folder
 
 PATIENCE_S = 2.5  # of a page, for all targets together
 KEPT_S = 8.0  # an answer, before the target is asked again
@@ -64,21 +65,26 @@ def machine() -> Row:
 
 def workers(view: RunView) -> list[Row]:
     """Where the workers of its latest attempt are or were: {rank, node, gpus}; [] where nothing says."""
-    events = view.events()
-    placed = next((event for event in reversed(events) if event["kind"] in {"placed", "started"}), None)
-    placed = next((event for event in reversed(events) if event["kind"] == "placed"), placed)
-    if placed is None:
-        return []
-    if placed["kind"] == "placed" and isinstance(placed.get("workers"), list):
+    newest = {event["kind"]: event for event in view.events()}
+    placed = newest.get("placed", {}).get("workers")
+    if isinstance(placed, list):
         return [
             {"rank": rank, "node": str(each.get("node", "?")), "gpus": [str(gpu) for gpu in each.get("gpus", [])]}
-            for rank, each in enumerate(placed["workers"])
+            for rank, each in enumerate(placed)
             if isinstance(each, dict)
         ]
-    # Started without a cluster, as by torchrun: all that is known is who holds the lease.
-    holder = view.record.holder()
-    node = holder.holder.host if holder else "?"
-    return [{"rank": rank, "node": node, "gpus": []} for rank in range(int(placed.get("world_size") or 1))]
+    if "started" not in newest:
+        return []
+    # Started without a cluster, as by torchrun: rank 0's note of its attempt says where that is.
+    node = _host_of(view, newest["started"]["attempt"])
+    return [{"rank": rank, "node": node, "gpus": []} for rank in range(int(newest["started"].get("world_size") or 1))]
+
+
+def _host_of(view: RunView, attempt: int) -> str:
+    try:
+        return str(json.loads(view.record.store.read_text(f"{attempt_folder(attempt)}/attempt.json"))["host"])
+    except (ShardyardError, OSError, ValueError, KeyError, TypeError):
+        return "?"
 
 
 def devices(store: StoreView, live: list[str]) -> Row:
@@ -193,7 +199,8 @@ def _question(name: str) -> Row:
             timeout=_LONGEST_S,
             check=True,
         )
-        return _nothing(None) | {"answered_at": time.time()} | json.loads(asked.stdout)
+        answer = json.loads(asked.stdout)
+        return _nothing(None) | {"answered_at": None if "error" in answer else time.time()} | answer
     except subprocess.TimeoutExpired:
         return _nothing(f"It has not answered within {_LONGEST_S:.0f} s.")
     except subprocess.CalledProcessError as error:

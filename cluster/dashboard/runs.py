@@ -37,6 +37,7 @@ SPARKLINE_BUCKETS = 60
 STALLED_INTERVALS, STALLED_S = 10.0, 60.0
 # A loss counts as a spike above this many medians of those before it, as far as they stand in the record's last bytes.
 SPIKE, SPIKE_FEWEST, SPIKE_SHOWN = 3.0, 16, 16
+RECENT_S = 3600.0  # what a running run has recovered from is shown for so long
 LOW_DISK = 0.05  # of the store's disk
 
 
@@ -130,12 +131,13 @@ class RunView:
         """What a person should look at: {kind, text, time}."""
         found: list[Row] = []
         attempt = max((event["attempt"] for event in events), default=0)
+        recently = time.time() - RECENT_S
         if status == "running" and latest:
             found += self._of_steps(events, latest)
         if status == "lost" and events:
             found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
         failed = [event for event in events if event["kind"] == "failed"]
-        if failed and status in {"failed", "running"} and failed[-1]["attempt"] >= attempt - 1:
+        if failed and (status == "failed" or (status == "running" and failed[-1]["time"] > recently)):
             text = str(failed[-1].get("summary") or failed[-1].get("error") or "failed")
             kind = "failed" if status == "failed" else "restarted"
             found.append({"kind": kind, "text": text, "time": failed[-1]["time"]})
@@ -146,7 +148,7 @@ class RunView:
         for event in events:
             if event["attempt"] != attempt:
                 continue
-            if event["kind"] == "diverged" and status == "running":
+            if event["kind"] == "diverged" and status == "running" and event["time"] > recently:
                 found.append({"kind": "diverged", "text": _divergence(event), "time": event["time"]})
             elif event["kind"] == "straggler" and status == "running":
                 found.append({"kind": "straggler", "text": _straggler(event), "time": event["time"]})

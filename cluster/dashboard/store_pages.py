@@ -72,6 +72,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
         metric: str = "loss",
         x: compare.Axis = "step",
         log: str = "",
+        calm: str = "",
     ) -> Response:
         if run:  # as a form sends its ticks
             return RedirectResponse(f"/compare?{urlencode({'runs': ','.join(run)}, safe=',')}", 303)
@@ -93,6 +94,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
             axes=compare.AXES,
             x=x,
             log=log,
+            calm=calm,
             averaged=compare.AVERAGED,
             equal=compare.equal_cost(views, metric) if views else [],
             differences=compare.differences(views) if views else [],

@@ -45,7 +45,7 @@ def sweeps(store: StoreView) -> list[Row]:
 
 def sweep(store: StoreView, name: str) -> Row:
     """A sweep and its trials, the best first: {sweep, algorithm, space, metric, goal, keys, trials, best, counts,
-    running, command, error}; of a trial {trial, run, status, step, value, values, error}.
+    running, command, error}; of a trial {trial, run, begun, status, step, value, values, error}.
 
     value: the metric at its last evaluation that survives, None before the first and where it is no number.
     Raises NotFound, Damaged.
@@ -86,12 +86,14 @@ def _trial(store: StoreView, folder: SweepFolder, trial: Trial) -> Row:
         "step": None,
         "value": None,
         "values": trial.values,
+        "begun": False,
         "error": error,
     }
     try:
         view = store.run(trial.run)
         status = view.status()
         step, value = last_value(view, folder.spec.metric)
+        row |= {"begun": True}
     except NotFound:
         return row | ({"status": "failed"} if error else {})
     except ShardyardError as damage:
