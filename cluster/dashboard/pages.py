@@ -17,6 +17,14 @@ from cluster.dashboard.runs import StoreView
 
 FOLDER = Path(__file__).parent
 NAVIGATION = [("/", "Runs")]
+PARTS = [  # of a run's page
+    ("curves", "Curves"),
+    ("timeline", "Timeline"),
+    ("logs", "Logs"),
+    ("config", "Config"),
+    ("media", "Media"),
+    ("data", "Data"),
+]
 
 
 def add(app: FastAPI, store: StoreView) -> None:
@@ -48,7 +56,7 @@ def add(app: FastAPI, store: StoreView) -> None:
     @app.get("/runs/{name}", include_in_schema=False)
     def run(request: Request, name: str) -> HTMLResponse:
         view = store.run(name)
-        return page(request, "run.html", run=view.summary(), metrics=view.metric_names())
+        return page(request, "run.html", run=view.summary(), parts=PARTS)
 
 
 @cache
