@@ -21,6 +21,14 @@ from data_pipelines.storage import Store
 
 FOLDER = Path(__file__).parent
 _NOTHING = "–"
+PARTS = [  # of a run's page
+    ("curves", "Curves"),
+    ("timeline", "Timeline"),
+    ("logs", "Logs"),
+    ("config", "Config"),
+    ("media", "Media"),
+    ("data", "Data"),
+]
 
 
 def add(app: FastAPI, store: StoreView) -> Callable[[Request, str, int], HTMLResponse]:
@@ -51,7 +59,7 @@ def add(app: FastAPI, store: StoreView) -> Callable[[Request, str, int], HTMLRes
     @app.get("/runs/{name}", include_in_schema=False)
     def run(request: Request, name: str) -> HTMLResponse:
         view = store.run(name)
-        return page(request, "run.html", run=view.summary(), metrics=view.metric_names())
+        return page(request, "run.html", run=view.summary(), parts=PARTS)
 
     def show_error(request: Request, error: str, status: int) -> HTMLResponse:
         title = "There is no such thing" if status == 404 else "This did not work"

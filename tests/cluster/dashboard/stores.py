@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def write_run(
     number. It has text and pictures, logs, and values that look like HTML.
     """
     with clock(STARTED_AT) as now:
-        record = create(store, name, f"steps={steps}", f"tracking.experiment={TAGS!r}", *overrides)
+        record = create(store, name, f"steps={steps}", f"tracking.experiment={json.dumps(TAGS)}", *overrides)
         record.event("submitted", target="local")
         for attempt, (start, stop) in enumerate([(0, fails_at), (saved_at, steps)], start=1):
             record.next_attempt()
