@@ -21,6 +21,7 @@ import numpy as np
 from cluster.commands.output import age
 from cluster.dashboard.columns import Columns
 from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
+from cluster.dashboard.stragglers import straggler
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer import history
@@ -150,8 +151,6 @@ class RunView:
                 continue
             if event["kind"] == "diverged" and status == "running" and event["time"] > recently:
                 found.append({"kind": "diverged", "text": _divergence(event), "time": event["time"]})
-            elif event["kind"] == "straggler" and status == "running":
-                found.append({"kind": "straggler", "text": _straggler(event), "time": event["time"]})
             elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
                 found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
             elif event["kind"] == "checkpoint_verified" and event.get("damage"):
@@ -180,6 +179,12 @@ class RunView:
             worst = max(spikes, key=lambda row: row["values"]["loss"])
             text = f"loss {worst['values']['loss']:.4g} after step {worst['step']:,}, where {usual:.4g} is usual"
             found.append({"kind": "spike", "text": text, "time": worst["time"]})
+        slow = straggler(self.record.store, latest["attempt"])
+        if slow is not None:
+            times = (
+                f"{1000 * slow['own_s']:.3g} ms a step without waits, where others take {1000 * slow['others_s']:.3g}"
+            )
+            found.append({"kind": "straggler", "text": f"rank {slow['rank']} takes {times}", "time": slow["time"]})
         return found
 
     def _of_nodes(self, events: list[Row]) -> list[Row]:
@@ -345,10 +350,6 @@ def _divergence(event: Row) -> str:
 
 def _told(value: Any) -> str:
     return f"{value:,.6g}" if isinstance(value, int | float) else str(value)
-
-
-def _straggler(event: Row) -> str:
-    return str(event.get("text") or f"worker {event.get('rank')} on {event.get('node')} is slower than the others")
 
 
 def _last_of_each(found: list[Row]) -> list[Row]:

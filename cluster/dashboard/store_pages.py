@@ -20,6 +20,7 @@ NAVIGATION = [
     ("/datasets", "Data sets"),
     ("/sweeps", "Sweeps"),
 ]
+_MOST_ROWS = 300  # of checkpoints on one page
 _FIRST_UP = {"run", "status", "where"}  # columns that are sorted upwards first
 _PLAIN = {"status": "", "search": "", "sort": "started_at", "order": "down"}
 
@@ -108,7 +109,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
     @app.get("/checkpoints", include_in_schema=False)
     def checkpoints_page(request: Request, run: str = "") -> HTMLResponse:
         rows = checkpoints.checkpoints(store, manifests, run or None)
-        return page(request, "checkpoints.html", rows=rows, run=run, names=store.names())
+        return page(request, "checkpoints.html", rows=rows, run=run, names=store.names(), most=_MOST_ROWS)
 
     @app.get("/datasets", include_in_schema=False)
     def data_sets_page(request: Request) -> HTMLResponse:

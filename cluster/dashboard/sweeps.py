@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.commands.output import run_arguments
-from cluster.dashboard.curves import surviving
 from cluster.dashboard.runs import Row, RunView, StoreView
 from cluster.sweep_folder import SweepFolder, Trial
 from configs.errors import NotFound, ShardyardError
@@ -104,11 +103,7 @@ def _trial(store: StoreView, folder: SweepFolder, trial: Trial) -> Row:
 
 def last_value(view: RunView, metric: str) -> tuple[int | None, float | None]:
     """(step, value) of the last row that has a metric and survives; the value None where it is no number."""
-    columns = view.columns()
-    attempt, step, _ = columns.place()
-    numbers, values = columns.metric(metric)
-    kept = surviving(attempt, step)[numbers]
-    if not kept.any():
+    found = view.curve(metric)
+    if not len(found.x):
         return None, None
-    last = int(kept.nonzero()[0][-1])
-    return int(step[numbers[last]]), float(values[last]) if math.isfinite(values[last]) else None
+    return int(found.x[-1]), float(found.values[-1]) if math.isfinite(found.values[-1]) else None
