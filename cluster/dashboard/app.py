@@ -77,7 +77,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 
-        x: of the last value of each bucket. bad: values of it that are not finite. superseded: points of what was
+        x: of the last value of each bucket. last: the metric's newest value. bad: values of it that are not finite. superseded: points of what was
         rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
         """
         return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
@@ -149,6 +149,7 @@ def drawn(
         "mean": curve.mean.tolist(),
         "count": curve.count.tolist(),
         "bad": curve.bad.tolist(),
+        "last": found.last,
         "smooth": None if found.smooth is None else {"x": found.smooth.x.tolist(), "y": found.smooth.values.tolist()},
         "superseded": found.superseded,
         "restarts": found.restarts,

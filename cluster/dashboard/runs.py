@@ -44,9 +44,13 @@ LOW_DISK = 0.05  # of the store's disk
 
 @dataclass(frozen=True)
 class Series:
-    """A metric to draw. superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}."""
+    """A metric to draw. last: its newest value, wherever one looks; None before there is one.
+
+    superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}.
+    """
 
     curve: Reduced
+    last: float | None
     smooth: Curve | None
     superseded: list[tuple[float, float]]
     restarts: list[Row]
@@ -244,6 +248,7 @@ class RunView:
         lost = reduced(old, buckets)
         return Series(
             curve=reduced(shown, buckets),
+            last=float(curve.values[-1]) if len(curve.values) else None,
             smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
             superseded=[
                 point

@@ -158,7 +158,7 @@ class Chart {
     this.plot = null;
     this.values = el("span", { class: "values" });
     this.toggle = el("button", {
-      class: "plain", type: "button", "aria-pressed": "false", "aria-label": `Numbers of ${title}`, text: "123",
+      class: "plain", type: "button", "aria-pressed": "false", "aria-label": `Numbers of ${title}`, text: "table",
       title: "Show the numbers", on: { click: () => this.showNumbers(this.numbers.hidden) },
     });
     this.over = el("div", { class: "over" });
@@ -206,6 +206,7 @@ class Chart {
       smooth: curve.smooth === null ? null : curve.smooth.y,
       planned: at === null ? null : curve.x.map((x) => at.get(x) ?? null),
     };
+    this.last = curve.last;
     this.superseded = curve.superseded;
     this.restarts = curve.restarts;
     const waiting = this.waiting;
@@ -232,10 +233,15 @@ class Chart {
       return;
     }
     if (last !== undefined && x < last) return; // it was in what was fetched
-    if (this.charts.view.to !== null && x > this.charts.view.to) return;
+    if (this.charts.view.to !== null && x > this.charts.view.to) {
+      this.last = value;
+      this.charts.redraw(this);
+      return;
+    }
     if (x === last && curve.count.at(-1) > 1) return; // likewise, as the last of a bucket
     const i = x === last ? curve.x.length - 1 : curve.x.length;
     curve.x[i] = x;
+    this.last = value;
     curve.min[i] = curve.max[i] = curve.mean[i] = value;
     curve.count[i] = 1;
     curve.bad[i] = value === null ? 1 : 0;
@@ -320,7 +326,7 @@ class Chart {
     const options = {
       ...this.size(),
       legend: { show: false },
-      padding: [14, 10, 0, 0],
+      padding: [14, 18, 0, 0],
       cursor: {
         y: false,
         points: { size: 5 },
@@ -333,14 +339,14 @@ class Chart {
         y: { distr: log ? 3 : 1, range: (_, low, high) => this.heights(low, high, log) },
       },
       axes: [
-        { ...axis, size: 24, space: 70, ...(view.x === "time" ? {} : { values: (_, ticks) => ticks.map(short) }) },
+        { ...axis, size: 24, space: 70, values: (_, ticks, __, ___, step) => ticks.map((tick, i) => (view.x === "time" ? clock(tick, ticks[i - 1], step) : short(tick))) },
         { ...axis, size: 62, space: 28, values: (_, ticks) => ticks.map((value) => (value === null ? "" : this.write(value))) },
       ],
       series: [
         {},
         { label: "largest", ...edge },
         { label: "smallest", ...edge },
-        { label: view.smooth > 1 ? "smooth" : "mean", stroke: colour, width: view.smooth > 1 ? 1.75 : 1.25, points: { size: 4 } },
+        { label: view.smooth > 1 ? "smooth" : "mean", stroke: colour, width: view.smooth > 1 ? 1.75 : 1.25, points: { size: 4, fill: colour } },
         ...(this.planned === null ? [] : [{ label: "planned", stroke: styled("--muted"), width: 1, dash: [4, 3], points: { show: false } }]),
       ],
       bands: [{ series: [1, 2], fill: alpha(colour, 0.16) }],
@@ -369,7 +375,8 @@ class Chart {
     }
     const positive = [...this.curve.min, ...this.curve.max].filter((value) => value > 0);
     low = low > 0 ? low : Math.min(...positive);
-    return [low / 1.15, Math.max(high, low * 1.01) * 1.15];
+    const decade = 10 ** Math.floor(Math.log10(low));
+    return [Math.floor(low / decade) * decade, Math.max(high, low * 1.01) * 1.15];
   }
 
   /** The restarts, and what was rolled back. */
@@ -402,6 +409,9 @@ class Chart {
   placeMarks(plot) {
     const [start, stop] = this.charts.range();
     const shown = this.restarts.filter(({ x }) => x >= start && x <= stop);
+    const placed = JSON.stringify([start, stop, shown, plot.width]);
+    if (placed === this.placed) return; // a text that is read now stays
+    this.placed = placed;
     this.marks.replaceChildren(
       ...shown.map(({ x, attempt, cause }) => {
         const text = `Attempt ${attempt}${cause ? ` after: ${cause}` : ""}`;
@@ -417,10 +427,11 @@ class Chart {
     const { ctx, bbox } = plot;
     const { x, mean, bad } = this.curve;
     const ratio = devicePixelRatio;
+    const [start, stop] = this.charts.range();
     ctx.save();
     ctx.fillStyle = styled("--curve-1");
     for (let i = 0; i < x.length; i++) {
-      if (mean[i] === null || (mean[i - 1] ?? null) !== null || (mean[i + 1] ?? null) !== null) continue;
+      if (x[i] < start || x[i] > stop || mean[i] === null || (mean[i - 1] ?? null) !== null || (mean[i + 1] ?? null) !== null) continue;
       for (const y of new Set([this.curve.min[i], this.curve.max[i]])) {
         ctx.beginPath();
         ctx.arc(plot.valToPos(x[i], "x", true), plot.valToPos(y, "y", true), 2 * ratio, 0, 2 * Math.PI);
@@ -428,7 +439,6 @@ class Chart {
       }
     }
     ctx.fillStyle = styled("--bad");
-    const [start, stop] = this.charts.range();
     for (let i = 0; i < x.length; i++) {
       if (!bad[i] || x[i] < start || x[i] > stop) continue;
       const left = plot.valToPos(x[i], "x", true);
@@ -464,16 +474,22 @@ class Chart {
 
   /** The values at the cursor, or the last ones, in words. */
   tell(at) {
+    if (at === null) {
+      const finite = this.last !== null || this.curve.x.length === 0;
+      const shown = finite ? el("b", { text: this.write(this.last) }) : el("span", { class: "bad", text: "not finite" });
+      shown.title = "The newest value";
+      this.values.replaceChildren(shown);
+      return;
+    }
     const curve = this.curve;
-    const i = at ?? curve.x.length - 1;
-    if (i < 0) return;
+    const i = Math.min(at, curve.x.length - 1);
     const parts = [el("b", { text: this.write((curve.smooth ?? curve.mean)[i] ?? null) })];
     if (curve.min[i] !== curve.max[i] || curve.smooth !== null) {
       parts.push(` ${this.write(curve.min[i])} … ${this.write(curve.max[i])}`);
     }
     if (curve.planned !== null) parts.push(` planned ${this.write(curve.planned[i])}`);
     if (curve.bad[i]) parts.push(el("span", { class: "bad", text: ` ${number(curve.bad[i])} not finite` }));
-    if (at !== null) parts.push(` · ${this.writeX(curve.x[i])}`);
+    parts.push(` · ${this.writeX(curve.x[i])}`);
     this.values.replaceChildren(...parts);
   }
 
@@ -508,6 +524,14 @@ class Chart {
     const head = el("tr", {}, ...columns.map(([name]) => el("th", { class: "number", scope: "col", text: name })));
     this.numbers.replaceChildren(el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
   }
+}
+
+/** A time on an axis: with its day where another one begins. */
+function clock(time, before, step) {
+  const text = exact(time);
+  if (step >= 86400) return text.slice(5, 10);
+  const shown = text.slice(11, step >= 60 ? 16 : 19);
+  return before !== undefined && exact(before).slice(0, 10) !== text.slice(0, 10) ? `${text.slice(5, 10)} ${shown}` : shown;
 }
 
 /** A colour, given as #rrggbb, let through. */

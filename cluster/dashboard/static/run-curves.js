@@ -59,6 +59,7 @@ export class Curves {
       el("div", { class: "toolbar" }, this.filter, el("span", { class: "choices", role: "group", "aria-label": "Axis" }, ...axes), log,
         el("label", {}, "Smoothing", smooth), el("span", { class: "grow" }), this.from, this.to, this.whole),
       this.none, this.list,
+      el("p", { class: "faint small", text: "A band reaches from the smallest to the largest value, whatever line is drawn over it. Red marks: values that are not finite. Grey: rolled back, or repeated later. Dashed: a restart. Drag over a chart to look closer, double-click to see the whole run." }),
     );
     this.showRange();
   }

@@ -2,6 +2,8 @@
 
 import { ago, el, number } from "./common.js";
 
+const HINTS = { Mixture: "dashed: as planned", Waiting: "of a step's time, what the loader took", Reading: "from a remote store" };
+
 export class DataPart {
   constructor(host, context) {
     this.host = host;
@@ -9,7 +11,7 @@ export class DataPart {
     this.shown = new Set();
     this.charts = { Position: [], Waiting: [], Mixture: [], Reading: [] };
     this.groups = Object.fromEntries(
-      Object.keys(this.charts).map((name) => [name, el("section", { class: "group", hidden: true }, el("h2", { text: name }), el("div", { class: "charts" }))]),
+      Object.keys(this.charts).map((name) => [name, el("section", { class: "group", hidden: true }, el("h2", {}, name, el("span", { class: "faint", text: HINTS[name] ?? "" })), el("div", { class: "charts" }))]),
     );
     this.left = el("div");
     this.none = el("p", { class: "empty", text: "Nothing is recorded of its data yet." });
@@ -29,7 +31,7 @@ export class DataPart {
       this.shown.add(metric);
       const planned = `${metric.slice(0, -"share".length)}planned_share`;
       const mixed = group === "Mixture" && metrics.includes(planned);
-      const chart = this.context.charts.add(metric, mixed ? { title: `${metric} (dashed: planned)`, planned } : {});
+      const chart = this.context.charts.add(metric, mixed ? { title: metric.slice("data/".length), planned } : {});
       this.groups[group].querySelector(".charts").append(chart);
       this.groups[group].hidden = false;
       this.none.hidden = true;

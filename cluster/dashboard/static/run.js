@@ -23,6 +23,7 @@ function read() {
   return { tab: tabs.some((each) => part(each) === tab) ? tab : "curves", chosen: new URLSearchParams(query) };
 }
 
+const OURS = "ours"; // marks what this page put into the browser's history
 const chosen = read().chosen;
 
 /** Keep what the reader chose; null and "" take it back. */
@@ -37,7 +38,7 @@ function choose(values) {
 function write(push = false) {
   const query = chosen.toString();
   const address = `#${selected}${query ? `?${query}` : ""}`;
-  if (address !== location.hash) history[push ? "pushState" : "replaceState"](null, "", address);
+  history[push ? "pushState" : "replaceState"](OURS, "", address);
 }
 
 const given = (key) => (chosen.has(key) && Number.isFinite(Number(chosen.get(key))) ? Number(chosen.get(key)) : null);
@@ -148,7 +149,10 @@ for (const tab of tabs) {
     select(part(next), { push: true, focus: true });
   });
 }
-addEventListener("popstate", () => select(read().tab));
+addEventListener("popstate", (event) => {
+  if (event.state === OURS) select(read().tab);
+  else location.reload(); // an address that somebody typed or pasted
+});
 
 // --- what is there, then what comes: followed from before it is fetched, so that nothing falls between
 
