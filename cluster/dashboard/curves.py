@@ -59,6 +59,8 @@ class Curve:
 
 def curve_of(x: Floats, values: Floats) -> Curve:
     """A curve in the order of x; of several values at one x the last stands."""
+    if (x[1:] > x[:-1]).all():  # of a run that was never interrupted
+        return Curve(x, values)
     order = np.argsort(x, kind="stable")
     x, values = x[order], values[order]
     last = np.append(x[1:] != x[:-1], True) if len(x) else np.empty(0, bool)

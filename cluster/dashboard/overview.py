@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query
 
 from cluster.dashboard.resources import devices
-from cluster.dashboard.runs import LOW_DISK, Row, StoreView
+from cluster.dashboard.runs import Row, StoreView
 
+LOW_DISK = 0.05  # of the store's disk
 Order = Literal["up", "down"]
 
 # Of the table: what can be sorted by, and what stands above it. The keys are those of RunView.summary.

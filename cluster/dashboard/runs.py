@@ -6,27 +6,26 @@ reads of its files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import statistics
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from cluster.commands.output import age
+from cluster.dashboard.attention import attention
 from cluster.dashboard.columns import Columns
 from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
-from cluster.dashboard.stragglers import straggler
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer import history
 from trainer.lease import current_claim
-from trainer.record import RunRecord, list_runs
+from trainer.record import RunRecord
 from trainer.record_rows import Cursor, decode_value, read_rows
 
 Axis = Literal["step", "time", "tokens"]
@@ -34,12 +33,9 @@ Row = dict[str, Any]
 
 _TAIL_BYTES, _TAIL_ROWS = 64 << 10, 65
 SPARKLINE_BUCKETS = 60
-# A run counts as stalled when its newest row is older than this many of its own intervals, but not before a minute.
-STALLED_INTERVALS, STALLED_S = 10.0, 60.0
-# A loss counts as a spike above this many medians of those before it, as far as they stand in the record's last bytes.
-SPIKE, SPIKE_FEWEST, SPIKE_SHOWN = 3.0, 16, 16
-RECENT_S = 3600.0  # what a running run has recovered from is shown for so long
-LOW_DISK = 0.05  # of the store's disk
+MOST_AWAKE, AWAKE_S, REST_EVERY_S = 4, 60.0, 2.0  # runs whose newest rows stay in memory: up to 5 MB each
+_LONGEST_NAME = 255  # bytes, of a file
+_ROW_BYTES = 16 << 10  # read where a row is looked for
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,10 @@ class RunView:
         self._events: list[Row] = []
         self._event_cursor: Cursor | None = None
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
+        self._columns_used_at = 0.0  # time.monotonic()
         self._cache = cache
+        self._summary: Row | None = None
+        self._summarized: set[FileFacts] = set()
 
     # --- what it says of itself
 
@@ -106,7 +105,32 @@ class RunView:
         return {}
 
     def summary(self) -> Row:
-        """One line of the overview. Times are epoch seconds or seconds, None where nothing is known."""
+        """One line of the overview. Times are epoch seconds or seconds, None where nothing is known.
+
+        Computed anew only when a file has changed, or while somebody holds the lease, which time alone may end.
+        Raises NotFound when the run has been deleted.
+        """
+        self.check()
+        with self._lock:
+            facts = self._facts()
+            claimed = any(each.path.startswith("lease/") for each in facts)
+            if self._summary is None or self._summarized != facts or (claimed and self.record.holder() is not None):
+                self._summary, self._summarized = self._read_summary(), facts
+            return self._summary
+
+    def check(self) -> None:
+        """Raises NotFound when the run has been deleted, or another has its name now."""
+        if self.record.store.info("run.yaml") != self.identity:
+            raise NotFound(f"The run '{self.name}' has been deleted from {self.record.store.uri}.")
+
+    def _facts(self) -> set[FileFacts]:
+        found: set[FileFacts] = set()
+        for folder in ("events", "metrics", "lease"):
+            with contextlib.suppress(NotFound):  # a file goes while it is looked at
+                found |= {replace(facts, path=f"{folder}/{facts.path}") for facts in self.record.store.walk(folder)}
+        return found
+
+    def _read_summary(self) -> Row:
         events, status, latest = self.events(), self.status(), self.latest()
         values, config = latest.get("values", {}), self.record.config
         holder = self.record.holder()
@@ -129,76 +153,8 @@ class RunView:
             "started_at": events[0]["time"] if events else None,
             "updated_at": latest.get("time"),
             "goodput": goodput(events, latest, time.time() if status == "running" else None),
-            "attention": self._attention(events, status, latest),
+            "attention": attention(self.record.store, config, events, status, latest),
         }
-
-    def _attention(self, events: list[Row], status: str, latest: Row) -> list[Row]:
-        """What a person should look at: {kind, text, time}."""
-        found: list[Row] = []
-        attempt = max((event["attempt"] for event in events), default=0)
-        recently = time.time() - RECENT_S
-        if status == "running" and latest:
-            found += self._of_steps(events, latest)
-        if status == "lost" and events:
-            found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
-        failed = [event for event in events if event["kind"] == "failed"]
-        if failed and (status == "failed" or (status == "running" and failed[-1]["time"] > recently)):
-            text = str(failed[-1].get("summary") or failed[-1].get("error") or "failed")
-            kind = "failed" if status == "failed" else "restarted"
-            found.append({"kind": kind, "text": text, "time": failed[-1]["time"]})
-        if status in {"finished", "stopped"}:
-            return found
-        if status == "running":
-            found += self._of_nodes(events)
-        for event in events:
-            if event["attempt"] != attempt:
-                continue
-            if event["kind"] == "diverged" and status == "running" and event["time"] > recently:
-                found.append({"kind": "diverged", "text": _divergence(event), "time": event["time"]})
-            elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
-                found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
-            elif event["kind"] == "checkpoint_verified" and event.get("damage"):
-                text = f"The checkpoint of step {event.get('step')} is damaged."
-                found.append({"kind": "checkpoint", "text": text, "time": event["time"]})
-            elif event["kind"] == "data_skipped":
-                text = f"damaged data is left out: {len(event.get('blocks', []))} blocks"
-                found.append({"kind": "data", "text": text, "time": event["time"]})
-        return _last_of_each(found)
-
-    def _of_steps(self, events: list[Row], latest: Row) -> list[Row]:
-        """What the newest steps of a running run show."""
-        found: list[Row] = []
-        values, now = latest["values"], time.time()
-        every = (self.record.config.tracking.every or 1) * values.get("step_s", 0.0)
-        silent = now - max(latest["time"], events[-1]["time"])
-        if silent > max(STALLED_S, STALLED_INTERVALS * every):
-            found.append({"kind": "stalled", "text": f"nothing new for {age(silent)}", "time": latest["time"]})
-        if not math.isfinite(values["loss"]):
-            text = f"the loss is {values['loss']} after step {latest['step']:,}"
-            found.append({"kind": "nan", "text": text, "time": latest["time"]})
-        before = [row["values"]["loss"] for row in latest["before"] if math.isfinite(row["values"]["loss"])]
-        usual = statistics.median(before) if len(before) >= SPIKE_FEWEST else 0.0
-        spikes = [row for row in [*latest["before"][-SPIKE_SHOWN:], latest] if row["values"]["loss"] > SPIKE * usual]
-        if usual > 0 and spikes:
-            worst = max(spikes, key=lambda row: row["values"]["loss"])
-            text = f"loss {worst['values']['loss']:.4g} after step {worst['step']:,}, where {usual:.4g} is usual"
-            found.append({"kind": "spike", "text": text, "time": worst["time"]})
-        slow = straggler(self.record.store, latest["attempt"])
-        if slow is not None:
-            times = (
-                f"{1000 * slow['own_s']:.3g} ms a step without waits, where others take {1000 * slow['others_s']:.3g}"
-            )
-            found.append({"kind": "straggler", "text": f"rank {slow['rank']} takes {times}", "time": slow["time"]})
-        return found
-
-    def _of_nodes(self, events: list[Row]) -> list[Row]:
-        """Whether it goes on with fewer workers than it was placed with first."""
-        resized = [event for event in events if event["kind"] == "resized"]
-        wanted = self.record.config.resources.workers
-        if not resized or not isinstance(resized[-1].get("workers"), int) or resized[-1]["workers"] >= wanted:
-            return []
-        text = f"it goes on with {resized[-1]['workers']} of {wanted} workers: a node is gone"
-        return [{"kind": "node", "text": text, "time": resized[-1]["time"]}]
 
     # --- its curves
 
@@ -208,7 +164,20 @@ class RunView:
             if self._columns is None:
                 self._columns = Columns(self.record.store, self._cache)
             self._columns.update()
+            self._columns_used_at = time.monotonic()
             return self._columns
+
+    @property
+    def unused_s(self) -> float | None:
+        """Since somebody has looked at a curve; None where nothing of them is in memory."""
+        return None if self._columns is None else time.monotonic() - self._columns_used_at
+
+    def rest(self) -> None:
+        """Give back the memory of its curves, until somebody looks at one again."""
+        with self._lock:
+            if self._columns is not None:
+                self._columns.close()
+                self._columns = None
 
     def metric_names(self) -> list[str]:
         """Of all metrics, in the order of their first appearance."""
@@ -222,7 +191,7 @@ class RunView:
         """Rows of metrics that have been read, by number: {number, attempt, step, time, values}."""
         with self._lock:
             columns = self._columns or self.columns()
-            return [{"number": each} | columns.row(each) for each in range(start, min(stop, columns.num_rows))]
+            return [{"number": number} | row for number, row in enumerate(columns.rows(start, stop), start)]
 
     def series(
         self,
@@ -237,8 +206,8 @@ class RunView:
         """A metric between two places of an axis. smooth: steps to take means over, for a line of its own."""
         with self._lock:
             columns = self.columns()
-            attempt, step, when = columns.place()
             numbers, values = columns.metric(metric)
+            attempt, step, when = columns.place()  # after it, since rows are only added
         kept = surviving(attempt, step)
         places = self._places(axis, step, when)
         mask = kept[numbers]
@@ -262,15 +231,21 @@ class RunView:
         """All that survives of a metric."""
         with self._lock:
             columns = self.columns()
-            attempt, step, when = columns.place()
             numbers, values = columns.metric(metric)
+            attempt, step, when = columns.place()  # after it, since rows are only added
         mask = surviving(attempt, step)[numbers]
         return curve_of(self._places(axis, step, when)[numbers[mask]], values[mask])
 
-    def sparkline(self, metric: str = "loss") -> list[float]:
-        """The curve in a few numbers: means, with what is not finite left out."""
-        curve = self.series(metric, buckets=SPARKLINE_BUCKETS).curve
-        return [float(each) for each in curve.mean if math.isfinite(each)]
+    def sparkline(self) -> list[float]:
+        """The loss in a few numbers: of rows at even distances in the record, so that no more than those are read."""
+        store = self.record.store
+        if not store.is_local:  # each row would be a request
+            curve = self.series("loss", buckets=SPARKLINE_BUCKETS).curve
+            return [float(each) for each in curve.mean if math.isfinite(each)]
+        rows = _spread(store, SPARKLINE_BUCKETS)
+        places = [np.array([row[name] for row in rows], np.int64) for name in ("attempt", "step")]
+        values = np.array([row["values"]["loss"] for row in rows])[surviving(*places)]
+        return [float(each) for each in values if math.isfinite(each)]
 
     def _places(self, axis: Axis, step: np.ndarray, when: np.ndarray) -> np.ndarray:
         if axis == "time":
@@ -303,22 +278,47 @@ class StoreView:
         self.store = Store(uri)
         self.cache = cache
         self._runs: dict[str, RunView] = {}
+        self._rested_at = 0.0  # time.monotonic()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Of the runs; [] where the store is not there yet."""
-        return list_runs(self.store) if self.store.exists() else []
+        return [name for name in self.store.list_dirs() if self._run_file(name) is not None]
 
     def run(self, name: str) -> RunView:
         """One of them. Raises NotFound."""
-        if name not in self.names():  # a name comes from outside: it must not lead out of the store
-            raise NotFound(f"There is no run '{name}' in {self.store.uri}.")
-        changed = self.store.info(f"{name}/run.yaml")
+        changed = self._run_file(name)
+        if changed is None:
+            raise NotFound(f"There is no run {name!r} in {self.store.uri}.")
+        self._let_rest()
         with self._lock:
             view = self._runs.get(name)
             if view is None or view.identity != changed:
-                view = self._runs[name] = RunView(RunRecord.open(self.store.uri, name), self.cache, changed)
+                view = RunView(RunRecord.open(self.store.uri, name), self.cache, changed)
+                self._runs[name] = view
             return view
+
+    def _run_file(self, name: str) -> FileFacts | None:
+        """Of its run.yaml; None where there is none. A name comes from outside: it must not lead out of the store."""
+        if name in {"", ".", ".."} or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > _LONGEST_NAME:
+            return None
+        folder, root = self.store.local_path(name), self.store.local_path()
+        if folder and root and folder.is_symlink() and root.resolve() not in folder.resolve().parents:
+            return None
+        found = self.store.child(name).info("run.yaml")
+        return None if found is None or found.is_folder else found
+
+    def _let_rest(self) -> None:
+        """Keep in memory the curves of those runs alone that are looked at."""
+        with self._lock:
+            if time.monotonic() - self._rested_at < REST_EVERY_S:
+                return
+            self._rested_at = time.monotonic()
+            awake = [view for view in self._runs.values() if view.unused_s is not None]
+        awake.sort(key=lambda view: view.unused_s or 0.0)
+        for number, view in enumerate(awake):
+            if number >= MOST_AWAKE or (view.unused_s or 0.0) > AWAKE_S:
+                view.rest()
 
     def summaries(self) -> list[Row]:
         """One row a run, the newest first; a run that cannot be read says so and hides no other."""
@@ -345,21 +345,25 @@ def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | 
     return min(1.0, latest["step"] * values["step_s"] / max(end - started[0], 1e-9))
 
 
-def _divergence(event: Row) -> str:
-    """What trainer/session.py records of a step that diverged."""
-    limit = event.get("limit")
-    above = "" if limit is None else f", above its limit of {_told(limit)}"
-    where = f"{event.get('what', 'loss')} {_told(event.get('value'))} at step {_told(event.get('step'))}"
-    return f"{where}{above}; recovery.divergence is {event.get('policy')}"
-
-
-def _told(value: Any) -> str:
-    return f"{value:,.6g}" if isinstance(value, int | float) else str(value)
-
-
-def _last_of_each(found: list[Row]) -> list[Row]:
-    """Of each kind the newest."""
-    return list({each["kind"]: each for each in found}.values())
+def _spread(store: Store, most: int) -> list[Row]:
+    """Rows of training steps at even distances in the files of a record."""
+    names = store.list("metrics")
+    sizes = [store.size(f"metrics/{name}") for name in names]
+    every = max(sum(sizes) / most, 1.0)
+    found: list[Row] = []
+    place, start = 0.0, 0  # of all files together
+    for name, size in zip(names, sizes, strict=True):
+        with store.open_input(f"metrics/{name}") as file:
+            while place < start + size:
+                file.seek(max(int(place) - start - 1, 0))
+                lines = file.read(_ROW_BYTES).split(b"\n")
+                whole = lines[:-1] if place == start else lines[1:-1]  # it may have begun before
+                row = next((row for line in whole if (row := _training_row(line)) is not None), None)
+                if row is not None and (not found or row != found[-1]):
+                    found.append(row)
+                place += every
+        start += size
+    return found
 
 
 def _thinned(curve: Curve, buckets: int) -> Curve:
