@@ -198,6 +198,7 @@ def _question(name: str) -> Row:
             capture_output=True,
             timeout=_LONGEST_S,
             check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # the same code as here
         )
         answer = json.loads(asked.stdout)
         return _nothing(None) | {"answered_at": None if "error" in answer else time.time()} | answer
