@@ -62,6 +62,7 @@ class RunView:
         self.name = record.name
         self._lock = threading.RLock()
         self._events: list[Row] = []
+        self._arrived: list[Row] = []
         self._event_cursor: Cursor | None = None
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
         self._columns_used_at = 0.0  # time.monotonic()
@@ -74,11 +75,21 @@ class RunView:
     def events(self) -> list[Row]:
         """Everything that happened, in order (see RunRecord.events)."""
         with self._lock:
-            new, self._event_cursor = read_rows(self.record.store, "events", self._event_cursor)
-            good = [row for row in new if isinstance(row.get("kind"), str) and _is_placed(row)]
-            if good:
-                self._events = sorted([*self._events, *good], key=lambda row: (row["attempt"], row["time"]))
+            self._read_events()
             return self._events
+
+    def arrived(self) -> list[Row]:
+        """The events in the order in which they were found here: new ones come last."""
+        with self._lock:
+            self._read_events()
+            return self._arrived
+
+    def _read_events(self) -> None:
+        rows, self._event_cursor = read_rows(self.record.store, "events", self._event_cursor)
+        new = [row for row in rows if isinstance(row.get("kind"), str) and _is_placed(row)]
+        if new:
+            self._arrived = [*self._arrived, *sorted(new, key=_when)]
+            self._events = sorted(self._arrived, key=_when)
 
     def status(self) -> history.Status:
         """Where it stands (see RunRecord.status)."""
@@ -370,6 +381,10 @@ def _thinned(curve: Curve, buckets: int) -> Curve:
     """A smooth curve at the ends of buckets."""
     small = reduced(curve, buckets)
     return Curve(small.x, small.mean)
+
+
+def _when(event: Row) -> tuple[int, float]:
+    return event["attempt"], event["time"]
 
 
 def _is_placed(row: Row) -> bool:
