@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from cluster.dashboard import logs, pages, run_files
+from cluster.dashboard import logs, pages, performance, run_files
 from cluster.dashboard.guard import Guard
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.runs import Axis, RunView, StoreView
@@ -77,7 +77,8 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 
-        x: of the last value of each bucket. last: the metric's newest value. bad: values of it that are not finite. superseded: points of what was
+        x: of the last value of each bucket. min, max, bad: also of the steps between two readings; bad: how many of
+        them have no finite value. last: the metric's newest value. superseded: points of what was
         rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
         """
         return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
@@ -130,6 +131,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
             hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
         )
 
+    performance.add(app, store)
     show_error = pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app

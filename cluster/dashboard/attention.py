@@ -8,9 +8,7 @@ import time
 from typing import Any
 
 from cluster.commands.output import age
-from cluster.dashboard.stragglers import straggler
 from configs.schema import RunConfig
-from data_pipelines.storage import Store
 
 Row = dict[str, Any]
 
@@ -21,15 +19,15 @@ SPIKE, SPIKE_FEWEST, SPIKE_SHOWN = 3.0, 16, 16
 RECENT_S = 3600.0  # what a running run has recovered from is shown for so long
 
 
-def attention(run: Store, config: RunConfig, events: list[Row], status: str, latest: Row) -> list[Row]:
-    """By a run's folder, its config, its events in order, its status, and its newest row (see RunView.latest)."""
+def attention(config: RunConfig, events: list[Row], status: str, latest: Row, stragglers: list[Row]) -> list[Row]:
+    """By a run's config, its events in order, its status, its newest row, and who is slow (see RunView)."""
     found: list[Row] = []
     recently = time.time() - RECENT_S
     if status == "running":
         found += _of_nodes(config, events)
         if latest:
             found += _of_steps(config, events, latest)
-            found += _of_ranks(run, latest)
+            found += [{"kind": "straggler", "text": each["text"], "time": latest["time"]} for each in stragglers[:1]]
     if status == "lost" and events:
         found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
     attempt = max((event["attempt"] for event in events), default=0)
@@ -72,14 +70,6 @@ def _of_steps(config: RunConfig, events: list[Row], latest: Row) -> list[Row]:
         text = f"loss {worst['values']['loss']:.4g} after step {worst['step']:,}, where {median:.4g} is usual"
         found.append({"kind": "spike", "text": text, "time": worst["time"]})
     return found
-
-
-def _of_ranks(run: Store, latest: Row) -> list[Row]:
-    slow = straggler(run, latest["attempt"])
-    if slow is None:
-        return []
-    times = f"{1000 * slow['own_s']:.3g} ms a step without waits, where others take {1000 * slow['others_s']:.3g} ms"
-    return [{"kind": "straggler", "text": f"rank {slow['rank']} takes {times}", "time": slow["time"]}]
 
 
 def _of_nodes(config: RunConfig, events: list[Row]) -> list[Row]:

@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cluster.dashboard import performance, rank_rows
 from cluster.dashboard.attention import attention
 from cluster.dashboard.columns import Columns
-from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
+from cluster.dashboard.curves import Curve, Floats, Mask, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer import history
+from trainer.extremes import bounds_of, is_bound
 from trainer.lease import current_claim
 from trainer.record import RunRecord
 from trainer.record_rows import Cursor, decode_value, read_rows
@@ -36,6 +38,7 @@ SPARKLINE_BUCKETS = 60
 MOST_AWAKE, AWAKE_S, REST_EVERY_S = 4, 60.0, 2.0  # runs whose newest rows stay in memory: up to 5 MB each
 _LONGEST_NAME = 255  # bytes, of a file
 _ROW_BYTES = 16 << 10  # read where a row is looked for
+STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class RunView:
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
         self._columns_used_at = 0.0  # time.monotonic()
         self._cache = cache
+        self._ranks: rank_rows.RankRows | None = None  # the same
+        self._slow: list[Row] = []
+        self._slow_at = -math.inf
         self._summary: Row | None = None
         self._summarized: set[FileFacts] = set()
 
@@ -147,6 +153,7 @@ class RunView:
         holder = self.record.holder()
         submitted = [event["target"] for event in events if event["kind"] == "submitted"]
         step_s = values.get("step_s")
+        watched = status == "running" and bool(latest) and config.resources.workers > 1
         step = latest.get("step", 0)
         return {
             "run": self.name,
@@ -164,8 +171,39 @@ class RunView:
             "started_at": events[0]["time"] if events else None,
             "updated_at": latest.get("time"),
             "goodput": goodput(events, latest, time.time() if status == "running" else None),
-            "attention": attention(self.record.store, config, events, status, latest),
+            "attention": attention(config, events, status, latest, self.stragglers() if watched else []),
         }
+
+    def stragglers(self) -> list[Row]:
+        """Ranks that hold the others up now, the slowest first: {rank, node, factor, text}."""
+        with self._lock:
+            if time.monotonic() - self._slow_at < STRAGGLERS_EVERY_S:
+                return self._slow
+            store = self.record.store
+            slow = performance.stragglers(rank_rows.recent_own_s(store))
+            more = f", and {len(slow) - 1} more ranks do" if len(slow) > 1 else ""
+            self._slow = []
+            for rank, factor in slow:
+                node = rank_rows.place_of(store, rank).get("host")
+                text = f"rank {rank} on {node} takes {factor:.1f} times the median rank's time a step{more}"
+                self._slow.append({"rank": rank, "node": node, "factor": factor, "text": text})
+            self._slow_at = time.monotonic()
+            return self._slow
+
+    # --- its ranks
+
+    def ranks(self) -> tuple[rank_rows.RankTable, dict[int, Row]]:
+        """What its ranks wrote up to now, and where each ran last."""
+        with self._lock:
+            if self._ranks is None:
+                self._ranks = rank_rows.RankRows(self.record.store)
+            self._ranks.update()
+            return self._ranks.table(), self._ranks.places()
+
+    def split(self, start: float | None, stop: float | None, buckets: int) -> performance.Split:
+        """Where the time of its steps went (see performance.split)."""
+        with self._lock:
+            return performance.split(self.columns(), self.events(), start=start, stop=stop, buckets=buckets)
 
     # --- its curves
 
@@ -188,11 +226,11 @@ class RunView:
         with self._lock:
             if self._columns is not None:
                 self._columns.close()
-                self._columns = None
+                self._columns = self._ranks = None
 
     def metric_names(self) -> list[str]:
-        """Of all metrics, in the order of their first appearance."""
-        return self.columns().names
+        """Of all metrics that have a curve of their own, in the order of their first appearance."""
+        return [name for name in self.columns().names if not is_bound(name)]
 
     def num_rows(self) -> int:
         """Rows of metrics up to now."""
@@ -219,12 +257,17 @@ class RunView:
             columns = self.columns()
             numbers, values = columns.metric(metric)
             attempt, step, when = columns.place()  # after it, since rows are only added
+            bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
         kept = surviving(attempt, step)
-        places = self._places(axis, step, when)
-        mask = kept[numbers]
-        curve = curve_of(places[numbers[mask]], values[mask])
+        everywhere = self._places(axis, step, when)
+        places = everywhere[numbers]
+
+        def of_rows(mask: Mask) -> Curve:
+            return curve_of(places[mask], values[mask], *(bound[mask] for bound in bounds))
+
+        curve = of_rows(kept[numbers])
         shown = curve.within(start, stop)
-        old = curve_of(places[numbers[~mask]], values[~mask]).within(start, stop)
+        old = of_rows(~kept[numbers]).within(start, stop)
         lost = reduced(old, buckets)
         return Series(
             curve=reduced(shown, buckets),
@@ -235,7 +278,7 @@ class RunView:
                 for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
                 for point in ([(x, low)] if low == high else [(x, low), (x, high)])
             ],
-            restarts=self._restarts(attempt, places),
+            restarts=self._restarts(attempt, everywhere),
         )
 
     def curve(self, metric: str, axis: Axis = "step") -> Curve:
@@ -375,6 +418,14 @@ def _spread(store: Store, most: int) -> list[Row]:
                 place += every
         start += size
     return found
+
+
+def _at_rows(columns: Columns, metric: str, rows: Whole) -> Floats:
+    """A metric's values in these rows, NaN where one has none."""
+    numbers, values = columns.metric(metric)
+    found = np.full(columns.num_rows, np.nan)
+    found[numbers] = values
+    return found[rows]
 
 
 def _thinned(curve: Curve, buckets: int) -> Curve:

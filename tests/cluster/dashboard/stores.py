@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ TAGS = "<script>document.title = 'broken out'</script><img src=x onerror=\"docum
 @contextmanager
 def clock(now: float) -> Iterator[SimpleNamespace]:
     """What a record takes for the time; set `now` to let it pass."""
-    told = SimpleNamespace(now=now)
+    told = SimpleNamespace(now=now, monotonic=time.monotonic)
     told.time = lambda: told.now
     with mock.patch.object(trainer.record, "time", told):
         yield told
