@@ -75,8 +75,9 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 
-        x: of the last value of each bucket. last: the metric's newest value. bad: values of it that are not finite. superseded: points of what was
-        rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
+        x: of the last value of each bucket. last: the metric's newest value. bad: values of a bucket that are not
+        finite. superseded: points of what was rolled back. restarts: where attempts begin. smooth: steps to take means
+        over, for a line of its own.
         """
         return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
 
