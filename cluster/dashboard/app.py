@@ -77,9 +77,9 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 
-        x: of the last value of each bucket. min, max, bad: also of the steps between two readings; bad: how many of
-        them have no finite value. last: the metric's newest value. superseded: points of what was
-        rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
+        x: of the last value of each bucket. last: the metric's newest value. min, max, bad: also of the steps between
+        two readings; bad: how many of them have no finite value. superseded: points of what was rolled back. restarts:
+        where attempts begin. smooth: steps to take means over, for a line of its own.
         """
         return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
 
