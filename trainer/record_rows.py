@@ -119,7 +119,7 @@ def read_lines(
             offset = 0
         with store.open_input(f"{folder}/{name}") as file:
             file.seek(offset)
-            data = file.read(-1 if left is None else left)
+            data = file.read() if left is None else file.read(left)  # Arrow files know no -1
             cut = len(data) == left
             while left is not None and b"\n" not in data and (more := file.read(left)):
                 data += more

@@ -13,7 +13,7 @@ PARTS = (
     "collective_s",  # waits for other ranks, wherever in the step: see stopwatch.py
     "checkpoint_s",  # until the copy of a checkpoint is made, which the update must not change
 )
-# Of all ranks together, in a run: some 250 MB. A reader takes seconds for them.
+# Of all ranks together, in a run: some 300 MB. A reader takes seconds for them.
 MOST_RANK_ROWS = 1_000_000
 
 

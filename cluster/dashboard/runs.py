@@ -181,7 +181,8 @@ class RunView:
                 return self._slow
             store = self.record.store
             slow = performance.stragglers(rank_rows.recent_own_s(store))
-            more = f", and {len(slow) - 1} more ranks do" if len(slow) > 1 else ""
+            others = len(slow) - 1
+            more = f", and {others} more {'does' if others == 1 else 'do'}" if others > 0 else ""
             self._slow = []
             for rank, factor in slow:
                 node = rank_rows.place_of(store, rank).get("host")
