@@ -23,6 +23,7 @@ _QUIET = (
     "--disable-domain-reliability --no-first-run --no-default-browser-check --disable-gpu --disable-dev-shm-usage"
 )
 STARTS_WITHIN_S = 60.0
+TRUE_WITHIN_S = 60.0
 
 
 class Dashboard:
@@ -81,6 +82,17 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def until(page: Any, told: str, argument: Any = None) -> None:
+    """Wait until an expression, or a function of an argument, is true in the page.
+
+    Asked from here: Playwright's own way to wait evaluates text in the page, which the page's policy refuses.
+    """
+    deadline = time.monotonic() + TRUE_WITHIN_S
+    while not page.evaluate(told, argument):
+        assert time.monotonic() < deadline, f"still not so: {told}"
+        time.sleep(0.05)
 
 
 class Watch:

@@ -24,7 +24,7 @@ from trainer.record import RunRecord, attempt_folder
 RECIPE = "language_modeling-gpt-tiny"
 STARTED_AT = 1_790_000_000.0
 STEP_S = 0.5
-TAGS = "<script>document.title = 'broken out'</script><img src=x onerror=\"document.title = 'broken out'\">"
+TAGS = "<script>document.title = 'broken out'</script><img src=x onerror=document.title='broken-out'>"
 
 
 @contextmanager

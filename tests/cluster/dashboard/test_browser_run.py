@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard
+from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard, until
 from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
 from trainer.record import RunRecord
 
@@ -42,7 +42,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(15_000)
+    context.set_default_timeout(60_000)
     opened = context.new_page()
     yield opened
     context.close()
@@ -58,7 +58,7 @@ def chart(page: Any, metric: str) -> Any:
     """The first chart of a metric, scrolled into view and drawn."""
     found = page.locator(f"#curves .chart[data-metric={json.dumps(metric)}]")
     found.scroll_into_view_if_needed()
-    page.wait_for_function("chart => chart.dataset.state === 'shown' && chart.chart.plot", arg=found.element_handle())
+    until(page, "chart => chart.dataset.state === 'shown' && chart.chart.plot", found.element_handle())
     return found
 
 
@@ -98,7 +98,7 @@ def test_no_part_of_it_errs_or_asks_anybody_else(server: Dashboard, page: Any) -
             visit(page, f"{server.address}/runs/restarted#{part}")
             page.wait_for_selector(f"#{part}:not([hidden])")
             page.wait_for_load_state("load")
-            page.wait_for_function("document.getElementById('connection').dataset.state === 'live'")
+            until(page, "document.getElementById('connection').dataset.state === 'live'")
             page.mouse.wheel(0, 3000)
             page.wait_for_timeout(300)
             assert page.locator(f"#{part}").inner_text().strip()
@@ -145,8 +145,8 @@ def test_dragging_fetches_the_range_at_full_detail_and_a_double_click_takes_it_b
     page.mouse.down()
     page.mouse.move(middle, box["y"] + 50, steps=4)
     page.mouse.up()
-    page.wait_for_function("location.hash.includes('from=')")
-    page.wait_for_function("chart => chart.chart.curve.count.every((each) => each === 1)", arg=loss.element_handle())
+    until(page, "location.hash.includes('from=')")
+    until(page, "chart => chart.chart.curve.count.every((each) => each === 1)", loss.element_handle())
     found = drawn(loss)
     assert 1150 < found["from"] < found["to"] < 1320
     assert found["x"][1:-1] == list(range(int(found["x"][1]), int(found["x"][-1])))  # every step of it
@@ -155,8 +155,8 @@ def test_dragging_fetches_the_range_at_full_detail_and_a_double_click_takes_it_b
 
     again = page.url
     page.mouse.dblclick(left, box["y"] + 50)
-    page.wait_for_function("!location.hash.includes('from=')")
-    page.wait_for_function("chart => chart.chart.plot.scales.x.max === 2000", arg=loss.element_handle())
+    until(page, "!location.hash.includes('from=')")
+    until(page, "chart => chart.chart.plot.scales.x.max === 2000", loss.element_handle())
 
     visit(page, again)  # the address brings it back
     assert drawn(chart(page, "loss"))["from"] == found["from"]
@@ -191,9 +191,7 @@ def test_what_looks_like_html_is_shown_as_text(server: Dashboard, page: Any) -> 
         visit(page, f"{server.address}/runs/restarted#{part}{'?attempt=1&rank=1' if part == 'logs' else ''}")
         page.wait_for_selector(f"#{part}:not([hidden])")
         if part != "data":
-            page.wait_for_function(
-                "([part, tags]) => document.getElementById(part).textContent.includes(tags)", arg=[part, TAGS]
-            )
+            until(page, "([part, tags]) => document.getElementById(part).textContent.includes(tags)", [part, TAGS])
         assert page.title() == "restarted - Shardyard"
         assert page.locator("main script, main img[src='x']").count() == 0
     assert watch.errors == [] and watch.elsewhere == []
@@ -224,12 +222,12 @@ def test_logs(server: Dashboard, page: Any) -> None:
     log.get_by_text("Traceback (most recent call last):").wait_for()
     assert log.locator(".line").first.inner_text().startswith("Traceback")
 
-    page.get_by_label("Search this log").fill("LINE 12 ")
+    page.get_by_label("Search this log").fill("LINE 1234")
     page.keyboard.press("Enter")
-    log.get_by_text("rank 1 line 12 of attempt 1").wait_for()
+    log.get_by_text("rank 1 line 1234 of attempt 1").wait_for()
     assert log.locator(".line").count() == 1
     log.get_by_role("button", name=re.compile(r"^[\d,]+$")).click()
-    log.get_by_text("rank 1 line 13 of attempt 1", exact=True).wait_for()
+    log.get_by_text("rank 1 line 1235 of attempt 1", exact=True).wait_for()
 
 
 def test_logs_are_followed(server: Dashboard, page: Any, store: Path) -> None:
@@ -258,15 +256,15 @@ def test_rows_come_by_themselves_also_after_the_server_was_away(tmp_path: Path, 
     with dashboard(tmp_path / "store", tmp_path / "cache") as server:
         page.goto(f"{server.address}/runs/live#curves?smooth=20")
         loss = chart(page, "loss")
-        page.wait_for_function("document.getElementById('connection').dataset.state === 'live'")
+        until(page, "document.getElementById('connection').dataset.state === 'live'")
         write.rows(1)
         reached = "([chart, step]) => chart.chart.curve.x.at(-1) === step"
-        page.wait_for_function(reached, arg=[loss.element_handle(), write.step])
+        until(page, reached, [loss.element_handle(), write.step])
         page.wait_for_timeout(1500)  # what the new attempt has changed is fetched
         fetched = len(watch.series)
         for _ in range(3):
             write.rows(5)
-            page.wait_for_function(reached, arg=[loss.element_handle(), write.step])
+            until(page, reached, [loss.element_handle(), write.step])
         found = drawn(loss)
         assert found["x"][-15:] == list(range(write.step - 14, write.step + 1))
         assert found["max"][-15:] == pytest.approx(write.losses[-15:])
@@ -276,11 +274,11 @@ def test_rows_come_by_themselves_also_after_the_server_was_away(tmp_path: Path, 
         assert len(watch.series) == fetched  # they came with the stream
 
         server.stop()
-        page.wait_for_function("document.getElementById('connection').dataset.state === 'lost'")
+        until(page, "document.getElementById('connection').dataset.state === 'lost'")
         write.rows(7)
         server.start()
-        page.wait_for_function(reached, arg=[loss.element_handle(), write.step])
-        page.wait_for_function("document.getElementById('connection').dataset.state === 'live'")
+        until(page, reached, [loss.element_handle(), write.step])
+        until(page, "document.getElementById('connection').dataset.state === 'live'")
         assert drawn(loss)["x"][-22:] == list(range(write.step - 21, write.step + 1))  # nothing is lost, nothing twice
     record.close()
 
@@ -304,17 +302,26 @@ class _Writer:
         self._record.flush()
 
 
-def test_stopping_asks_first_and_shows_the_answer(server: Dashboard, page: Any, store: Path) -> None:
-    write_run(store, "asked", steps=80, fails_at=44, saved_at=40, spike_at=50, ended=False)
-    asked = []
+def test_stopping_asks_first_and_answers_are_shown(server: Dashboard, page: Any, store: Path) -> None:
+    record = write_run(store, "asked", steps=80, fails_at=44, saved_at=40, spike_at=50, ended=False)
+    tokens = []
 
     def answer(route: Any) -> None:
-        asked.append(route.request.headers.get("x-shardyard-token"))
-        route.fulfill(json={"message": f"It will resume. {TAGS}"})
+        tokens.append(route.request.headers.get("x-shardyard-token"))
+        if route.request.url.endswith("/stop"):
+            route.fulfill(json={"message": f"It is stopping. {TAGS}"})
+        else:
+            route.fulfill(status=400, json={"error": f"It cannot. {TAGS}"})
 
-    page.route("**/api/runs/asked/resume", answer)
-    page.goto(f"{server.address}/runs/asked")
-    page.get_by_role("button", name="Resume").click()  # nobody runs it: it is lost
-    page.get_by_text(f"It will resume. {TAGS}").wait_for()
-    token = page.locator("meta[name=forgery-token]").get_attribute("content")
-    assert asked == [token] and token
+    page.route(re.compile("/api/runs/asked/(stop|resume)$"), answer)
+    with record.acquire_lease():
+        page.goto(f"{server.address}/runs/asked")
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.get_by_role("button", name="Let it run").click()
+        assert tokens == []
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.get_by_role("button", name="Stop it").click()
+        page.get_by_text(f"It is stopping. {TAGS}").wait_for()
+    page.get_by_role("button", name="Resume").click()  # its launcher is gone
+    page.get_by_text(f"It cannot. {TAGS}").wait_for()
+    assert tokens == 2 * [page.locator("meta[name=forgery-token]").get_attribute("content")]
