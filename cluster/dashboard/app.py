@@ -37,6 +37,8 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
         middleware=[Middleware(Guard, token=token, hosts=hosts)],
     )
 
+    app.state.hubs = hubs
+
     @app.exception_handler(ShardyardError)
     def explain(request: Request, error: ShardyardError) -> Response:
         status = 404 if isinstance(error, NotFound) else 400 if isinstance(error, UsageError) else 500
@@ -73,7 +75,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
         start: float | None = None,
         stop: float | None = None,
         buckets: Annotated[int, Query(ge=1, le=MOST_BUCKETS)] = 600,
-        smooth: Annotated[int, Query(ge=1)] = 1,
+        smooth: Annotated[int, Query(ge=1, le=1 << 40)] = 1,
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 

@@ -33,6 +33,7 @@ class _Hub(ABC):
         self._every_s = every_s
         self._readers: set[asyncio.Queue[str | None]] = set()
         self._task: asyncio.Task[None] | None = None
+        self._ended = False
         self._quiet = asyncio.Lock()  # nobody joins between a look and its messages
         # A task that is cancelled leaves its thread in `look`, which must not meet a reader that comes then.
         self._one_thread = threading.Lock()
@@ -62,6 +63,8 @@ class _Hub(ABC):
                 return
             except Exception as error:  # the record may hold anything; the next look may find it in order
                 missed = [_trouble(error)]
+            if self._ended:
+                return
             self._readers.add(queue)
         if self._task is None:
             self._task = asyncio.create_task(self._keep_looking())
@@ -81,6 +84,11 @@ class _Hub(ABC):
             if not self._readers and self._task is not None:
                 self._task.cancel()
                 self._task = None
+
+    def end(self) -> None:
+        """End all streams, those too that are about to begin."""
+        self._ended = True
+        self._send_away(self._readers)
 
     def _begin(self, last_id: str | None) -> list[str]:
         with self._one_thread:
@@ -115,9 +123,11 @@ class _Hub(ABC):
         self._send_away(late)
 
     def _send_away(self, queues: set[asyncio.Queue[str | None]]) -> None:
-        """End their streams after what they have been told; a late one has it told when it comes back."""
+        """End their streams after what they have been told."""
         for queue in set(queues):
             self._readers.discard(queue)
+            if queue.full():  # it is late already, and has the rest told when it comes back
+                queue.get_nowait()
             queue.put_nowait(None)
 
 
@@ -226,6 +236,11 @@ class Hubs:
         for other in [each for each, hub in self._runs.items() if hub.is_idle and each is not view]:
             del self._runs[other]
         return self._runs.setdefault(view, RunHub(view))
+
+    def end(self) -> None:
+        """End all streams, before the server ends: it would wait for them."""
+        for hub in (self._store, *self._runs.values()):
+            hub.end()
 
 
 def message(kind: str, content: Any, place: str | None = None) -> str:
