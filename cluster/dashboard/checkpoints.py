@@ -86,43 +86,51 @@ class Manifests:
 def _of_run(view: RunView, manifests: Manifests, uri: str) -> list[Row]:
     folders = view.record.store.child("checkpoints")
     steps = [int(name.removeprefix("step-")) for name in folders.list_dirs() if name.removeprefix("step-").isdigit()]
-    events = view.events()
-    saved = {event.get("step"): event for event in events if event["kind"] == "checkpoint"}
-    verified = {event.get("step"): event for event in events if event["kind"] == "checkpoint_verified"}
+    saved = {event.get("step"): event for event in view.events() if event["kind"] == "checkpoint"}
     found = []
     for step in steps:
-        folder, event = folders.child(f"step-{step:08d}"), saved.get(step, {})
-        row: Row = {
+        event, folder = saved.get(step, {}), folders.child(f"step-{step:08d}")
+        row = {
             "run": view.name,
             "step": step,
             "saved_at": event.get("time"),
             "stall_s": event.get("stall_s"),
             "write_s": event.get("write_s"),
             "command": _go_on(view, uri, step, newest=step == max(steps)),
-            "verified_at": None,
-            **dict.fromkeys(("size_bytes", "world_size", "zero_stage", "precision")),
-            "evaluation": {},
         }
-        try:
-            said = manifests.read(folder)
-        except Damaged as error:
-            found.append(row | {"state": "damaged", "damage": str(error)})
-            continue
-        if said is None:
-            found.append(
-                row | {"state": "unfinished", "damage": "It has no manifest: it is being saved, or was cut off."}
-            )
-            continue
-        check = verified.get(step, {})
         # One that was saved anew at the same step is another one.
-        if check.get("time", 0.0) < event.get("time", 0.0):
-            check = {}
-        damage = _differing(folder, said["files"]) or [str(each) for each in check.get("damage") or []]
-        row |= {key: said[key] for key in ("world_size", "zero_stage", "precision", "evaluation")}
-        row |= {"size_bytes": sum(said["files"].values()), "verified_at": check.get("time")}
-        state = "damaged" if damage else "verified" if check else "whole"
-        found.append(row | {"state": state, "damage": " ".join(damage)})
+        since = [each for each in view.events() if each["time"] > event.get("time", 0.0)]
+        found.append(row | _condition(folder, manifests, since, step))
     return found
+
+
+def _condition(folder: Store, manifests: Manifests, events: list[Row], step: int) -> Row:
+    """What it is like, by its manifest, the sizes of its files, and what has happened since it was saved."""
+    unknown = dict.fromkeys(("size_bytes", "world_size", "zero_stage", "precision", "verified_at")) | {"evaluation": {}}
+    try:
+        said = manifests.read(folder)
+    except Damaged as error:
+        return unknown | {"state": "damaged", "damage": str(error)}
+    if said is None:
+        text = "It has no manifest: it is being saved, or was cut off."
+        return unknown | {"state": "unfinished", "damage": text}
+    damage, verified_at = _differing(folder, said["files"]), None
+    for event in events:
+        kind, is_its = event["kind"], event.get("step") == step
+        if is_its and kind == "checkpoint_verified":
+            damage += [str(each) for each in event.get("damage") or []]
+            verified_at = event["time"]
+        elif is_its and kind == "started":  # what goes on from it has read every byte, and compared
+            verified_at = event["time"]
+        elif kind == "checkpoint_damaged" and f"step-{step:08d} " in str(event.get("error")):
+            damage.append(str(event["error"]))
+    known = {key: said[key] for key in ("world_size", "zero_stage", "precision", "evaluation")}
+    return known | {
+        "size_bytes": sum(said["files"].values()),
+        "verified_at": verified_at,
+        "state": "damaged" if damage else "verified" if verified_at is not None else "whole",
+        "damage": " ".join(dict.fromkeys(damage)),
+    }
 
 
 def _go_on(view: RunView, uri: str, step: int, *, newest: bool) -> str:

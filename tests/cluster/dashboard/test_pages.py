@@ -378,6 +378,28 @@ def test_checkpoints_tell_how_they_were_written_and_whether_they_are_whole(clien
     assert client.get("/checkpoints?run=none").status_code == 404
 
 
+def test_what_goes_on_from_a_checkpoint_has_verified_it(client: TestClient, store: Path) -> None:
+    record = stores.create(store, "one")
+    record.next_attempt()
+    for step in (10, 20, 30):
+        checkpoint(record, step)
+        record.event("checkpoint", step=step)
+    record.event("started", step=20)
+    record.event(
+        "checkpoint_damaged", error=f"Checkpoint {record.store.path('checkpoints/step-00000030')} is skipped: bits"
+    )
+
+    def states() -> dict[int, str]:
+        return {row["step"]: row["state"] for row in client.get("/api/checkpoints").json()}
+
+    assert states() == {10: "whole", 20: "verified", 30: "damaged"}
+    record.event("checkpoint_verified", step=10, damage=[])
+    record.event("checkpoint_verified", step=20, damage=["a block fails its digest"])
+    record.event("checkpoint", step=30)  # saved anew
+    record.close()
+    assert states() == {10: "verified", 20: "damaged", 30: "whole"}
+
+
 # --- data sets
 
 
