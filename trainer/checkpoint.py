@@ -253,7 +253,7 @@ class Checkpointer:
                     step=snapshot.step,
                     path=folder.path(),
                     size_bytes=size_bytes,
-                    stall_s=round(snapshot.stall_s + snapshot.reading.waited_s, 4),
+                    stall_s=_stall_s(snapshot),
                     write_s=round(write_s, 4),
                 )
             elif own_error is not None:
@@ -263,7 +263,7 @@ class Checkpointer:
             self.last_error = f"The checkpoint of step {snapshot.step} was not saved: {_cause(error)}"
             _log.error("%s Training goes on, and earlier checkpoints are as they were.", self.last_error)
             if self._world.rank == 0:
-                self._event("checkpoint_failed", step=snapshot.step, error=_cause(error))
+                self._event("checkpoint_failed", step=snapshot.step, error=_cause(error), stall_s=_stall_s(snapshot))
                 if not isinstance(error, Unacknowledged):
                     self._discard(folder, snapshot.save)
 
@@ -332,6 +332,11 @@ class Checkpointer:
     def _event(self, kind: str, **fields: Any) -> None:
         if self._record is not None:
             self._record.event(kind, **fields)
+
+
+def _stall_s(snapshot: Snapshot) -> float:
+    """How long training waited for it."""
+    return round(snapshot.stall_s + snapshot.reading.waited_s, 4)
 
 
 def _arrived(folder: Store, save: str, error: Unreachable) -> dict[str, Any]:

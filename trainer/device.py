@@ -59,6 +59,26 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return metrics
 
 
+def memory_now(device: torch.device) -> dict[str, float]:
+    """Bytes of the device: used by this process, reserved by torch for it, and free for anybody.
+
+    Of a CPU: resident, and what its host has left; nothing is reserved.
+    """
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return {
+            "memory_used_bytes": float(torch.cuda.memory_allocated(device)),
+            "memory_reserved_bytes": float(torch.cuda.memory_reserved(device)),
+            "memory_free_bytes": float(torch.cuda.mem_get_info(device)[0]),
+        }
+    return {
+        "memory_used_bytes": float(psutil.Process().memory_info().rss),
+        "memory_free_bytes": float(psutil.virtual_memory().available),
+    }
+
+
 def unsupported(device: torch.device, precision: str) -> str | None:
     """Why the device cannot train in this precision, and the remedy; None if it can."""
     import torch

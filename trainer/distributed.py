@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from configs.errors import Unreachable, UsageError
 from configs.schema import RunConfig
+from trainer import stopwatch
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _torch_default_timeout = distributed_c10d._get_default_timeout
@@ -69,6 +70,7 @@ def init_world(
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_s)
     _set_default_timeout(timeout)
+    stopwatch.time_collectives()
     if size == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)  # gloo listens, though nobody comes
     try:
@@ -108,6 +110,7 @@ def close_world() -> None:
     """Leave the other workers. A process that left cannot join another world: DeepSpeed keeps its groups for good."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    stopwatch.leave_collectives()
     distributed_c10d._get_default_timeout = _torch_default_timeout
 
 

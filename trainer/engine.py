@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from trainer.parts.batch_norm import RunningStatistics
 from trainer.progress import Progress
 from trainer.rng import seed_forward
 from trainer.snapshot import Reading
+from trainer.stopwatch import Stopwatch
 from trainer.upload import Uploads
 from trainer.weight_average import WeightAverage
 
@@ -51,7 +51,8 @@ class StepStats:
     finite (then the weights stay as they were), None where the update was refused for its loss. num_items, num_tokens:
     over all ranks. skipped: fp16 overflowed and its scaler took the update back. votes: whether any rank said yes to
     each.
-    forward_s, backward_s, optimizer_s: this rank's, by the host's clock; a GPU may still be working.
+    forward_s, backward_s, optimizer_s: this rank's own work, without its waits for others (see stopwatch.py).
+    checkpoint_s: waited for the copy of a checkpoint.
     """
 
     loss: float
@@ -63,6 +64,7 @@ class StepStats:
     forward_s: float
     backward_s: float
     optimizer_s: float
+    checkpoint_s: float
 
 
 class Engine:
@@ -171,7 +173,7 @@ class Engine:
             self._drop_gradients()
             loss_sum, *_ = self._forward_backward(task, batches, counts, step)
         progress.phase = "optimizer"
-        started = time.perf_counter()
+        watch, held_s = Stopwatch(), self.reading.waited_s
         loss_total = RunningSum(loss_sum, self.world.device)
         refused, grad_norm = False, None
         if limits is not None:
@@ -180,6 +182,7 @@ class Engine:
         grad_norm = norm if grad_norm is None else grad_norm
         weight, num_items, num_tokens, *ayes = counts.wait()
         loss_mean = loss_total.wait()[0] / (weight or 1.0)
+        checkpoint_s = self.reading.waited_s - held_s
         return StepStats(
             loss=loss_mean,
             grad_norm=grad_norm,
@@ -189,7 +192,8 @@ class Engine:
             votes=tuple(aye > 0 for aye in ayes),
             forward_s=forward_s,
             backward_s=backward_s,
-            optimizer_s=time.perf_counter() - started,
+            optimizer_s=watch.lap() - checkpoint_s,
+            checkpoint_s=checkpoint_s,
         )
 
     def _end_step(self, refused: bool, quanta: dict[str, int]) -> tuple[float | None, bool]:
@@ -264,14 +268,14 @@ class Engine:
     def _forward_backward(
         self, task: BoundTask, batches: Sequence[MicroBatch], counts: RunningSum, step: int
     ) -> tuple[Tensor, float, float]:
-        """All micro-batches of the step: the sum of their losses, seconds forward and seconds backward.
+        """All micro-batches of the step: the sum of their losses, seconds of work forward and backward.
 
         counts: the first of them is the weight of all items; 0 where none counts.
         """
         engine, progress = self.deepspeed, self._progress
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         forward_s = backward_s = 0.0
-        started = time.perf_counter()
+        watch = Stopwatch()
         for number, (batch, tensors) in enumerate(self._uploads.each(batches), start=1):
             progress.phase = "forward"
             seed_forward(self.config.seed, step, batch.index)
@@ -279,15 +283,12 @@ class Engine:
             loss_sum += loss.detach()
             if not batch.idle:
                 self._statistics.add(batch.index)
-            forward_done = time.perf_counter()
+            forward_s += watch.lap()
             progress.phase = "backward"
             engine.backward(loss / (counts.wait()[0] or 1.0), scale_wrt_gas=False)
-            backward_done = time.perf_counter()
+            backward_s += watch.lap()
             if number < len(batches):
                 engine.step()  # not yet an update: counts the micro-batch
-            forward_s += forward_done - started
-            backward_s += backward_done - forward_done
-            started = time.perf_counter()
         return loss_sum, forward_s, backward_s
 
     def _refused(self, limits: Limits, loss: float) -> tuple[bool, float | None]:

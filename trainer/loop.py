@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -9,10 +10,15 @@ from typing import Literal
 
 from configs.duration import Interval
 from data_pipelines.loader import evaluation_batches
+from trainer import device, stopwatch
 from trainer.distributed import of_rank_0
 from trainer.engine import StepStats
+from trainer.extremes import Extremes
 from trainer.schedules import lr_at
 from trainer.session import Session
+from trainer.step_times import StepTimes, rank_rows_every
+
+MEMORY_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ def train(session: Session, stop: threading.Event) -> Outcome:
     config, engine, progress, early = session.config, session.engine, session.progress, session.early_stopping
     divergence, policy = session.divergence, session.config.recovery.divergence
     meter = Meter(session)
+    rank_every = rank_rows_every(config.steps, config.tracking.every, session.world.size)
     saves = SaveClock(config.checkpoint.interval)
     done = session.start_step
     ends_early = early is not None and early.ended
@@ -59,10 +66,14 @@ def train(session: Session, stop: threading.Event) -> Outcome:
             divergence.count(finding)
             if policy == "rollback":
                 done = session.roll_back(done)
-                meter.pause()
+                meter.roll_back()
                 continue
-        if due(done, config.tracking.every) or last or stopping:
+        # A reading at each save, too: what a restart from there does not repeat is then recorded.
+        may_save = save_due or (early is not None and due(done, config.evaluation.every))
+        if due(done, config.tracking.every) or may_save or last or stopping:
             session.log_metrics(done, meter.read(stats, lr))
+        if due(done, rank_every) or last or stopping:
+            session.log_rank(done, meter.read_rank())
         evaluation: dict[str, float] = {}
         if early is not None and (due(done, config.evaluation.every) or last):
             progress.phase = "evaluation"
@@ -142,53 +153,68 @@ class SaveClock:
 
 
 class Meter:
-    """Speed over the steps since it was last read, without the time of evaluation and checkpoints."""
+    """What steps were like since it was last read, without the time of evaluation and checkpoints."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self.tokens_per_s: float | None = None
-        self._mark = time.perf_counter()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps = 0
         self._tokens = 0
-        self._step_s = 0.0
-        self._data_wait_s = 0.0
+        self._times = StepTimes()
+        self._rank_times = StepTimes()  # read more rarely
+        self._extremes = Extremes()
+        self._memory_at = -math.inf
+        self.pause()
 
     def add(self, stats: StepStats) -> None:
-        """Count a step that just ended."""
-        now = time.perf_counter()
-        self._steps += 1
-        self._step_s += now - self._mark
+        """Count the step that just ended."""
+        step_s, collective_s = self._since()
+        self.pause()
+        wait_s = self._session.loader.wait_s
+        parts = (wait_s, stats.forward_s, stats.backward_s, stats.optimizer_s, collective_s, stats.checkpoint_s)
+        self._times.add(step_s, parts)
+        self._rank_times.add(step_s, parts)
+        self._extremes.add((stats.loss, stats.grad_norm))
         self._tokens += stats.num_tokens
-        self._data_wait_s += self._session.loader.wait_s
-        self._mark = now
-        self.tokens_per_s = self._tokens / self._step_s if self._tokens else None
+        self.tokens_per_s = self._tokens / self._times.step_s if self._tokens else None
 
     def pause(self) -> None:
         """Leave out what happened since the step ended."""
-        self._mark = time.perf_counter()
+        self._mark, self._waited_s = time.perf_counter(), stopwatch.waited_s()
+
+    def _since(self) -> tuple[float, float]:
+        """Seconds since then, and those of them in collectives."""
+        return time.perf_counter() - self._mark, stopwatch.waited_s() - self._waited_s
+
+    def roll_back(self) -> None:
+        """Forget the losses of what was rolled back: all since the last reading, as each save has one.
+
+        Speeds stay those of all steps that were made.
+        """
+        self._extremes.forget()
+        self.pause()
 
     def read(self, stats: StepStats, lr: float) -> dict[str, float]:
-        """Metrics of the latest step and speeds since the last reading. Times are seconds a step."""
-        step_s = self._step_s / self._steps
+        """Metrics of the latest step; extremes, and means of times, since the last reading (docs/metrics.md)."""
+        step_s = self._times.step_s / self._times.steps
         metrics = {
             "loss": stats.loss,
             "lr": lr,
             "items": float(stats.num_items),
             "examples_per_s": self._session.config.batch.global_batch_size / step_s,
-            "step_s": step_s,
-            "data_wait_s": self._data_wait_s / self._steps,
-            "forward_s": stats.forward_s,
-            "backward_s": stats.backward_s,
-            "optimizer_s": stats.optimizer_s,
             "skipped": float(stats.skipped),
         }
         if self._tokens:
-            metrics["tokens_per_s"] = self._tokens / self._step_s
+            metrics["tokens_per_s"] = self._tokens / self._times.step_s
         if stats.grad_norm is not None:
             metrics["grad_norm"] = stats.grad_norm
-        metrics |= self._session.device_metrics(step_s)
-        self._reset()
+        metrics |= self._times.read() | self._extremes.read() | self._session.device_metrics(step_s)
+        self._tokens = 0
         return metrics
+
+    def read_rank(self) -> dict[str, float]:
+        """Times of this rank since they were last read, and now and then its memory, which takes longer to ask for."""
+        values = self._rank_times.read()
+        if (now := time.monotonic()) - self._memory_at >= MEMORY_EVERY_S:
+            self._memory_at = now
+            values |= device.memory_now(self._session.world.device)
+        return values

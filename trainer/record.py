@@ -2,11 +2,13 @@
 
     run.yaml        resolved config, where each value came from       lineage.json  code, packages, machine, command
     events/         what happened                                     metrics/      numbers by step
+    ranks/          each rank's place, times and memory by step
     attempts/0001/  logs and a note for each lifetime of the workers  lease/        who runs it now
     stop.json       somebody asked the run to stop                    checkpoints/  see trainer/checkpoint.py
     datasets.json   names of its data sets in <store>/datasets/  pictures/  what the model makes, to look at
 
-Events and metrics only grow: each writer (the launcher, or one rank) appends to files of its own, for each attempt.
+Events, metrics and ranks only grow: each writer (the launcher, or one rank) appends to files of its own, for each
+attempt. What they hold is in docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ from trainer.redact import Redactor
 _CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "datasets.json"
 _LOCAL_FLUSH_EVERY_S = 1.0
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
+# Of rows of ranks, which all write at once: so long for each rank there is, and at least so long.
+_LOCAL_RANK_FLUSH_S = (0.01, _LOCAL_FLUSH_EVERY_S)  # 100 appends a second to a file system that they share
+_REMOTE_RANK_FLUSH_S = (1.0, 60.0)  # an object a second
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
-_OWN_NAMES |= {"events", "metrics", "attempts", "lease", "checkpoints", "pictures"}
+_OWN_NAMES |= {"events", "metrics", "ranks", "attempts", "lease", "checkpoints", "pictures"}
 SWEEPS = "sweeps"  # folder of sweeps in a store: see cluster/sweep_folder.py
 _RESERVED_NAMES = {  # beside runs, in a store
     SWEEPS: "sweeps",
@@ -64,6 +69,9 @@ class RunRecord:
         self._writer = "launcher" if rank is None else f"rank-{rank:05d}"
         self._redactor = Redactor(os.environ)
         self._rows: dict[tuple[str, int], RowWriter] = {}
+        self._rank_rows: RowWriter | None = None
+        self._rank = 0
+        self._rank_flush_every_s = 0.0
         self._flush_lock = threading.Lock()
         self._flusher: threading.Thread | None = None
         self._closing = threading.Event()
@@ -181,6 +189,30 @@ class RunRecord:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers after `step` completed steps. Costs the caller microseconds: a thread writes them, once a second."""
         self._append("metrics", {"step": step, "values": dict(values)})
+        self._flush_behind()
+
+    def begin_rank(self, rank: int, world_size: int, step: int, **facts: Any) -> None:
+        """Begin the rows of a rank in this attempt, after `step` completed steps, with where it runs."""
+        for_each_s, least_s = _LOCAL_RANK_FLUSH_S if self.store.is_local else _REMOTE_RANK_FLUSH_S
+        self._rank, self._rank_flush_every_s = rank, max(least_s, for_each_s * world_size)
+        self._rank_rows = RowWriter(self.store, "ranks", self.attempt, f"rank-{rank:05d}", few_objects=True)
+        place = {"host": socket.gethostname(), "world_size": world_size, **facts}
+        self._append_rank({"step": step, "place": place, "values": {}})
+
+    def rank_row(self, step: int, values: Mapping[str, float]) -> None:
+        """How the rank has fared since its last row, up to `step` completed steps. Costs what `metrics` does.
+
+        Written rarely where many ranks would write at once; what a killed one has not written is lost.
+        """
+        self._append_rank({"step": step, "values": dict(values)})
+
+    def _append_rank(self, row: dict[str, Any]) -> None:
+        assert self._rank_rows is not None, "begin_rank() comes first"
+        self._rank_rows.append({"time": time.time(), "attempt": self.attempt, "rank": self._rank, **row})
+        self._flush_behind()
+
+    def _flush_behind(self) -> None:
+        """Have a thread write from now on."""
         if self._flusher is None:
             self._flusher = threading.Thread(target=self._keep_flushing, name="record", daemon=True)
             self._flusher.start()
@@ -229,12 +261,13 @@ class RunRecord:
             self._flusher.join()
             self._flusher = None
         with self._flush_lock:
-            for writer in self._rows.values():
+            for writer in [*self._rows.values(), *([self._rank_rows] if self._rank_rows else [])]:
                 try:
                     writer.close()
                 except ShardyardError as error:
                     self._complain(error)
             self._rows.clear()
+            self._rank_rows = None
         self._closing.clear()
 
     def _append(self, folder: str, row: dict[str, Any]) -> None:
@@ -246,8 +279,15 @@ class RunRecord:
 
     def _keep_flushing(self) -> None:
         every_s = _LOCAL_FLUSH_EVERY_S if self.store.is_local else _REMOTE_FLUSH_EVERY_S
+        ranks_at = time.monotonic() + self._rank_flush_every_s
         while not self._closing.wait(every_s):
             self.flush()
+            if self._rank_rows is not None and time.monotonic() >= ranks_at:
+                ranks_at = time.monotonic() + self._rank_flush_every_s
+                try:
+                    self._rank_rows.flush()
+                except ShardyardError as error:
+                    self._complain(error)
 
     def _complain(self, error: ShardyardError) -> None:
         if not self._complained:

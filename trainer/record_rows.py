@@ -17,6 +17,7 @@ from data_pipelines.storage import Store
 Cursor = dict[str, list[int]]  # writer's prefix -> [number of the segment read last, bytes read of it]
 
 _SEGMENT_NAME = re.compile(r"(?P<prefix>\d{4,}-.+)-(?P<number>\d{6,})\.jsonl")
+_OBJECT_BYTES = 1 << 20
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -24,11 +25,15 @@ class RowWriter:
     """Appends rows to one writer's segments. `append` only keeps the row; `flush` encodes and writes.
 
     Rows that could not be written stay kept for the next flush, so one failed flush loses nothing.
+
+    few_objects: on an object store, write the newest segment again with more in it: few objects for many writers.
     """
 
-    def __init__(self, store: Store, folder: str, attempt: int, writer: str) -> None:
+    def __init__(self, store: Store, folder: str, attempt: int, writer: str, *, few_objects: bool = False) -> None:
         self._rows: deque[dict[str, Any]] = deque()
-        self._segments = store.appender(f"{folder}/{attempt:04d}-{writer}")
+        prefix = f"{folder}/{attempt:04d}-{writer}"
+        grows = few_objects and not store.is_local
+        self._segments = GrowingObjects(store, prefix) if grows else store.appender(prefix)
 
     def append(self, row: dict[str, Any]) -> None:
         """Keep a row for the next flush; the caller gives it away."""
@@ -45,6 +50,40 @@ class RowWriter:
         """Flush and close the file. Raises ShardyardError."""
         self.flush()
         self._segments.close()
+
+
+class GrowingObjects:
+    """SegmentWriter's segments, of which the last is an object that every flush replaces with a longer one.
+
+    Of one thread.
+    """
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._number: int | None = None
+        self._written = b""
+        self._pending = b""
+
+    def write(self, data: bytes) -> None:
+        """Keep whole lines for the next flush."""
+        self._pending += data
+
+    def flush(self) -> None:
+        """Write what is kept. Raises ShardyardError; then it stays kept."""
+        if not self._pending:
+            return
+        if self._number is None:
+            self._number = len(self._store.segments(self._prefix)) + 1
+        data = self._written + self._pending
+        self._store.write_atomic(f"{self._prefix}-{self._number:06d}.jsonl", data)
+        self._written, self._pending = data, b""
+        if len(data) >= _OBJECT_BYTES:
+            self._number, self._written = self._number + 1, b""
+
+    def close(self) -> None:
+        """Flush. Raises ShardyardError."""
+        self.flush()
 
 
 def read_rows(
@@ -80,7 +119,7 @@ def read_lines(
             offset = 0
         with store.open_input(f"{folder}/{name}") as file:
             file.seek(offset)
-            data = file.read(-1 if left is None else left)
+            data = file.read() if left is None else file.read(left)  # Arrow files know no -1
             cut = len(data) == left
             while left is not None and b"\n" not in data and (more := file.read(left)):
                 data += more

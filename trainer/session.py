@@ -70,6 +70,10 @@ class Session:
         if self.writes_record:
             self.record.metrics(step, values | seen)
 
+    def log_rank(self, step: int, values: dict[str, float]) -> None:
+        """How this rank has fared up to `step` completed steps; every rank calls it."""
+        self.record.rank_row(step, values)
+
     def log_sample(self, step: int) -> None:
         """What the model now makes of nothing: text, and how little it repeats itself.
 
@@ -298,6 +302,7 @@ def open_session(record: RunRecord, world: World, progress: Progress) -> Iterato
         loader = data.loader(config, world, start)
         stack.callback(loader.close)
         progress.step, progress.steps = start.step, config.steps
+        record.begin_rank(world.rank, world.size, start.step, local_rank=world.local_rank, device=str(world.device))
         if world.rank == 0:
             record.event(
                 "started",

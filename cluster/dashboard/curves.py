@@ -34,16 +34,27 @@ def surviving(attempt: Whole, step: Whole) -> Mask:
 
 @dataclass(frozen=True)
 class Curve:
-    """One value an x, in order. x: step, time or tokens. values: may not be finite."""
+    """One value an x, in order. x: step, time or tokens. values: may not be finite.
+
+    low, high: extremes of what the value stands for, None where it stands for itself; NaN where one is unknown.
+    bad: how much of that is not finite.
+    """
 
     x: Floats
     values: Floats
+    low: Floats | None = None
+    high: Floats | None = None
+    bad: Floats | None = None
 
     def within(self, start: float | None, stop: float | None) -> Curve:
         """What lies from `start` to `stop`, both included, and one neighbour on each side to draw a line to."""
         first = 0 if start is None else max(int(np.searchsorted(self.x, start, "left")) - 1, 0)
         last = len(self.x) if stop is None else int(np.searchsorted(self.x, stop, "right")) + 1
-        return Curve(self.x[first:last], self.values[first:last])
+        return self._taken(slice(first, last))
+
+    def _taken(self, places: slice | Whole | Mask) -> Curve:
+        bounds = (None if each is None else each[places] for each in (self.low, self.high, self.bad))
+        return Curve(self.x[places], self.values[places], *bounds)
 
     def smoothed(self, width: int) -> Curve:
         """Means over `width` values up to each (fewer at the beginning), of those that are finite."""
@@ -57,14 +68,16 @@ class Curve:
         return Curve(self.x, means)
 
 
-def curve_of(x: Floats, values: Floats) -> Curve:
+def curve_of(
+    x: Floats, values: Floats, low: Floats | None = None, high: Floats | None = None, bad: Floats | None = None
+) -> Curve:
     """A curve in the order of x; of several values at one x the last stands."""
     if (x[1:] > x[:-1]).all():  # of a run that was never interrupted
-        return Curve(x, values)
+        return Curve(x, values, low, high, bad)
     order = np.argsort(x, kind="stable")
-    x, values = x[order], values[order]
-    last = np.append(x[1:] != x[:-1], True) if len(x) else np.empty(0, bool)
-    return Curve(x[last], values[last])
+    curve = Curve(x, values, low, high, bad)._taken(order)
+    last = np.append(curve.x[1:] != curve.x[:-1], True) if len(x) else np.empty(0, bool)
+    return curve._taken(last)
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Reduced:
     """A curve in buckets of equal width; those without a value are left out.
 
     x: of the last value in each. smallest, largest, mean: of its finite values, NaN where there are none.
-    count: values in each. bad: of those, how many are not finite.
+    count: values in each. bad: how much of what they stand for is not finite.
     """
 
     x: Floats
@@ -99,14 +112,21 @@ def reduced(curve: Curve, buckets: int) -> Reduced:
     count = np.diff(np.append(starts, len(x)))
     num_good = np.add.reduceat(good.astype(np.int64), starts)
     some = num_good > 0
-    smallest = np.minimum.reduceat(np.where(good, values, np.inf), starts)
-    largest = np.maximum.reduceat(np.where(good, values, -np.inf), starts)
+    bad = np.where(good, 0, 1) if curve.bad is None else np.maximum(np.nan_to_num(curve.bad), ~good).astype(np.int64)
+    smallest = np.fmin.reduceat(_finite_or_nan(values, curve.low), starts)
+    largest = np.fmax.reduceat(_finite_or_nan(values, curve.high), starts)
     sums = np.add.reduceat(np.where(good, values, 0.0), starts)
     return Reduced(
         x=x[starts + count - 1],
-        smallest=np.where(some, smallest, np.nan),
-        largest=np.where(some, largest, np.nan),
+        smallest=smallest,
+        largest=largest,
         mean=np.divide(sums, num_good, out=np.full(len(starts), np.nan), where=some),
         count=count,
-        bad=count - num_good,
+        bad=np.add.reduceat(bad, starts),
     )
+
+
+def _finite_or_nan(values: Floats, bound: Floats | None) -> Floats:
+    """Bounds of the values, which are their own where none is known."""
+    known = values if bound is None else np.where(np.isnan(bound), values, bound)
+    return np.where(np.isfinite(known), known, np.nan)

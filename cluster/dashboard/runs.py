@@ -18,11 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cluster.dashboard import performance, rank_rows
+from cluster.dashboard.attention import attention
 from cluster.dashboard.columns import Columns
-from cluster.dashboard.curves import Curve, Reduced, curve_of, reduced, surviving
+from cluster.dashboard.curves import Curve, Floats, Mask, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer import history
+from trainer.extremes import bounds_of, is_bound
 from trainer.lease import current_claim
 from trainer.record import RunRecord
 from trainer.record_rows import Cursor, decode_value, read_rows
@@ -30,21 +33,23 @@ from trainer.record_rows import Cursor, decode_value, read_rows
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
 
-_TAIL_BYTES = 64 << 10
+_TAIL_BYTES, _TAIL_ROWS = 64 << 10, 65
 SPARKLINE_BUCKETS = 60
-# A run counts as stalled when its newest row is older than this many of its own intervals, but not before a minute.
-STALLED_INTERVALS, STALLED_S = 10.0, 60.0
 MOST_AWAKE, AWAKE_S, REST_EVERY_S = 4, 60.0, 2.0  # runs whose newest rows stay in memory: up to 5 MB each
 _LONGEST_NAME = 255  # bytes, of a file
 _ROW_BYTES = 16 << 10  # read where a row is looked for
-LOW_DISK = 0.05  # of the store's disk
+STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric to draw. superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}."""
+    """A metric to draw. last: its newest value, wherever one looks; None before there is one.
+
+    superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}.
+    """
 
     curve: Reduced
+    last: float | None
     smooth: Curve | None
     superseded: list[tuple[float, float]]
     restarts: list[Row]
@@ -65,6 +70,9 @@ class RunView:
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
         self._columns_used_at = 0.0  # time.monotonic()
         self._cache = cache
+        self._ranks: rank_rows.RankRows | None = None  # the same
+        self._slow: list[Row] = []
+        self._slow_at = -math.inf
         self._summary: Row | None = None
         self._summarized: set[FileFacts] = set()
 
@@ -95,9 +103,10 @@ class RunView:
         return history.status(self.events(), lease=None if claim is None else "live" if claim.is_live() else "stale")
 
     def latest(self) -> Row:
-        """The newest row of a training step: {attempt, step, time, values}; {} before the first.
+        """The newest row of a training step: {attempt, step, time, values, before}; {} before the first.
 
-        From the end of the newest file, so that it costs the same for a run of any length.
+        From the end of the newest file, so that it costs the same for a run of any length. before: the rows of steps
+        before it in that end, at most 64.
         """
         store = self.record.store
         for name in reversed(store.list("metrics")):
@@ -106,10 +115,10 @@ class RunView:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - _TAIL_BYTES))
                 data = file.read()
-            for line in reversed(data[: data.rfind(b"\n") + 1].splitlines()):
-                row = _training_row(line)
-                if row is not None:
-                    return row
+            lines = data[: data.rfind(b"\n") + 1].splitlines()[-_TAIL_ROWS:]
+            rows = [row for line in lines if (row := _training_row(line)) is not None]
+            if rows:
+                return rows[-1] | {"before": rows[:-1]}
         return {}
 
     def summary(self) -> Row:
@@ -144,6 +153,7 @@ class RunView:
         holder = self.record.holder()
         submitted = [event["target"] for event in events if event["kind"] == "submitted"]
         step_s = values.get("step_s")
+        watched = status == "running" and bool(latest) and config.resources.workers > 1
         step = latest.get("step", 0)
         return {
             "run": self.name,
@@ -161,34 +171,40 @@ class RunView:
             "started_at": events[0]["time"] if events else None,
             "updated_at": latest.get("time"),
             "goodput": goodput(events, latest, time.time() if status == "running" else None),
-            "attention": self._attention(events, status, latest),
+            "attention": attention(config, events, status, latest, self.stragglers() if watched else []),
         }
 
-    def _attention(self, events: list[Row], status: str, latest: Row) -> list[Row]:
-        """What a person should look at: {kind, text, time}."""
-        found: list[Row] = []
-        attempt = max((event["attempt"] for event in events), default=0)
-        now = time.time()
-        if status == "running" and latest:
-            every = (self.record.config.tracking.every or 1) * latest["values"].get("step_s", 0.0)
-            silent = now - max(latest["time"], events[-1]["time"])
-            if silent > max(STALLED_S, STALLED_INTERVALS * every):
-                found.append({"kind": "stalled", "text": f"nothing new for {silent:.0f} s", "time": latest["time"]})
-        if status == "lost":
-            found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
-        for event in events:
-            if event["attempt"] != attempt or status in {"finished", "stopped"}:
-                continue
-            if event["kind"] == "diverged":
-                text = str(event.get("reason") or event.get("error") or "diverged")
-                found.append({"kind": "diverged", "text": text, "time": event["time"]})
-            elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
-                found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
-        failed = [event for event in events if event["kind"] == "failed"]
-        if failed and status in {"failed", "running"} and failed[-1]["attempt"] >= attempt - 1:
-            text = str(failed[-1].get("summary") or failed[-1].get("error") or "failed")
-            found.append({"kind": "failed", "text": text, "time": failed[-1]["time"]})
-        return found
+    def stragglers(self) -> list[Row]:
+        """Ranks that hold the others up now, the slowest first: {rank, node, factor, text}."""
+        with self._lock:
+            if time.monotonic() - self._slow_at < STRAGGLERS_EVERY_S:
+                return self._slow
+            store = self.record.store
+            slow = performance.stragglers(rank_rows.recent_own_s(store))
+            others = len(slow) - 1
+            more = f", and {others} more {'does' if others == 1 else 'do'}" if others > 0 else ""
+            self._slow = []
+            for rank, factor in slow:
+                node = rank_rows.place_of(store, rank).get("host")
+                text = f"rank {rank} on {node} takes {factor:.1f} times the median rank's time a step{more}"
+                self._slow.append({"rank": rank, "node": node, "factor": factor, "text": text})
+            self._slow_at = time.monotonic()
+            return self._slow
+
+    # --- its ranks
+
+    def ranks(self) -> tuple[rank_rows.RankTable, dict[int, Row]]:
+        """What its ranks wrote up to now, and where each ran last."""
+        with self._lock:
+            if self._ranks is None:
+                self._ranks = rank_rows.RankRows(self.record.store)
+            self._ranks.update()
+            return self._ranks.table(), self._ranks.places()
+
+    def split(self, start: float | None, stop: float | None, buckets: int) -> performance.Split:
+        """Where the time of its steps went (see performance.split)."""
+        with self._lock:
+            return performance.split(self.columns(), self.events(), start=start, stop=stop, buckets=buckets)
 
     # --- its curves
 
@@ -211,11 +227,11 @@ class RunView:
         with self._lock:
             if self._columns is not None:
                 self._columns.close()
-                self._columns = None
+                self._columns = self._ranks = None
 
     def metric_names(self) -> list[str]:
-        """Of all metrics, in the order of their first appearance."""
-        return self.columns().names
+        """Of all metrics that have a curve of their own, in the order of their first appearance."""
+        return [name for name in self.columns().names if not is_bound(name)]
 
     def num_rows(self) -> int:
         """Rows of metrics up to now."""
@@ -242,23 +258,38 @@ class RunView:
             columns = self.columns()
             numbers, values = columns.metric(metric)
             attempt, step, when = columns.place()  # after it, since rows are only added
+            bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
         kept = surviving(attempt, step)
-        places = self._places(axis, step, when)
-        mask = kept[numbers]
-        curve = curve_of(places[numbers[mask]], values[mask])
+        everywhere = self._places(axis, step, when)
+        places = everywhere[numbers]
+
+        def of_rows(mask: Mask) -> Curve:
+            return curve_of(places[mask], values[mask], *(bound[mask] for bound in bounds))
+
+        curve = of_rows(kept[numbers])
         shown = curve.within(start, stop)
-        old = curve_of(places[numbers[~mask]], values[~mask]).within(start, stop)
+        old = of_rows(~kept[numbers]).within(start, stop)
         lost = reduced(old, buckets)
         return Series(
             curve=reduced(shown, buckets),
+            last=float(curve.values[-1]) if len(curve.values) else None,
             smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
             superseded=[
                 point
                 for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
                 for point in ([(x, low)] if low == high else [(x, low), (x, high)])
             ],
-            restarts=self._restarts(attempt, places),
+            restarts=self._restarts(attempt, everywhere),
         )
+
+    def curve(self, metric: str, axis: Axis = "step") -> Curve:
+        """All that survives of a metric."""
+        with self._lock:
+            columns = self.columns()
+            numbers, values = columns.metric(metric)
+            attempt, step, when = columns.place()  # after it, since rows are only added
+        mask = surviving(attempt, step)[numbers]
+        return curve_of(self._places(axis, step, when)[numbers[mask]], values[mask])
 
     def sparkline(self) -> list[float]:
         """The loss in a few numbers: of rows at even distances in the record, so that no more than those are read."""
@@ -388,6 +419,14 @@ def _spread(store: Store, most: int) -> list[Row]:
                 place += every
         start += size
     return found
+
+
+def _at_rows(columns: Columns, metric: str, rows: Whole) -> Floats:
+    """A metric's values in these rows, NaN where one has none."""
+    numbers, values = columns.metric(metric)
+    found = np.full(columns.num_rows, np.nan)
+    found[numbers] = values
+    return found[rows]
 
 
 def _thinned(curve: Curve, buckets: int) -> Curve:

@@ -28,7 +28,7 @@ from trainer.record import RunRecord
 
 
 def stats(loss: float, norm: float | None = 1.0, skipped: bool = False) -> StepStats:
-    return StepStats(loss, norm, 8, 8, skipped, (), 0.0, 0.0, 0.0)
+    return StepStats(loss, norm, 8, 8, skipped, (), 0.0, 0.0, 0.0, 0.0)
 
 
 values = st.floats(0.01, 100) | st.sampled_from([math.nan, math.inf])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.duration import parse_interval
 from configs.errors import RunFailed
@@ -33,6 +37,8 @@ class FakeSession:
     heals: bool = False  # a step that is repeated goes well
     stop_at: int | None = None
     done: list[Any] = field(default_factory=list)
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    rank_rows: dict[int, dict[str, float]] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     task: None = None
     early_stopping: None = None
@@ -42,6 +48,7 @@ class FakeSession:
         self.divergence = Divergence(self.config.recovery)
         self.loader = SimpleNamespace(wait_s=0.0)
         self.engine = self
+        self.world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
 
     def micro_batches(self, step: int) -> list[Any]:
         return []
@@ -54,10 +61,14 @@ class FakeSession:
         votes = (votes[0] or step == self.stop_at, votes[1])  # another rank may be the one that stops
         loss = self.losses.pop(step, 1.0) if self.heals else self.losses.get(step, 1.0)
         norm = self.norms.get(step, 1.0)
-        return StepStats(loss, norm, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0)
+        return StepStats(loss, norm, 8, 8, step in self.skipped, votes, 0.0, 0.0, 0.0, 0.0)
 
     def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        self.metrics.append((step, values))
         self.done.append(("validation" if "validation/loss" in values else "metrics", step))
+
+    def log_rank(self, step: int, values: dict[str, float]) -> None:
+        self.rank_rows[step] = values
 
     def log_divergence(self, finding: Finding) -> None:
         self.done.append(("diverged", finding.done))
@@ -112,7 +123,8 @@ def test_everything_is_done_when_it_is_due_and_all_of_it_at_the_end(evaluations:
     found = session(steps=10, evaluation={"every": 4, "examples": 3}, checkpoint={"every": 3}, tracking={"every": 5})
     assert loop.train(found, threading.Event()) == loop.Outcome("finished", 10)
     assert steps_of("step", found) == list(range(10))
-    assert steps_of("metrics", found) == [5, 10]
+    assert steps_of("metrics", found) == [3, 5, 6, 9, 10], "at saves, too: what came before is not repeated"
+    assert [*found.rank_rows] == [5, 10]
     assert steps_of("validation", found) == [4, 8, 10]
     assert evaluations == [3, 3, None]
     assert steps_of("save", found) == [3, 6, 9, 10]
@@ -219,3 +231,57 @@ def test_saving_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert clock.due(1) is expected
     clock.saved()
     assert clock.due(2) is False
+
+
+# --- what lies between two readings
+
+VALUES = st.one_of(st.floats(-1e9, 1e9), st.sampled_from([math.nan, math.inf, -math.inf]))
+
+
+@given(data=st.data(), every=st.integers(1, 12), save_every=st.integers(1, 15), skip=st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_no_reading_hides_an_extreme(data: st.DataObject, every: int, save_every: int, skip: bool) -> None:
+    """However rarely it is read, a metric's extremes are those of a run that records each step."""
+    steps = data.draw(st.integers(1, 30))
+    losses = dict(enumerate(data.draw(st.lists(VALUES, min_size=steps, max_size=steps))))
+    norms = dict(enumerate(data.draw(st.lists(VALUES, min_size=steps, max_size=steps))))
+    found = session(
+        steps=steps,
+        tracking={"every": every},
+        checkpoint={"every": save_every},
+        recovery={"divergence": "skip"},
+        losses=losses if skip else {},
+        norms={} if skip else norms,
+    )
+    with contextlib.suppress(RunFailed):  # too many in a row
+        loop.train(found, threading.Event())
+    for name, values in (("loss", losses), ("grad_norm", norms)):
+        start = 0
+        for step, row in found.metrics:
+            if "loss" not in row:
+                continue
+            wanted = [values[each] if skip == (name == "loss") else 1.0 for each in range(start, step)]
+            finite = [value for value in wanted if math.isfinite(value)]
+            start = step
+            if len(wanted) == 1:
+                assert name + "_min" not in row
+                continue
+            assert row.get(name + "_min") == min(finite, default=None)
+            assert row.get(name + "_max") == max(finite, default=None)
+            assert row.get(name + "_bad", 0) == len(wanted) - len(finite)
+
+
+def test_what_a_rollback_takes_back_is_no_extreme() -> None:
+    found = session(
+        steps=20,
+        tracking={"every": 10},
+        checkpoint={"every": 4},
+        recovery={"divergence": "rollback"},
+        losses={5: 5.0, 12: 7.0, 14: math.inf, 17: 3.0},
+        heals=True,  # what was 7.0 is 1.0 the second time
+    )
+    loop.train(found, threading.Event())
+    assert ("rolled back", 15) in found.done
+    highs = {step: row.get("loss_max") for step, row in found.metrics if "loss" in row}
+    assert highs == {4: 1.0, 8: 5.0, 10: 1.0, 12: 1.0, 16: 1.0, 20: 3.0}
+    assert not any("loss_bad" in row for _, row in found.metrics)

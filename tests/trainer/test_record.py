@@ -3,22 +3,27 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import fsspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs.errors import Damaged, NotFound, ShardyardError, UsageError
+from configs.errors import Damaged, NotFound, ShardyardError, Unreachable, UsageError
 from configs.load import Resolved, load
 from data_pipelines.storage import Store
-from trainer import history
+from trainer import history, record_rows
 from trainer.record import RunRecord, list_runs
-from trainer.record_rows import read_rows
+from trainer.record_rows import RowWriter, read_rows
+from trainer.step_times import rank_rows_every
 
 RECIPE: dict[str, Any] = {
     "name": "demo",
@@ -399,3 +404,127 @@ if __name__ == "__main__":
         for points_a_step in (1, 10):
             cost_s = recording_cost_s(Store(f"{folder}/{points_a_step}"), 50_000, points_a_step)
             print(f"50,000 metric points, {points_a_step} a step, cost the training thread {cost_s:.3f} s")
+
+
+# --- rows of ranks
+
+
+@pytest.fixture
+def remote() -> Iterator[Store]:
+    """A store that behaves like an object store: fsspec's, in memory."""
+    root = f"bucket-{uuid4().hex}"
+    yield Store(f"memory://{root}/store")
+    fsspec.filesystem("memory").rm(root, recursive=True)
+
+
+def test_a_rank_tells_where_it_runs_and_then_how_it_fares(store: Store) -> None:
+    RunRecord.create(store, resolved()).close()
+    for attempt, size in ((1, 2), (2, 1)):  # a smaller one goes on
+        for rank in range(size):
+            record = RunRecord.open(store.uri, "demo", rank=rank)
+            record.attempt = attempt
+            record.begin_rank(rank, size, 4 * attempt, device="cpu")
+            record.rank_row(4 * attempt + 1, {"step_s": math.inf})
+            record.close()
+    rows, _ = read_rows(store.child("demo"), "ranks")
+    facts = [(row["attempt"], row["rank"], row["step"], row.get("place"), row["values"]) for row in rows]
+    host = socket.gethostname()
+    wanted = []
+    for attempt, rank, size in ((1, 0, 2), (1, 1, 2), (2, 0, 1)):
+        place = {"host": host, "world_size": size, "device": "cpu"}
+        wanted += [
+            (attempt, rank, 4 * attempt, place, {}),
+            (attempt, rank, 4 * attempt + 1, None, {"step_s": "Infinity"}),
+        ]
+    assert facts == wanted
+    RunRecord.create(store, resolved())  # the folder is still a run's
+
+
+def test_rows_of_ranks_are_few_objects_that_grow(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_rows, "_OBJECT_BYTES", 2000)
+    writer = RowWriter(remote, "ranks", 1, "rank-00000", few_objects=True)
+    cursor, found = None, []
+    for number in range(300):
+        writer.append({"number": number})
+        if number % 3 == 0:
+            writer.flush()
+        if number % 7 == 0:
+            rows, cursor = read_rows(remote, "ranks", cursor)
+            found += rows
+    writer.close()
+    rows, _ = read_rows(remote, "ranks", cursor)
+    assert [row["number"] for row in found + rows] == list(range(300))
+    sizes = [remote.size(f"ranks/{name}") for name in remote.list("ranks")]
+    assert len(sizes) == 3 and all(2000 <= size < 2100 for size in sizes[:-1])
+    other = RowWriter(remote, "ranks", 1, "rank-00000", few_objects=True)  # overwrites nothing
+    other.append({"number": 300})
+    other.close()
+    assert [row["number"] for row in read_rows(remote, "ranks")[0]] == list(range(301))
+
+
+def test_rows_that_an_object_store_refuses_are_written_later(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise Unreachable("not now")
+
+    writer = RowWriter(remote, "ranks", 1, "rank-00000", few_objects=True)
+    writer.append({"number": 0})
+    writer.flush()
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_atomic", refuse)
+        writer.append({"number": 1})
+        with pytest.raises(Unreachable):
+            writer.flush()
+    writer.append({"number": 2})
+    writer.close()
+    assert [row["number"] for row in read_rows(remote, "ranks")[0]] == [0, 1, 2]
+
+
+def test_rows_of_ranks_are_written_while_it_trains_and_more_rarely_by_many(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.record._LOCAL_FLUSH_EVERY_S", 0.01)
+    monkeypatch.setattr("trainer.record._LOCAL_RANK_FLUSH_S", (0.01, 0.01))
+    few, many = RunRecord.create(store, resolved()), RunRecord.create(store, resolved(name="many"))
+    for record, size in ((few, 2), (many, 100_000)):
+        record.next_attempt()
+        record.begin_rank(0, size, 0)
+        record.metrics(1, {"loss": 1.0})
+        record.rank_row(1, {"step_s": 1.0})
+    wait_until(lambda: len(read_rows(few.store, "ranks")[0]) == 2)
+    wait_until(lambda: len(many.metrics_table()) == 1)
+    assert read_rows(many.store, "ranks")[0] == []
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("data_pipelines.segments.write_all", full)
+        few.rank_row(2, {"step_s": 1.0})
+        wait_until(lambda: "disk is full" in capsys.readouterr().err)
+    few.close()
+    many.close()
+    assert [row["step"] for row in read_rows(few.store, "ranks")[0]] == [0, 1, 2]
+    assert [row["step"] for row in read_rows(many.store, "ranks")[0]] == [0, 1]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "size", "expected"),
+    [
+        (100_000, 1, 8, 1),
+        (100_000, 1, 16, 2),
+        (100_000, 10, 100, 10),
+        (1_000_000, 10, 1000, 1000),
+        (10, 1, 10_000, 1),
+        (1_000_000, 1, 1, 1),
+    ],
+)
+def test_many_ranks_of_a_long_run_write_fewer_rows_each(steps: int, every: int, size: int, expected: int) -> None:
+    assert rank_rows_every(steps, every, size) == expected
+    assert size * (steps // rank_rows_every(steps, every, size)) <= 1_000_000

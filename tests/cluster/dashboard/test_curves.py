@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.dashboard.curves import Curve, curve_of, reduced, surviving
 from trainer import history
+from trainer.extremes import BOUNDS, Extremes
 
 NUMBERS = st.one_of(st.floats(-1e6, 1e6), st.just(float("nan")), st.just(float("inf")), st.just(float("-inf")))
 
@@ -81,3 +82,32 @@ def test_smoothed_is_the_mean_of_what_is_finite(values: list[float], width: int)
         part = np.array(values[max(number + 1 - width, 0) : number + 1])
         good = part[np.isfinite(part)]
         assert np.isnan(found[number]) if not len(good) else np.isclose(found[number], good.mean(), atol=1e-6)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=120), st.integers(1, 20), st.integers(1, 12))
+def test_a_curve_of_rare_readings_has_the_extremes_of_every_step(values: list[float], every: int, buckets: int) -> None:
+    extremes, rows = Extremes(), []
+    for step, value in enumerate(values, start=1):
+        extremes.add((value, None))
+        if step % every == 0 or step == len(values):
+            rows.append((float(step), value, extremes.read()))
+    bounds = (np.array([row[2].get("loss" + each, np.nan) for row in rows]) for each in BOUNDS)
+    found = reduced(curve_of(np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), *bounds), buckets)
+    first = 0
+    for number, x in enumerate(found.x):
+        part = np.array(values[first : int(x)])
+        good = part[np.isfinite(part)]
+        first = int(x)
+        assert found.bad[number] == len(part) - len(good)
+        wanted = (good.min(), good.max()) if len(good) else (np.nan, np.nan)
+        np.testing.assert_array_equal((found.smallest[number], found.largest[number]), wanted)
+    assert first == len(values)
+
+
+def test_a_window_of_a_curve_keeps_its_bounds() -> None:
+    x = np.arange(10.0)
+    curve = curve_of(x[::-1], x[::-1], x[::-1] - 1, x[::-1] + 1, np.full(10, np.nan)).within(4, 5)
+    assert curve.low is not None and curve.high is not None
+    assert (curve.x.tolist(), curve.low.tolist(), curve.high.tolist()) == ([3, 4, 5, 6], [2, 3, 4, 5], [4, 5, 6, 7])
+    found = reduced(curve, 1)
+    assert (found.smallest[0], found.largest[0], found.bad[0]) == (2, 7, 0)

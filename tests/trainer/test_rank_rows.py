@@ -1,0 +1,90 @@
+"""What each rank records of itself, in whole runs, and what the dashboard makes of it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from cluster.dashboard.app import create_app
+from cluster.dashboard.runs import StoreView
+from tests.pool import run_workers
+from tests.tiny import tiny_config
+from tests.trainer.attempts import launched
+from trainer.distributed import World
+from trainer.progress import Progress
+from trainer.record import RunRecord
+from trainer.record_rows import read_rows
+
+pytestmark = pytest.mark.distributed
+
+SLOW_S = 0.03
+
+
+def work_with_a_slow_rank(world: World, store: str, run: str, attempt: int, slow: int | None) -> None:
+    from trainer import loop, session
+
+    record = RunRecord.open(store, run, rank=world.rank)
+    record.attempt = attempt
+    with session.open_session(record, world, Progress()) as opened:
+        if world.rank == slow:
+            opened.engine.module.register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
+        loop.train(opened, threading.Event())
+    record.close()
+
+
+def run_of(config: dict[str, Any], world_size: int, slow: int | None) -> RunRecord:
+    record = launched(config)
+    run_workers(work_with_a_slow_rank, world_size, config["store"], config["name"], record.next_attempt(), slow)
+    record.close()
+    return record
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_dashboard_names_the_rank_that_holds_the_others_up(tmp_path: Path, stage: int) -> None:
+    config = tiny_config(tmp_path, steps=12, zero={"stage": stage}, checkpoint={"every": 5})
+    record = run_of(config, 2, slow=1)
+    store = StoreView(config["store"], tmp_path / "cache")
+    (straggler,) = store.run("tiny").stragglers()
+    assert straggler["rank"] == 1
+    client = TestClient(create_app(store), base_url="http://127.0.0.1")
+
+    found = client.get("/api/runs/tiny/ranks", params={"metric": "own_s"}).json()
+    assert found["ranks"] == [0, 1]
+    assert found["x"] == [*range(1, 13)]
+    assert found["slowest"][0]["rank"] == 1
+    assert found["slowest"][0]["own_s"] >= 2 * SLOW_S, "two micro-batches a rank"
+    assert found["slowest"][0]["factor"] > 1.3
+    assert found["nodes"] == [socket.gethostname()] * 2
+    waits = client.get("/api/runs/tiny/ranks", params={"metric": "collective_s"}).json()
+    assert min(waits["mean"][0]) > max(SLOW_S, max(waits["mean"][1])), "the other one waits"
+    steps = client.get("/api/runs/tiny/ranks", params={"metric": "step_s"}).json()
+    for first, second in zip(*steps["mean"], strict=True):
+        assert abs(first - second) < 2 * SLOW_S, "they end a step together, so step_s tells nothing"
+    rows, _ = read_rows(record.store, "ranks")
+    for row in rows:
+        if "place" not in row:
+            values = row["values"]
+            parts = [value for name, value in values.items() if name.endswith("_s") and name != "step_s"]
+            assert all(part >= 0 for part in parts)
+            assert sum(parts) <= values["step_s"] + 1e-6
+
+    spent = client.get("/api/runs/tiny/performance").json()
+    assert spent["x"] == [*range(1, 13)]
+    assert spent["totals"]["collective"] > 12 * SLOW_S
+    assert spent["totals"]["evaluation"] > 0 and spent["totals"]["checkpoint"] > 0
+    evaluated = [x for x, seconds in zip(spent["x"], spent["parts"]["evaluation"], strict=True) if seconds > 0]
+    assert evaluated == [4, 8, 12]
+    step_s = [row["step_s"] for row in record.stitched()]
+    inside = ("data", "forward", "backward", "collective", "optimizer", "other")
+    for place, whole in enumerate(step_s):
+        assert sum(spent["parts"][part][place] for part in inside) == pytest.approx(whole, abs=2e-3)
+    memory = client.get("/api/runs/tiny/memory").json()
+    assert [each["rank"] for each in memory] == [0, 1]
+    assert all(1e6 < each["used"] < each["free"] + each["used"] for each in memory)
+    assert client.get("/api/runs/tiny/ranks", params={"metric": "nonsense"}).status_code == 400
