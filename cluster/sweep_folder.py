@@ -28,7 +28,6 @@ from configs.load import COMMAND_LINE, Resolved, dump, load_resolved
 from configs.schema import flatten
 from data_pipelines.storage import Store
 from trainer.record import SWEEPS, RunRecord
-from trainer.validate import load_recipe
 
 _SPEC, _RECIPE, _STOP = "sweep.json", "recipe.yaml", "stop.json"
 
@@ -160,6 +159,8 @@ class SweepFolder:
         Raises:
             ConfigError: the recipe refuses its values. NotFound: the checkpoint that it branches from is gone.
         """
+        from trainer.validate import load_recipe  # torch; who only looks at a sweep does without
+
         given = [f"name={trial.run}", *overrides(trial.values)]
         if trial.parent is not None:
             run, step = trial.parent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -50,6 +50,17 @@ def summary(dataset: Dataset) -> dict[str, Any]:
 
 
 def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
+    return counts(dataset, split) | {
+        "lengths": {
+            column.name: length_histogram(dataset, split, column.name)
+            for column in dataset.index.columns
+            if column.is_ragged and column.name != "key"
+        },
+    }
+
+
+def counts(dataset: Dataset, split: str) -> dict[str, Any]:
+    """Rows, tokens, bytes, blocks and files of a split, all from the index."""
     rows, blocks = dataset.split(split), dataset.index.splits[split]
     tokens = rows.num_tokens - rows.num_rows if "tokens" in dataset.index.ids else None  # without end marks
     return {
@@ -60,11 +71,6 @@ def _split_summary(dataset: Dataset, split: str) -> dict[str, Any]:
         "blocks": len(blocks),
         "files": len(np.unique(blocks.file)),
         "stored_bytes": int((blocks.stop - blocks.start).sum()),
-        "lengths": {
-            column.name: length_histogram(dataset, split, column.name)
-            for column in dataset.index.columns
-            if column.is_ragged and column.name != "key"
-        },
     }
 
 
@@ -102,26 +108,32 @@ def length_histogram(dataset: Dataset, split: str, column: str) -> dict[str, Any
 
 
 def examples(dataset: Dataset, split: str, count: int = 3) -> list[dict[str, Any]]:
-    """Rows spread evenly over a split, as plain JSON values.
+    """Rows spread evenly over a split (see examples_of)."""
+    return examples_of(dataset, split, _spread(dataset, split, count).tolist())
+
+
+def examples_of(dataset: Dataset, split: str, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of a split by number, as plain JSON values.
 
     Tokens become {"text", "length"}, text {"text", "length"} (its beginning), pictures {"shape", "picture": lines of
     coloured half blocks for a terminal}, other arrays {"shape", "dtype", "first", "least", "greatest"}.
     """
     rows = dataset.split(split)
-    count = min(count, rows.num_rows)
-    ids = np.arange(count, dtype=np.int64) * rows.num_rows // max(count, 1)
-    found = rows.gather(ids, [column.name for column in rows.columns])
+    found = rows.gather(np.array(numbers, np.int64), [column.name for column in rows.columns])
     return [
-        {column.name: _shown(dataset, column, found[column.name][number]) for column in rows.columns}
-        for number in range(count)
+        {column.name: _shown(dataset, column, found[column.name][place]) for column in rows.columns}
+        for place in range(len(numbers))
     ]
+
+
+def picture_of(dataset: Dataset, split: str, number: int, column: str) -> np.ndarray | None:
+    """The picture in a column of a row, (H, W, 3) uint8; None where there is none."""
+    return _picture(dataset.split(split).gather(np.array([number], np.int64), [column])[column][0], dataset, column)
 
 
 def pictures(dataset: Dataset, split: str, count: int = 3) -> dict[str, np.ndarray]:
     """The pictures among those examples: "<row>-<column>" -> (H, W, 3) uint8. See pictures.png for files of them."""
-    rows = dataset.split(split)
-    count = min(count, rows.num_rows)
-    ids = np.arange(count, dtype=np.int64) * rows.num_rows // max(count, 1)
+    rows, ids = dataset.split(split), _spread(dataset, split, count)
     names = [column.name for column in rows.columns if column.dtype in ("uint8", BINARY)]
     found = rows.gather(ids, names)
     shown = {}
@@ -131,6 +143,13 @@ def pictures(dataset: Dataset, split: str, count: int = 3) -> dict[str, np.ndarr
             if picture is not None:
                 shown[f"{row}-{name}"] = picture
     return shown
+
+
+def _spread(dataset: Dataset, split: str, count: int) -> np.ndarray:
+    """Numbers of so many rows, spread evenly over a split."""
+    num_rows = dataset.split(split).num_rows
+    count = min(count, num_rows)
+    return np.arange(count, dtype=np.int64) * num_rows // max(count, 1)
 
 
 def _picture(value: Any, dataset: Dataset, name: str) -> np.ndarray | None:

@@ -230,12 +230,12 @@ class Store:
         """The files of a folder and of all folders in it, in any order, by their paths inside it."""
         with self.explained("list", folder):
             if self._root is not None:
-                base = self._root / folder
+                base = str(self._root / folder)
                 for parent, _, names in os.walk(base):
                     for name in names:
-                        status = os.stat(os.path.join(parent, name))
-                        path = Path(parent, name).relative_to(base).as_posix()
-                        yield FileFacts(path, False, status.st_size, status.st_mtime_ns)
+                        path = os.path.join(parent, name)
+                        status = os.stat(path)
+                        yield FileFacts(path[len(base) :].lstrip(os.sep), False, status.st_size, status.st_mtime_ns)
                 return
             from pyarrow.fs import FileSelector, FileType
 

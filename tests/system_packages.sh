@@ -15,7 +15,7 @@ if [ ! -e "$policy" ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 if ! { apt-get update --quiet=2 && apt-get install --yes --no-install-recommends --quiet=2 \
-  slurm-wlm munge iproute2 util-linux prometheus postgresql shellcheck systemd; } >/tmp/system-packages.$$ 2>&1; then
+  slurm-wlm munge iproute2 util-linux prometheus postgresql shellcheck systemd chromium; } >/tmp/system-packages.$$ 2>&1; then
   tail -n 5 "/tmp/system-packages.$$"
   echo "system packages: apt-get failed; what is not there is skipped"
 fi

@@ -96,8 +96,16 @@ def read_rows(
 
     limit: bytes to read at most, more only to come to the end of a row; what is left is for the next call.
     """
+    lines, reached = read_lines(store, folder, cursor, limit=limit)
+    return decode_rows(lines), reached
+
+
+def read_lines(
+    store: Store, folder: str, cursor: Cursor | None = None, *, limit: int | None = None
+) -> tuple[bytes, Cursor]:
+    """The lines of `read_rows`, as they were written."""
     reached: Cursor = {prefix: list(position) for prefix, position in (cursor or {}).items()}
-    rows: list[dict[str, Any]] = []
+    found: list[bytes] = []
     left = limit
     for name in store.list(folder):
         match = _SEGMENT_NAME.fullmatch(name)
@@ -116,12 +124,17 @@ def read_rows(
             while left is not None and b"\n" not in data and (more := file.read(left)):
                 data += more
         whole = data[: data.rfind(b"\n") + 1]
-        rows.extend(row for line in whole.splitlines() if (row := _decode_row(line)) is not None)
+        found.append(whole)
         reached[prefix] = [number, offset + len(whole)]
         if cut:
             break
         left = None if left is None else left - len(data)
-    return rows, reached
+    return b"".join(found), reached
+
+
+def decode_rows(lines: bytes) -> list[dict[str, Any]]:
+    """The rows of whole lines; a line that is no JSON object is skipped."""
+    return [row for line in lines.splitlines() if (row := _decode_row(line)) is not None]
 
 
 def encode_row(row: Mapping[str, Any]) -> str:

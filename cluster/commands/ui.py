@@ -23,27 +23,32 @@ def ui(arguments: Namespace) -> dict[str, Any] | None:
         UsageError: it would listen to other machines, and nobody would have to show a token.
         Unreachable: the port is taken, or the address is not this machine's.
     """
-    token = read_token(arguments.token_file) if arguments.token_file else None
+    token = _token(arguments.token_file) if arguments.token_file else None
     if token is None and not is_loopback(arguments.host):
         raise UsageError(
             f"--host {arguments.host} lets other machines see and stop the runs, and nobody would have to show a "
             "token. Give --token-file FILE with a long random token, which people type once, or leave --host out."
         )
-    listener = _listen(arguments.host, arguments.port)
-    import uvicorn
+    with _listen(arguments.host, arguments.port) as listener:
+        from cluster.dashboard.app import create_app
+        from cluster.dashboard.runs import StoreView
+        from cluster.dashboard.server import serve
 
-    from cluster.dashboard.app import create_app
-    from cluster.dashboard.runs import StoreView
-
-    store = StoreView(arguments.store, cache_folder())
-    names = [*_LOOPBACK_NAMES, *arguments.name] if is_loopback(arguments.host) else arguments.name
-    app = create_app(store, token=None if token is None else token.decode(), hosts=names)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
-    host, port = listener.getsockname()[:2]
-    say(arguments, f"The runs of {Store(arguments.store).uri} at http://{in_url(str(host))}:{port}/  (Ctrl-C ends it)")
-    with listener:
-        uvicorn.Server(config).run(sockets=[listener])
+        store = StoreView(arguments.store, cache_folder())
+        names = [*_LOOPBACK_NAMES, *arguments.name] if is_loopback(arguments.host) else arguments.name
+        app = create_app(store, token=token, hosts=names)
+        host, port = listener.getsockname()[:2]
+        address = f"http://{in_url(str(host))}:{port}/"
+        say(arguments, f"The runs of {Store(arguments.store).uri} at {address}  (Ctrl-C ends it)")
+        serve(app, listener)
     return None
+
+
+def _token(file: str) -> str:
+    try:
+        return read_token(file).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} holds no text. Write a long random token of letters and digits into it.") from error
 
 
 def cache_folder() -> Path:
@@ -58,10 +63,12 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+        listener.listen()  # who reads where it is may come before the server is ready for them
+    except (OSError, UnicodeError) as error:
         listener.close()
+        reason = getattr(error, "strerror", None) or error
         raise Unreachable(
-            f"Nothing can listen at {host}:{port}: {error.strerror or error}. Choose another address of this machine "
-            "(--host), or another port (--port; 0 takes a free one)."
+            f"Nothing can listen at {host}:{port}: {reason}. Choose another address of this machine (--host), or "
+            "another port (--port; 0 takes a free one)."
         ) from error
     return listener

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from cluster.dashboard import pages, performance
+from cluster.dashboard import actions, logs, pages, performance, run_files
 from cluster.dashboard.guard import Guard
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.runs import Axis, RunView, StoreView
@@ -21,6 +21,7 @@ from configs.errors import NotFound, ShardyardError, UsageError
 
 STATIC = Path(__file__).parent / "static"
 MOST_BUCKETS = 5000
+Number = Annotated[int, Query(ge=0, lt=1 << 62)]
 
 
 def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[str] = ()) -> FastAPI:
@@ -36,10 +37,14 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
         middleware=[Middleware(Guard, token=token, hosts=hosts)],
     )
 
+    app.state.hubs = hubs
+
     @app.exception_handler(ShardyardError)
-    def explain(_: Request, error: ShardyardError) -> Json:
+    def explain(request: Request, error: ShardyardError) -> Response:
         status = 404 if isinstance(error, NotFound) else 400 if isinstance(error, UsageError) else 500
-        return Json({"error": str(error)}, status)
+        if request.url.path.startswith("/api/"):
+            return Json({"error": str(error)}, status)
+        return show_error(request, str(error), status)
 
     @app.get("/api/runs", tags=["runs"])
     def runs() -> list[dict[str, Any]]:
@@ -70,15 +75,51 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
         start: float | None = None,
         stop: float | None = None,
         buckets: Annotated[int, Query(ge=1, le=MOST_BUCKETS)] = 600,
-        smooth: Annotated[int, Query(ge=1)] = 1,
+        smooth: Annotated[int, Query(ge=1, le=1 << 40)] = 1,
     ) -> dict[str, Any]:
         """A metric over steps, time (epoch seconds) or tokens, in buckets of which each tells its extremes.
 
-        x: of the last value of each bucket. min, max, bad: also of the steps between two readings; bad: how many of
-        them have no finite value. superseded: points of what was
-        rolled back. restarts: where attempts begin. smooth: steps to take means over, for a line of its own.
+        x: of the last value of each bucket. last: the metric's newest value. min, max, bad: also of the steps between
+        two readings; bad: how many of them have no finite value. superseded: points of what was rolled back. restarts:
+        where attempts begin. smooth: steps to take means over, for a line of its own.
         """
         return drawn(store.run(name), metric, x, start, stop, buckets, smooth)
+
+    @app.get("/api/runs/{name}/logs/index", tags=["logs"])
+    def logs_index(name: str) -> dict[str, Any]:
+        """Which logs there are, and of each attempt that failed, its first failure."""
+        view = store.run(name)
+        return logs.index(view.record.store, view.events())
+
+    @app.get("/api/runs/{name}/logs", tags=["logs"])
+    def log(
+        name: str,
+        attempt: Number,
+        rank: Number,
+        offset: Number | None = None,
+        before: Number | None = None,
+        limit: Annotated[int, Query(ge=1, le=logs.MOST_BYTES)] = 65536,
+    ) -> dict[str, Any]:
+        """Lines of a rank's log in one attempt, by bytes: from `offset` on, or those `before`; else the last ones."""
+        run = store.run(name).record.store
+        return logs.piece(run, attempt, rank, start=offset, stop=before, limit=limit)
+
+    @app.get("/api/runs/{name}/logs/search", tags=["logs"])
+    def search_log(
+        name: str, attempt: Number, rank: Number, text: Annotated[str, Query(min_length=1)], offset: Number = 0
+    ) -> dict[str, Any]:
+        """Lines of a rank's log that hold a text, from a byte on; `next` says where to go on."""
+        return logs.search(store.run(name).record.store, attempt, rank, text, start=offset)
+
+    @app.get("/api/runs/{name}/config", tags=["runs"])
+    def config(name: str) -> dict[str, Any]:
+        """Its configuration with where each value came from, what differs from its parent, and its launches."""
+        return run_files.configuration(store, store.run(name))
+
+    @app.get("/api/runs/{name}/pictures/{path:path}", tags=["runs"])
+    def picture(name: str, path: str) -> Response:
+        """A picture that it has recorded."""
+        return Response(run_files.picture(store.run(name), path), media_type="image/png")
 
     @app.get("/api/stream", tags=["streams"])
     async def follow_store() -> StreamingResponse:
@@ -92,8 +133,9 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
             hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
         )
 
+    app.state.actions = actions.add(app, store)
     performance.add(app, store)
-    pages.add(app, store)
+    show_error = pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
 
@@ -112,6 +154,7 @@ def drawn(
         "mean": curve.mean.tolist(),
         "count": curve.count.tolist(),
         "bad": curve.bad.tolist(),
+        "last": found.last,
         "smooth": None if found.smooth is None else {"x": found.smooth.x.tolist(), "y": found.smooth.values.tolist()},
         "superseded": found.superseded,
         "restarts": found.restarts,

@@ -72,6 +72,8 @@ def curve_of(
     x: Floats, values: Floats, low: Floats | None = None, high: Floats | None = None, bad: Floats | None = None
 ) -> Curve:
     """A curve in the order of x; of several values at one x the last stands."""
+    if (x[1:] > x[:-1]).all():  # of a run that was never interrupted
+        return Curve(x, values, low, high, bad)
     order = np.argsort(x, kind="stable")
     curve = Curve(x, values, low, high, bad)._taken(order)
     last = np.append(curve.x[1:] != curve.x[:-1], True) if len(x) else np.empty(0, bool)

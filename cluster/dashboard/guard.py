@@ -12,19 +12,22 @@
 from __future__ import annotations
 
 import hmac
+import re
 import secrets
 from collections.abc import Iterable
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "shardyard-session"
 FORGERY_HEADER = "x-shardyard-token"
 LOGIN = "/login"
 _STATIC = "/static/"
+# Nothing else may stand there: what others make of it (request.url) would be another address than the one asked for.
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 _LONGEST_FORM = 4096  # bytes
 _SAFE = {"GET", "HEAD"}
 POLICY = (
@@ -58,31 +61,39 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope.setdefault("state", {})["forgery_token"] = self.forgery_token
+        begun = False
 
         async def send_safely(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                headers.setdefault("cache-control", "no-store")
+                headers.setdefault("cache-control", _caching(scope, message["status"]))
             await send(message)
 
         request = Request(scope, receive)
-        answer = self._refusal(request) or await self._login(request)
-        await (answer or self._app)(scope, receive, send_safely)
+        try:
+            answer = self._refusal(request) or await self._login(request)
+            await (answer or self._app)(scope, receive, send_safely)
+        except Exception:
+            if not begun:  # the application's own answer to a fault would come without the headers
+                await JSONResponse({"error": "This is a fault of the server."}, 500)(scope, receive, send_safely)
+            raise
 
     def _refusal(self, request: Request) -> Response | None:
-        host = _host_of(request.headers.get("host", ""))
-        if self._hosts and host not in self._hosts:
-            return PlainTextResponse(f"This server does not go by the name {host!r}.\n", 421)
+        host = _HOST.fullmatch(request.headers.get("host", ""))
+        if host is None or (self._hosts and host["name"].lower().strip("[]") not in self._hosts):
+            return PlainTextResponse("This server does not go by that name (--name gives it another).\n", 421)
         if not self._may_pass(request):
             if request.method in _SAFE and "text/html" in request.headers.get("accept", ""):
                 return RedirectResponse(LOGIN, 303)
             return PlainTextResponse("A token is needed.\n", 401, {"www-authenticate": "Bearer"})
-        if request.method in _SAFE or request.url.path == LOGIN:
+        if request.method in _SAFE or request.scope["path"] == LOGIN:
             return None
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+        if origin is not None and origin.partition("://")[2].lower() != request.headers["host"].lower():
             return PlainTextResponse("This was asked by a page of another site.\n", 403)
         given = request.headers.get(FORGERY_HEADER, "")
         if not (_same(given, self.forgery_token) or self._has_bearer_token(request.headers)):
@@ -92,18 +103,19 @@ class Guard:
     def _may_pass(self, request: Request) -> bool:
         return (
             self._token is None
-            or request.url.path == LOGIN
-            or request.url.path.startswith(_STATIC)
+            or request.scope["path"] == LOGIN
+            or request.scope["path"].startswith(_STATIC)
             or _same(request.cookies.get(COOKIE, ""), self._session)
             or self._has_bearer_token(request.headers)
         )
 
     def _has_bearer_token(self, headers: Headers) -> bool:
-        return self._token is not None and _same(headers.get("authorization", ""), f"Bearer {self._token}")
+        given = headers.get("authorization", "").encode("latin-1")  # the bytes that were sent
+        return self._token is not None and hmac.compare_digest(given, f"Bearer {self._token}".encode())
 
     async def _login(self, request: Request) -> Response | None:
         """POST /login: the token for a cookie."""
-        if self._token is None or request.url.path != LOGIN or request.method != "POST":
+        if self._token is None or request.scope["path"] != LOGIN or request.method != "POST":
             return None
         body = b""
         async for part in request.stream():
@@ -123,9 +135,8 @@ def _same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode(), wanted.encode())
 
 
-def _host_of(header: str) -> str:
-    """Without its port: [::1]:80 is ::1."""
-    try:
-        return (urlsplit(f"//{header}").hostname or "").lower()
-    except ValueError:
-        return ""
+def _caching(scope: Scope, status: int) -> str:
+    """Static files are asked for by their content (pages.static), or else are asked for again."""
+    if scope["path"].startswith(_STATIC) and status in {200, 304}:
+        return "max-age=31536000, immutable" if scope["query_string"] else "no-cache"
+    return "no-store"

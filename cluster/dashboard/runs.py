@@ -6,18 +6,20 @@ reads of its files.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from cluster.dashboard import performance, rank_rows
+from cluster.dashboard.attention import attention
 from cluster.dashboard.columns import Columns
 from cluster.dashboard.curves import Curve, Floats, Mask, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound, ShardyardError
@@ -25,25 +27,29 @@ from data_pipelines.storage import FileFacts, Store
 from trainer import history
 from trainer.extremes import bounds_of, is_bound
 from trainer.lease import current_claim
-from trainer.record import RunRecord, list_runs
+from trainer.record import RunRecord
 from trainer.record_rows import Cursor, decode_value, read_rows
 
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
 
-_TAIL_BYTES = 64 << 10
+_TAIL_BYTES, _TAIL_ROWS = 64 << 10, 65
 SPARKLINE_BUCKETS = 60
-# A run counts as stalled when its newest row is older than this many of its own intervals, but not before a minute.
-STALLED_INTERVALS, STALLED_S = 10.0, 60.0
-LOW_DISK = 0.05  # of the store's disk
+MOST_AWAKE, AWAKE_S, REST_EVERY_S = 4, 60.0, 2.0  # runs whose newest rows stay in memory: up to 5 MB each
+_LONGEST_NAME = 255  # bytes, of a file
+_ROW_BYTES = 16 << 10  # read where a row is looked for
 STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
 @dataclass(frozen=True)
 class Series:
-    """A metric to draw. superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}."""
+    """A metric to draw. last: its newest value, wherever one looks; None before there is one.
+
+    superseded: what was rolled back or repeated later. restarts: {x, attempt, cause}.
+    """
 
     curve: Reduced
+    last: float | None
     smooth: Curve | None
     superseded: list[tuple[float, float]]
     restarts: list[Row]
@@ -59,23 +65,37 @@ class RunView:
         self.name = record.name
         self._lock = threading.RLock()
         self._events: list[Row] = []
+        self._arrived: list[Row] = []
         self._event_cursor: Cursor | None = None
         self._columns: Columns | None = None  # from the first time that somebody looks at a curve
+        self._columns_used_at = 0.0  # time.monotonic()
         self._cache = cache
         self._ranks: rank_rows.RankRows | None = None  # the same
         self._slow: list[Row] = []
         self._slow_at = -math.inf
+        self._summary: Row | None = None
+        self._summarized: tuple[set[FileFacts], bool] = (set(), False)  # the files, and whether somebody ran it
 
     # --- what it says of itself
 
     def events(self) -> list[Row]:
         """Everything that happened, in order (see RunRecord.events)."""
         with self._lock:
-            new, self._event_cursor = read_rows(self.record.store, "events", self._event_cursor)
-            good = [row for row in new if isinstance(row.get("kind"), str) and _is_placed(row)]
-            if good:
-                self._events = sorted([*self._events, *good], key=lambda row: (row["attempt"], row["time"]))
+            self._read_events()
             return self._events
+
+    def arrived(self) -> list[Row]:
+        """The events in the order in which they were found here: new ones come last."""
+        with self._lock:
+            self._read_events()
+            return self._arrived
+
+    def _read_events(self) -> None:
+        rows, self._event_cursor = read_rows(self.record.store, "events", self._event_cursor)
+        new = [row for row in rows if isinstance(row.get("kind"), str) and _is_placed(row)]
+        if new:
+            self._arrived = [*self._arrived, *sorted(new, key=_when)]
+            self._events = sorted(self._arrived, key=_when)
 
     def status(self) -> history.Status:
         """Where it stands (see RunRecord.status)."""
@@ -83,9 +103,10 @@ class RunView:
         return history.status(self.events(), lease=None if claim is None else "live" if claim.is_live() else "stale")
 
     def latest(self) -> Row:
-        """The newest row of a training step: {attempt, step, time, values}; {} before the first.
+        """The newest row of a training step: {attempt, step, time, values, before}; {} before the first.
 
-        From the end of the newest file, so that it costs the same for a run of any length.
+        From the end of the newest file, so that it costs the same for a run of any length. before: the rows of steps
+        before it in that end, at most 64.
         """
         store = self.record.store
         for name in reversed(store.list("metrics")):
@@ -94,19 +115,46 @@ class RunView:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - _TAIL_BYTES))
                 data = file.read()
-            for line in reversed(data[: data.rfind(b"\n") + 1].splitlines()):
-                row = _training_row(line)
-                if row is not None:
-                    return row
+            lines = data[: data.rfind(b"\n") + 1].splitlines()[-_TAIL_ROWS:]
+            rows = [row for line in lines if (row := _training_row(line)) is not None]
+            if rows:
+                return rows[-1] | {"before": rows[:-1]}
         return {}
 
     def summary(self) -> Row:
-        """One line of the overview. Times are epoch seconds or seconds, None where nothing is known."""
+        """One line of the overview. Times are epoch seconds or seconds, None where nothing is known.
+
+        Computed anew only when a file has changed, or while somebody holds the lease, which time alone may end.
+        Raises NotFound when the run has been deleted.
+        """
+        self.check()
+        with self._lock:
+            facts = self._facts()
+            claimed = any(each.path.startswith("lease/") for each in facts)
+            live = claimed and self.record.holder() is not None
+            if self._summary is None or self._summarized != (facts, False) or live:
+                self._summary, self._summarized = self._read_summary(), (facts, live)
+            return self._summary
+
+    def check(self) -> None:
+        """Raises NotFound when the run has been deleted, or another has its name now."""
+        if self.record.store.info("run.yaml") != self.identity:
+            raise NotFound(f"The run '{self.name}' has been deleted from {self.record.store.uri}.")
+
+    def _facts(self) -> set[FileFacts]:
+        found: set[FileFacts] = set()
+        for folder in ("events", "metrics", "lease"):
+            with contextlib.suppress(NotFound):  # a file goes while it is looked at
+                found |= {replace(facts, path=f"{folder}/{facts.path}") for facts in self.record.store.walk(folder)}
+        return found
+
+    def _read_summary(self) -> Row:
         events, status, latest = self.events(), self.status(), self.latest()
         values, config = latest.get("values", {}), self.record.config
         holder = self.record.holder()
         submitted = [event["target"] for event in events if event["kind"] == "submitted"]
         step_s = values.get("step_s")
+        watched = status == "running" and bool(latest) and config.resources.workers > 1
         step = latest.get("step", 0)
         return {
             "run": self.name,
@@ -124,36 +172,8 @@ class RunView:
             "started_at": events[0]["time"] if events else None,
             "updated_at": latest.get("time"),
             "goodput": goodput(events, latest, time.time() if status == "running" else None),
-            "attention": self._attention(events, status, latest),
+            "attention": attention(config, events, status, latest, self.stragglers() if watched else []),
         }
-
-    def _attention(self, events: list[Row], status: str, latest: Row) -> list[Row]:
-        """What a person should look at: {kind, text, time}."""
-        found: list[Row] = []
-        attempt = max((event["attempt"] for event in events), default=0)
-        now = time.time()
-        if status == "running" and latest:
-            every = (self.record.config.tracking.every or 1) * latest["values"].get("step_s", 0.0)
-            silent = now - max(latest["time"], events[-1]["time"])
-            if silent > max(STALLED_S, STALLED_INTERVALS * every):
-                found.append({"kind": "stalled", "text": f"nothing new for {silent:.0f} s", "time": latest["time"]})
-        if status == "running" and latest and self.record.config.resources.workers > 1:
-            found.extend({"kind": "straggler", "time": latest["time"]} | each for each in self.stragglers()[:1])
-        if status == "lost":
-            found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
-        for event in events:
-            if event["attempt"] != attempt or status in {"finished", "stopped"}:
-                continue
-            if event["kind"] == "diverged":
-                text = str(event.get("reason") or event.get("error") or "diverged")
-                found.append({"kind": "diverged", "text": text, "time": event["time"]})
-            elif event["kind"] in {"checkpoint_damaged", "checkpoint_failed"}:
-                found.append({"kind": "checkpoint", "text": str(event.get("error", "")), "time": event["time"]})
-        failed = [event for event in events if event["kind"] == "failed"]
-        if failed and status in {"failed", "running"} and failed[-1]["attempt"] >= attempt - 1:
-            text = str(failed[-1].get("summary") or failed[-1].get("error") or "failed")
-            found.append({"kind": "failed", "text": text, "time": failed[-1]["time"]})
-        return found
 
     def stragglers(self) -> list[Row]:
         """Ranks that hold the others up now, the slowest first: {rank, node, factor, text}."""
@@ -195,7 +215,20 @@ class RunView:
             if self._columns is None:
                 self._columns = Columns(self.record.store, self._cache)
             self._columns.update()
+            self._columns_used_at = time.monotonic()
             return self._columns
+
+    @property
+    def unused_s(self) -> float | None:
+        """Since somebody has looked at a curve; None where nothing of them is in memory."""
+        return None if self._columns is None else time.monotonic() - self._columns_used_at
+
+    def rest(self) -> None:
+        """Give back the memory of its curves, until somebody looks at one again."""
+        with self._lock:
+            if self._columns is not None:
+                self._columns.close()
+                self._columns = self._ranks = None
 
     def metric_names(self) -> list[str]:
         """Of all metrics that have a curve of their own, in the order of their first appearance."""
@@ -209,7 +242,7 @@ class RunView:
         """Rows of metrics that have been read, by number: {number, attempt, step, time, values}."""
         with self._lock:
             columns = self._columns or self.columns()
-            return [{"number": each} | columns.row(each) for each in range(start, min(stop, columns.num_rows))]
+            return [{"number": number} | row for number, row in enumerate(columns.rows(start, stop), start)]
 
     def series(
         self,
@@ -224,8 +257,8 @@ class RunView:
         """A metric between two places of an axis. smooth: steps to take means over, for a line of its own."""
         with self._lock:
             columns = self.columns()
-            attempt, step, when = columns.place()
             numbers, values = columns.metric(metric)
+            attempt, step, when = columns.place()  # after it, since rows are only added
             bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
         kept = surviving(attempt, step)
         everywhere = self._places(axis, step, when)
@@ -240,6 +273,7 @@ class RunView:
         lost = reduced(old, buckets)
         return Series(
             curve=reduced(shown, buckets),
+            last=float(curve.values[-1]) if len(curve.values) else None,
             smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
             superseded=[
                 point
@@ -249,10 +283,25 @@ class RunView:
             restarts=self._restarts(attempt, everywhere),
         )
 
-    def sparkline(self, metric: str = "loss") -> list[float]:
-        """The curve in a few numbers: means, with what is not finite left out."""
-        curve = self.series(metric, buckets=SPARKLINE_BUCKETS).curve
-        return [float(each) for each in curve.mean if math.isfinite(each)]
+    def curve(self, metric: str, axis: Axis = "step") -> Curve:
+        """All that survives of a metric."""
+        with self._lock:
+            columns = self.columns()
+            numbers, values = columns.metric(metric)
+            attempt, step, when = columns.place()  # after it, since rows are only added
+        mask = surviving(attempt, step)[numbers]
+        return curve_of(self._places(axis, step, when)[numbers[mask]], values[mask])
+
+    def sparkline(self) -> list[float]:
+        """The loss in a few numbers: of rows at even distances in the record, so that no more than those are read."""
+        store = self.record.store
+        if not store.is_local:  # each row would be a request
+            curve = self.series("loss", buckets=SPARKLINE_BUCKETS).curve
+            return [float(each) for each in curve.mean if math.isfinite(each)]
+        rows = _spread(store, SPARKLINE_BUCKETS)
+        places = [np.array([row[name] for row in rows], np.int64) for name in ("attempt", "step")]
+        values = np.array([row["values"]["loss"] for row in rows])[surviving(*places)]
+        return [float(each) for each in values if math.isfinite(each)]
 
     def _places(self, axis: Axis, step: np.ndarray, when: np.ndarray) -> np.ndarray:
         if axis == "time":
@@ -285,22 +334,47 @@ class StoreView:
         self.store = Store(uri)
         self.cache = cache
         self._runs: dict[str, RunView] = {}
+        self._rested_at = 0.0  # time.monotonic()
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """Of the runs; [] where the store is not there yet."""
-        return list_runs(self.store) if self.store.exists() else []
+        return [name for name in self.store.list_dirs() if self._run_file(name) is not None]
 
     def run(self, name: str) -> RunView:
         """One of them. Raises NotFound."""
-        if name not in self.names():  # a name comes from outside: it must not lead out of the store
-            raise NotFound(f"There is no run '{name}' in {self.store.uri}.")
-        changed = self.store.info(f"{name}/run.yaml")
+        changed = self._run_file(name)
+        if changed is None:
+            raise NotFound(f"There is no run {name!r} in {self.store.uri}.")
+        self._let_rest()
         with self._lock:
             view = self._runs.get(name)
             if view is None or view.identity != changed:
-                view = self._runs[name] = RunView(RunRecord.open(self.store.uri, name), self.cache, changed)
+                view = RunView(RunRecord.open(self.store.uri, name), self.cache, changed)
+                self._runs[name] = view
             return view
+
+    def _run_file(self, name: str) -> FileFacts | None:
+        """Of its run.yaml; None where there is none. A name comes from outside: it must not lead out of the store."""
+        if name in {"", ".", ".."} or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > _LONGEST_NAME:
+            return None
+        folder, root = self.store.local_path(name), self.store.local_path()
+        if folder and root and folder.is_symlink() and root.resolve() not in folder.resolve().parents:
+            return None
+        found = self.store.child(name).info("run.yaml")
+        return None if found is None or found.is_folder else found
+
+    def _let_rest(self) -> None:
+        """Keep in memory the curves of those runs alone that are looked at."""
+        with self._lock:
+            if time.monotonic() - self._rested_at < REST_EVERY_S:
+                return
+            self._rested_at = time.monotonic()
+            awake = [view for view in self._runs.values() if view.unused_s is not None]
+        awake.sort(key=lambda view: view.unused_s or 0.0)
+        for number, view in enumerate(awake):
+            if number >= MOST_AWAKE or (view.unused_s or 0.0) > AWAKE_S:
+                view.rest()
 
     def summaries(self) -> list[Row]:
         """One row a run, the newest first; a run that cannot be read says so and hides no other."""
@@ -327,6 +401,27 @@ def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | 
     return min(1.0, latest["step"] * values["step_s"] / max(end - started[0], 1e-9))
 
 
+def _spread(store: Store, most: int) -> list[Row]:
+    """Rows of training steps at even distances in the files of a record."""
+    names = store.list("metrics")
+    sizes = [store.size(f"metrics/{name}") for name in names]
+    every = max(sum(sizes) / most, 1.0)
+    found: list[Row] = []
+    place, start = 0.0, 0  # of all files together
+    for name, size in zip(names, sizes, strict=True):
+        with store.open_input(f"metrics/{name}") as file:
+            while place < start + size:
+                file.seek(max(int(place) - start - 1, 0))
+                lines = file.read(_ROW_BYTES).split(b"\n")
+                whole = lines[:-1] if place == start else lines[1:-1]  # it may have begun before
+                row = next((row for line in whole if (row := _training_row(line)) is not None), None)
+                if row is not None and (not found or row != found[-1]):
+                    found.append(row)
+                place += every
+        start += size
+    return found
+
+
 def _at_rows(columns: Columns, metric: str, rows: Whole) -> Floats:
     """A metric's values in these rows, NaN where one has none."""
     numbers, values = columns.metric(metric)
@@ -339,6 +434,10 @@ def _thinned(curve: Curve, buckets: int) -> Curve:
     """A smooth curve at the ends of buckets."""
     small = reduced(curve, buckets)
     return Curve(small.x, small.mean)
+
+
+def _when(event: Row) -> tuple[int, float]:
+    return event["attempt"], event["time"]
 
 
 def _is_placed(row: Row) -> bool:

@@ -8,17 +8,19 @@ cost the disk no more than one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
+import threading
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.runs import RunView, StoreView
-from configs.errors import ShardyardError
+from configs.errors import NotFound, ShardyardError
 
 RUN_EVERY_S, STORE_EVERY_S = 0.5, 2.0
+REMOTE_EVERY_S = 5.0  # each look is some requests there, and training writes every 10 s
 KEEP_ALIVE_S = 10.0
 MOST_ROWS = 500  # of metrics in one message; a page that is further behind asks for its curves again
 _MOST_WAITING = 200  # messages; a reader that is slower is sent away, and comes back with the id of the last it had
@@ -27,11 +29,14 @@ _MOST_WAITING = 200  # messages; a reader that is slower is sent away, and comes
 class _Hub(ABC):
     """Readers of one thing, and the task that looks at it while there are any."""
 
-    every_s: float
-
-    def __init__(self) -> None:
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
         self._readers: set[asyncio.Queue[str | None]] = set()
         self._task: asyncio.Task[None] | None = None
+        self._ended = False
+        self._quiet = asyncio.Lock()  # nobody joins between a look and its messages
+        # A task that is cancelled leaves its thread in `look`, which must not meet a reader that comes then.
+        self._one_thread = threading.Lock()
 
     @abstractmethod
     def look(self) -> list[str]:
@@ -41,15 +46,25 @@ class _Hub(ABC):
     def beginning(self, last_id: str | None) -> list[str]:
         """What a reader that comes now has missed; called in a thread, never together with `look`."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody reads."""
+        return not self._readers and self._task is None
+
     async def messages(self, last_id: str | None) -> AsyncIterator[str]:
         """What it missed, then all that comes, until it goes."""
         queue: asyncio.Queue[str | None] = asyncio.Queue(_MOST_WAITING)
         yield "retry: 1000\n\n"
         async with self._quiet:
             try:
-                missed = await asyncio.to_thread(self.beginning, last_id)
-            except ShardyardError as error:
-                missed = [message("trouble", {"error": str(error)})]
+                missed = await asyncio.to_thread(self._begin, last_id)
+            except NotFound as error:
+                yield _trouble(error)
+                return
+            except Exception as error:  # the record may hold anything; the next look may find it in order
+                missed = [_trouble(error)]
+            if self._ended:
+                return
             self._readers.add(queue)
         if self._task is None:
             self._task = asyncio.create_task(self._keep_looking())
@@ -70,50 +85,71 @@ class _Hub(ABC):
                 self._task.cancel()
                 self._task = None
 
-    @property
-    def _quiet(self) -> asyncio.Lock:
-        lock: asyncio.Lock = self.__dict__.setdefault("_lock", asyncio.Lock())
-        return lock
+    def end(self) -> None:
+        """End all streams, those too that are about to begin."""
+        self._ended = True
+        self._send_away(self._readers)
+
+    def _begin(self, last_id: str | None) -> list[str]:
+        with self._one_thread:
+            return self.beginning(last_id)
+
+    def _look(self) -> list[str]:
+        with self._one_thread:
+            return self.look()
 
     async def _keep_looking(self) -> None:
         troubled = ""
-        while True:
+        while self._readers:
             async with self._quiet:
                 try:
-                    news = await asyncio.to_thread(self.look)
-                    troubled = ""
-                except ShardyardError as error:
-                    news = [] if troubled == str(error) else [message("trouble", {"error": str(error)})]
-                    troubled = str(error)
-                for queue in list(self._readers):
-                    for each in news:
-                        with contextlib.suppress(asyncio.QueueFull):
-                            queue.put_nowait(each)
-                    if queue.full():
-                        self._readers.discard(queue)
-                        while not queue.empty():
-                            queue.get_nowait()
-                        queue.put_nowait(None)
-            await asyncio.sleep(self.every_s)
+                    news, troubled = await asyncio.to_thread(self._look), ""
+                except NotFound as error:  # for good: who asks again is told so, or finds another run of this name
+                    self._tell([_trouble(error)])
+                    self._send_away(self._readers)
+                    break
+                except Exception as error:
+                    trouble = _trouble(error)
+                    news, troubled = [] if troubled == trouble else [trouble], trouble
+                self._tell(news)
+            await asyncio.sleep(self._every_s)
+        self._task = None
+
+    def _tell(self, news: list[str]) -> None:
+        late = {queue for queue in self._readers if queue.qsize() + len(news) >= _MOST_WAITING}
+        for queue in self._readers - late:
+            for each in news:
+                queue.put_nowait(each)
+        self._send_away(late)
+
+    def _send_away(self, queues: set[asyncio.Queue[str | None]]) -> None:
+        """End their streams after what they have been told."""
+        for queue in set(queues):
+            self._readers.discard(queue)
+            if queue.full():  # it is late already, and has the rest told when it comes back
+                queue.get_nowait()
+            queue.put_nowait(None)
 
 
 class RunHub(_Hub):
-    """`rows` of metrics, `events`, and `summary` of a run. Ids are "<rows>-<events>"."""
+    """`rows` of metrics, `events`, and `summary` of a run.
 
-    every_s = RUN_EVERY_S
+    Ids are "<rows>-<events>-<mark>", of which the mark tells these very events of this very run from others.
+    """
 
     def __init__(self, view: RunView) -> None:
-        super().__init__()
+        super().__init__(RUN_EVERY_S if view.record.store.is_local else REMOTE_EVERY_S)
         self._view = view
+        self._marks = [zlib.crc32(repr(view.identity).encode())]  # after so many events
         self._place: tuple[int, int] | None = None
         self._summary: Any = None
 
     def look(self) -> list[str]:
         """What has come since the last look."""
+        summary = self._view.summary()  # first: it says whether the run is still there
         if self._place is None:
             self._place = self._end()
         found, self._place = self._since(self._place)
-        summary = self._view.summary()
         if _without_clock(summary) != _without_clock(self._summary):
             self._summary = summary
             found.append(message("summary", summary))
@@ -121,48 +157,62 @@ class RunHub(_Hub):
 
     def beginning(self, last_id: str | None) -> list[str]:
         """From the id on to where the others are; without one, the summary alone."""
+        summary = self._view.summary()
         if self._place is None or not self._readers:
             self._place = self._end()
-        match = re.fullmatch(r"(\d{1,15})-(\d{1,15})", last_id or "")
+        match = re.fullmatch(r"(\d{1,15})-(\d{1,15})-(\d{1,15})", last_id or "")
         missed: list[str] = []
         if match is not None:
-            missed, _ = self._since((int(match[1]), int(match[2])), self._place)
-        return [*missed, message("summary", self._view.summary(), _id(self._place))]
+            rows, events, mark = (int(each) for each in match.groups())
+            if self._mark(events) == mark:
+                missed, _ = self._since((rows, events), self._place)
+            else:
+                missed = [message("reset", {}, self._id(self._place))]
+        return [*missed, message("summary", summary, self._id(self._place))]
 
     def _end(self) -> tuple[int, int]:
-        return self._view.num_rows(), len(self._view.events())
+        return self._view.num_rows(), len(self._view.arrived())
 
     def _since(self, start: tuple[int, int], stop: tuple[int, int] | None = None) -> tuple[list[str], tuple[int, int]]:
         """Messages of all from one place to another (None: the end), and where that is."""
         stop = stop or self._end()
         found = []
         if start[0] > stop[0] or start[1] > stop[1] or stop[0] - start[0] > MOST_ROWS:
-            return [message("reset", {}, _id(stop))], stop  # another run of this name, or too much
+            return [message("reset", {}, self._id(stop))], stop  # another record of this run, or too much
         rows = self._view.rows(start[0], stop[0])
-        events = self._view.events()[start[1] : stop[1]]
+        events = self._view.arrived()[start[1] : stop[1]]
         if rows:
-            found.append(message("rows", rows, _id((stop[0], start[1]))))
+            found.append(message("rows", rows, self._id((stop[0], start[1]))))
         if events:
-            found.append(message("events", events, _id(stop)))
+            found.append(message("events", events, self._id(stop)))
         return found, stop
+
+    def _mark(self, events: int) -> int | None:
+        """Of the first so many events; None where there are fewer."""
+        for event in self._view.arrived()[len(self._marks) - 1 :]:
+            told = f"{event['attempt']} {event['time']} {event['kind']}"
+            self._marks.append(zlib.crc32(told.encode(), self._marks[-1]))
+        return self._marks[events] if events < len(self._marks) else None
+
+    def _id(self, place: tuple[int, int]) -> str:
+        return f"{place[0]}-{place[1]}-{self._mark(place[1])}"
 
 
 class StoreHub(_Hub):
     """`runs`: the overview's rows, whenever they differ."""
 
-    every_s = STORE_EVERY_S
-
     def __init__(self, store: StoreView) -> None:
-        super().__init__()
+        super().__init__(STORE_EVERY_S if store.store.is_local else REMOTE_EVERY_S)
         self._store = store
         self._shown: Any = None
 
     def look(self) -> list[str]:
         """All rows, if any has changed."""
         rows = self._store.summaries()
-        if [_without_clock(row) for row in rows] == self._shown:
+        shown = [_without_clock(row) for row in rows]
+        if shown == self._shown:
             return []
-        self._shown = [_without_clock(row) for row in rows]
+        self._shown = shown
         return [message("runs", rows)]
 
     def beginning(self, last_id: str | None) -> list[str]:  # noqa: ARG002
@@ -183,7 +233,14 @@ class Hubs:
 
     def run(self, view: RunView) -> RunHub:
         """Of one run."""
+        for other in [each for each, hub in self._runs.items() if hub.is_idle and each is not view]:
+            del self._runs[other]
         return self._runs.setdefault(view, RunHub(view))
+
+    def end(self) -> None:
+        """End all streams, before the server ends: it would wait for them."""
+        for hub in (self._store, *self._runs.values()):
+            hub.end()
 
 
 def message(kind: str, content: Any, place: str | None = None) -> str:
@@ -192,8 +249,9 @@ def message(kind: str, content: Any, place: str | None = None) -> str:
     return f"event: {kind}\n" + (f"id: {place}\n" if place else "") + f"data: {text}\n\n"
 
 
-def _id(place: tuple[int, int]) -> str:
-    return f"{place[0]}-{place[1]}"
+def _trouble(error: Exception) -> str:
+    text = str(error) if isinstance(error, ShardyardError) else f"{type(error).__name__}: {error}"
+    return message("trouble", {"error": text})
 
 
 def _without_clock(summary: dict[str, Any] | None) -> Any:

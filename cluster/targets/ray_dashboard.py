@@ -45,7 +45,7 @@ def refuse_too_much(client: Any, resources: ResourcesConfig) -> None:
     Raises:
         UsageError: they never fit.
     """
-    nodes = [node["resources_total"] for node in _nodes(client)]
+    nodes = [node["resources_total"] for node in alive_nodes(client)]
     wanted = worker_needs(resources)
     room = sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
     if room < resources.fewest:
@@ -62,7 +62,7 @@ def refuse_too_much(client: Any, resources: ResourcesConfig) -> None:
 
 def queue_table(client: Any) -> list[dict[str, Any]]:
     """Rows of what cluster/ray_queue.py wrote among the head's logs; none where there is no queue at the moment."""
-    head = next((node["node_id"] for node in _nodes(client) if node["is_head_node"]), None)
+    head = next((node["node_id"] for node in alive_nodes(client) if node["is_head_node"]), None)
     if head is None:
         return []
     text = client._do_request("GET", f"/api/v0/logs/file?node_id={head}&filename={TABLE_FILE}&lines=1").text
@@ -73,7 +73,7 @@ def queue_table(client: Any) -> list[dict[str, Any]]:
     return list(table["jobs"]) if time.time() < table["time"] + STALE_S else []
 
 
-def _nodes(client: Any) -> list[dict[str, Any]]:
+def alive_nodes(client: Any) -> list[dict[str, Any]]:
     """Nodes that are there, with what they have from when they joined."""
     answer = client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
     answer.raise_for_status()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.dashboard import columns
 from cluster.dashboard.columns import Columns
 from data_pipelines.storage import Store
-from trainer.record_rows import RowWriter, decode_value, read_rows
+from trainer.record_rows import RowWriter, decode_rows, decode_value, encode_row, read_rows
 
 NAMES = ("loss", "lr", "step", "metric:x", "validation/loss", "grad norm")
 
@@ -37,18 +43,23 @@ def agree(found: Columns, run: Store) -> None:
     """Every metric, every place and every row are those of the record."""
     rows = expected(run)
     assert found.num_rows == len(rows)
-    attempt, step, time = found.place()
-    assert [*zip(attempt, step, time, strict=True)] == [(row["attempt"], row["step"], row["time"]) for row in rows]
+    assert [*zip(*found.place(), strict=True)] == [(row["attempt"], row["step"], row["time"]) for row in rows]
     assert set(found.names) == {name for row in rows for name in row["values"]}
     for name in found.names:
         numbers, values = found.metric(name)
         wanted = {number: row["values"][name] for number, row in enumerate(rows) if name in row["values"]}
         assert list(numbers) == list(wanted)
         np.testing.assert_array_equal(values, list(wanted.values()))
-    for number in {0, len(rows) // 2, len(rows) - 1} if rows else ():
-        assert str(found.row(number)) == str(
-            {key: rows[number][key] for key in ("attempt", "step", "time", "values")}
-        ) or (found.row(number)["values"].keys() == rows[number]["values"].keys())
+    for start, stop in ((0, len(rows)), (len(rows) // 3, len(rows) // 2), (len(rows) - 1, len(rows) + 5)):
+        assert comparable(found.rows(max(start, 0), stop)) == comparable(rows[max(start, 0) : stop])
+
+
+def comparable(rows: list[dict[str, Any]]) -> list[Any]:
+    """NaN is not itself."""
+    keys = ("attempt", "step", "time")
+    return [
+        ([row[key] for key in keys], {key: repr(float(value)) for key, value in row["values"].items()}) for row in rows
+    ]
 
 
 @pytest.fixture
@@ -62,6 +73,7 @@ def run(tmp_path: Path) -> Store:
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(columns, "CHUNK", request.param)
     monkeypatch.setattr(columns, "_BLOCK_BYTES", 50 * request.param)
+    monkeypatch.setattr(columns, "_FEW_ROWS", 60)
     return int(request.param)
 
 
@@ -81,8 +93,103 @@ def test_they_are_the_records_and_stay_so_as_it_grows(run: Store, tmp_path: Path
     assert bool(list(cache.rglob("*.arrow"))) == (chunk < 400)
 
 
+def test_a_cache_that_is_cleared_meanwhile_is_made_anew(
+    run: Store, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = Columns(run, tmp_path / "cache")
+    for attempt in (1, 2):
+        write(run, attempt, 150, attempt)
+        followed.update()
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        agree(followed, run)
+
+
+PLAIN = st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**62), 2**62))
+ANY = st.one_of(st.floats(), st.integers(), st.booleans(), st.sampled_from(["NaN", "x", None, [1], {"b": 1}]))
+LINES = [
+    b"\n",
+    b"{}\n",
+    b"nonsense\n",
+    b'{"attempt":1}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":{"loss":1}}{"time":1,"attempt":1,"step":2,"values":{}}\n',
+    b'{"time":1,"attempt":1,"step":1.5,"values":{"loss":1}}\n',
+    b'{"time":"1","attempt":1,"step":1,"values":{"loss":1}}\n',
+    b'{"time":1,"attempt":1,"step":99999999999999999999,"values":{"loss":1}}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":{"loss":1e999}}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":null}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":{"loss":1,"loss":2}}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":{"\xff":1}}\n',
+    b'{"time":1,"attempt":1,"step":1,"values":{"2020-01-01":"2020-01-01"}}\n',
+]
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["a", "b", "é", "\\"]), PLAIN), max_size=6),
+    st.lists(st.dictionaries(st.sampled_from(["a", "b"]), ANY, max_size=2), max_size=2),
+    st.lists(st.sampled_from(LINES), max_size=2),
+)
+def test_arrow_reads_what_python_reads(
+    plain: list[dict[str, Any]], odd: list[dict[str, Any]], broken: list[bytes]
+) -> None:
+    rows = [{"time": 1.5, "attempt": 1, "step": step, "values": values} for step, values in enumerate(plain + odd)]
+    lines = b"".join([*(json.dumps(row).encode() + b"\n" for row in rows), *broken])
+    good = [row for row in decode_rows(lines) if columns._is_row(row)]
+    wanted = [row | {"values": {key: decode_value(value) for key, value in row["values"].items()}} for row in good]
+    found = columns._decoded(lines)
+    if found is not None:
+        assert comparable([columns._row(row) for row in found.to_pylist()]) == comparable(wanted)
+        names = {name: None for row in good for name in row["values"]}
+        assert columns._metrics_of(found) == list(names)
+
+
+def test_arrow_reads_the_rows_of_a_usual_run() -> None:
+    rows = [{"time": 1e9, "attempt": 1, "step": step, "values": {"loss": 1.5, "lr": 1}} for step in range(5)]
+    assert columns._decoded("".join(encode_row(row) for row in rows).encode()) is not None
+
+
+@pytest.mark.parametrize("few", [0, 1 << 30])
+def test_plain_and_odd_rows_may_alternate(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(columns, "_FEW_BYTES", few)
+    followed = Columns(run, tmp_path / "cache")
+    writer = RowWriter(run, "metrics", 1, "rank-00000")
+    for step in range(40):
+        value = math.nan if step % 3 == 0 else step
+        writer.append({"time": 1e9, "attempt": 1, "step": step, "values": {"loss": value, f"of {step // 10}": 1.0}})
+        writer.flush()
+        followed.update()
+        agree(followed, run)
+
+
+def test_closed_it_keeps_what_takes_long_to_read(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_WORTH_KEEPING", 50)
+    followed = Columns(run, tmp_path / "cache")
+    kept = []
+    for attempt, rows in enumerate((60, 10, 45), start=1):
+        write(run, attempt, rows, attempt)
+        followed.update()
+        followed.close()
+        agree(followed, run)
+        kept.append(Columns(run, tmp_path / "cache").num_rows)
+    assert kept == [60, 60, 115]
+
+
+def test_arrow_does_not_bring_pandas(tmp_path: Path) -> None:
+    script = (
+        "import sys; from cluster.dashboard.columns import Columns; from data_pipelines.storage import Store\n"
+        "found = Columns(Store(sys.argv[1]), __import__('pathlib').Path(sys.argv[2])); found.update()\n"
+        "found.metric('loss'), found.place(), found.rows(0, 10), found.close()\n"
+        "heavy = {'torch', 'ray', 'pandas', 'mlflow', 'transformers'} & set(sys.modules)\n"
+        "assert found.num_rows == 2000 and not heavy, heavy"
+    )
+    run = Store(tmp_path / "run")
+    write(run, 0, 2000)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "run"), str(tmp_path / "cache")], check=True)
+
+
 def test_what_is_kept_is_not_read_again(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "CHUNK", 10)
+    monkeypatch.setattr(columns, "CHUNK", 60)
     write(run, 0, 100)
     Columns(run, tmp_path / "cache").update()
     run.delete_dir("metrics")
@@ -91,7 +198,7 @@ def test_what_is_kept_is_not_read_again(run: Store, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("harm", ["cut", "noise", "gone", "empty"])
 def test_a_damaged_cache_is_made_anew(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
-    monkeypatch.setattr(columns, "CHUNK", 10)
+    monkeypatch.setattr(columns, "CHUNK", 24)
     monkeypatch.setattr(columns, "_BLOCK_BYTES", 500)
     write(run, 0, 100)
     Columns(run, tmp_path / "cache").update()

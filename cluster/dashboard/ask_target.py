@@ -1,0 +1,109 @@
+"""`python -m cluster.dashboard.ask_target NAME`: the queue and the nodes of a target, as JSON.
+
+A process of its own, since some targets need libraries that take hundreds of megabytes (ray), and any may hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from cluster.targets import open_target
+from configs.errors import ShardyardError
+from configs.targets import RayTarget, SlurmTarget, Target, load_target
+from trainer.redact import Redactor
+
+_SINFO = "NodeHost:200,StateCompact:30,CPUsState:60,Memory:30,FreeMem:30,Gres:200,GresUsed:200,Partition:100"
+
+
+def main() -> None:
+    """Ask, and print {"jobs", "nodes", "error"}."""
+    print(json.dumps(ask(load_target(sys.argv[1]))))
+
+
+def ask(settings: Target) -> dict[str, Any]:
+    """{jobs, nodes}, or {error}.
+
+    jobs: see cluster.targets.Queued. nodes: {node, state, cpus, used_cpus, gpus, used_gpus, memory_bytes, used_bytes},
+    None where a target cannot be asked for them; None is what is not known.
+    """
+    try:
+        jobs = [asdict(job) for job in open_target(settings).queue()]
+        nodes = _nodes(settings)
+    except (ShardyardError, OSError) as error:
+        return {"error": Redactor(os.environ).text(str(error))}
+    return {"jobs": jobs, "nodes": nodes}
+
+
+def _nodes(settings: Target) -> list[dict[str, Any]] | None:
+    if isinstance(settings, RayTarget):
+        return _of_ray(settings)
+    return _of_slurm(settings) if isinstance(settings, SlurmTarget) else None
+
+
+def _of_ray(settings: RayTarget) -> list[dict[str, Any]]:
+    from cluster.targets.ray_dashboard import alive_nodes, open_client
+
+    return [
+        {
+            "node": node.get("node_ip") or node["node_id"][:12],
+            "state": node["state"].lower(),
+            "cpus": node["resources_total"].get("CPU", 0),
+            "used_cpus": None,
+            "gpus": node["resources_total"].get("GPU", 0),
+            "used_gpus": None,
+            "memory_bytes": node["resources_total"].get("memory"),
+            "used_bytes": None,
+        }
+        for node in alive_nodes(open_client(settings.address))
+    ]
+
+
+def _of_slurm(settings: SlurmTarget) -> list[dict[str, Any]]:
+    partition = [] if settings.partition is None else ["--partition", settings.partition]
+    command = ["sinfo", "--Node", "--noheader", f"--Format={_SINFO}", *partition]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []  # the queue was told, which is more
+    widths = [int(field.partition(":")[2]) for field in _SINFO.split(",")]
+    return [_slurm_node(line, widths) for line in listed.splitlines()]
+
+
+def _slurm_node(line: str, widths: list[int]) -> dict[str, Any]:
+    cells, start = [], 0
+    for width in widths:
+        cells.append(line[start : start + width].strip())
+        start += width
+    name, state, cpus, memory, free, gres, used, _ = cells
+    allocated, _, _, total = (int(number) for number in cpus.split("/"))
+    megabytes, free_megabytes = _number(memory), _number(free)
+    known = megabytes is not None and free_megabytes is not None
+    return {
+        "node": name,
+        "state": state,
+        "cpus": total,
+        "used_cpus": allocated,
+        "gpus": _gpus(gres),
+        "used_gpus": _gpus(used),
+        "memory_bytes": None if megabytes is None else megabytes << 20,
+        "used_bytes": (megabytes - free_megabytes) << 20 if known else None,  # type: ignore[operator]
+    }
+
+
+def _gpus(gres: str) -> int:
+    """In `gpu:h100:8(S:0-1),shard:16`, 8."""
+    return sum(int(number) for number in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The pages on more than one run in a real browser: complete, quiet, live, and usable by keyboard."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.sweep_folder import Spec, SweepFolder
+from configs.load import load
+from configs.schema import Plugin
+from data_pipelines.build import ensure_dataset
+from data_pipelines.storage import Store
+from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard
+from tests.cluster.dashboard.stores import RECIPE, TAGS, create, metrics, write_run
+from trainer.record import RunRecord
+
+pytestmark = pytest.mark.daemon
+
+PAGES = ["/", "/compare", "/compare?runs=aa,bb&x=tokens&calm=1", "/cluster", "/checkpoints", "/datasets", "/sweeps"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def data_set(store: Path) -> str:
+    return ensure_dataset(Store(store), Plugin(name="digits"), None).path.rpartition("/")[2]
+
+
+@pytest.fixture(scope="module")
+def live(store: Path) -> Iterator[RunRecord]:
+    """A run that this process holds, at step 10 of 100."""
+    record = create(store, "live", "steps=100")
+    lease = record.acquire_lease()
+    record.next_attempt()
+    record.event("started", step=0, world_size=2, parameters=10)
+    for step in range(1, 11):
+        record.metrics(step, metrics(step, 100))
+    record.flush()
+    yield record
+    record.close()
+    lease.release()
+
+
+@pytest.fixture(scope="module")
+def server(
+    store: Path, data_set: str, live: RunRecord, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Dashboard]:
+    short: dict[str, Any] = {"steps": 80, "fails_at": 44, "saved_at": 40, "spike_at": 30}
+    write_run(store, "aa", **short)
+    write_run(store, "bb", **short, overrides=("optimizer.lr=1e-3",))
+    write_sweep(store)
+    with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    context.set_default_timeout(30_000)
+    opened = context.new_page()
+    yield opened
+    context.close()
+
+
+def write_sweep(store: Path) -> None:
+    base = load(RECIPE, [f"store={store}", "name=base", "steps=100", "tracking.mlflow=null"])
+    trials = [{"optimizer.lr": lr, "model.num_layers": layers} for lr in (1e-4, 1e-3) for layers in (2, 4)]
+    spec = Spec("grid", ["optimizer.lr=1e-4,1e-3", "model.num_layers=2,4"], "validation/loss", "min", 0, trials)
+    folder = SweepFolder.create(Store(store), "lr", spec, base)
+    for number, value in ((1, 3.0), (2, 2.0), (3, math.nan)):
+        record = folder.create_run(folder.trial(number))
+        record.next_attempt()
+        record.metrics(1, {"validation/loss": value})
+        record.event("finished", step=1)
+        record.close()
+    folder.fail_trial(4, TAGS)
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def names(page: Any) -> list[str]:
+    """Of the runs in the table, as they stand there."""
+    return list(page.locator("table.runs tbody th.name").all_inner_texts())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_complains_or_asks_elsewhere(browser: Any, server: Dashboard, data_set: str, scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    watch = Watch(page, server.address)
+    for path in [*PAGES, f"/datasets/{data_set}", "/sweeps/lr"]:
+        page.goto(server.address + path)
+        page.wait_for_timeout(700)
+        assert page.title() != "broken out"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is too wide"
+    assert (watch.errors, watch.elsewhere) == ([], [])
+    context.close()
+
+
+def test_pages_are_complete_without_scripts(browser: Any, server: Dashboard, data_set: str) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    for path, text in [("/", "live"), ("/compare?runs=aa,bb", "optimizer.lr"), ("/sweeps/lr", "lr-0002")]:
+        page.goto(server.address + path)
+        assert text in page.inner_text("main")
+    page.goto(f"{server.address}/?search=bb")
+    assert names(page) == ["bb"]
+    context.close()
+
+
+def test_the_overview_is_live_and_keeps_what_the_reader_did(page: Any, server: Dashboard, live: RunRecord) -> None:
+    page.goto(server.address)
+    row = page.locator('tr[data-key="live"]')
+    row.locator('input[type="checkbox"]').check()
+    page.locator('input[type="search"]').focus()
+    assert "10" in row.locator(".step").inner_text()
+    live.metrics(20, metrics(20, 100))
+    live.flush()
+    wait_for(lambda: row.locator(".step").inner_text().startswith("20"))
+    assert row.locator('input[type="checkbox"]').is_checked()
+    assert page.evaluate("document.activeElement.name") == "search"
+
+
+def test_a_new_run_appears_by_itself(page: Any, server: Dashboard, store: Path) -> None:
+    page.goto(f"{server.address}/?status=queued")
+    assert "newcomer" not in names(page)
+    create(store, "newcomer").close()
+    wait_for(lambda: "newcomer" in names(page))
+
+
+def test_filters_and_order_are_in_the_address(page: Any, server: Dashboard) -> None:
+    page.goto(server.address)
+    page.locator('input[type="search"]').fill("finished")
+    wait_for(lambda: set(names(page)) >= {"aa", "bb"} and "live" not in names(page))
+    assert "search=finished" in page.url
+    page.get_by_role("link", name="Run", exact=True).click()
+    wait_for(lambda: names(page)[:2] == ["aa", "bb"])
+    page.get_by_role("link", name="Run").and_(page.locator("thead a")).click()
+    wait_for(lambda: names(page)[0] != "aa")
+    assert "sort=run" in page.url
+    shown = names(page)
+    page.reload()
+    assert names(page) == shown
+
+
+def test_curves_come_as_rows_are_seen(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/?search=aa")
+    page.wait_for_selector('[data-sparkline="aa"] polyline')
+
+
+def test_ticked_runs_are_compared_by_keyboard(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/?search=finished")
+    for name in ("aa", "bb"):
+        page.get_by_label(f"Compare {name}", exact=True).focus()
+        page.keyboard.press("Space")
+    page.locator("#compare").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/compare?runs=*")
+    page.wait_for_selector("#chart canvas")
+    assert set(page.url.partition("runs=")[2].split(",")) == {"aa", "bb"}
+    page.select_option('select[name="x"]', "compute")
+    page.wait_for_url("**x=compute**")
+    assert "FLOPs" in page.inner_text("main")
+
+
+def test_one_run_alone_cannot_be_compared(page: Any, server: Dashboard) -> None:
+    page.goto(server.address)
+    page.get_by_label("Compare aa", exact=True).check()
+    assert page.locator("#compare").is_disabled()
+
+
+def test_a_sweep_is_drawn_and_its_lines_belong_to_rows(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/sweeps/lr")
+    page.wait_for_selector("#lines polyline.best")
+    assert page.locator("#lines polyline").count() == 4 and page.locator("#lines polyline.best").count() == 1
+    page.locator('tr[data-trial="1"]').hover()
+    assert page.locator("#lines polyline.told").get_attribute("data-trial") == "1"
+    assert page.locator("tr.best").get_attribute("data-trial") == "2"
+
+
+def test_examples_turn_pages_with_arrow_keys(page: Any, server: Dashboard, data_set: str) -> None:
+    page.goto(f"{server.address}/datasets/{data_set}")
+    assert page.locator("article.example img").count() == 5
+    assert page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth)") is True
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**first=5")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url("**first=0")
+
+
+def test_what_the_server_refuses_is_told_beside_the_button(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/checkpoints?run=aa")
+    row = page.locator("tr[data-key]").first
+    page.route("**/verify", lambda route: route.fulfill(status=500, json={"error": f"no such thing {TAGS}"}))
+    row.get_by_role("button", name="Verify").click()
+    wait_for(lambda: "no such thing <script>" in row.locator("output").inner_text())
+    row.locator("summary").click()
+    assert "shardyard runs resume aa" in row.locator("code").inner_text()
+
+
+def test_times_are_relative_with_the_exact_one_beside(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/?search=aa")
+    shown = page.locator('tr[data-key="aa"] time')
+    assert shown.inner_text().endswith(" ago") and shown.get_attribute("title").startswith("2026-")
+
+
+def test_a_narrow_window_is_enough(browser: Any, server: Dashboard) -> None:
+    context = browser.new_context(viewport={"width": 420, "height": 800})
+    page = context.new_page()
+    for path in PAGES:
+        page.goto(server.address + path)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is too wide"
+    context.close()

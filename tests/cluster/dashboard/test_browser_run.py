@@ -1,0 +1,327 @@
+"""The page of a run in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard, until
+from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
+from trainer.record import RunRecord
+
+pytestmark = pytest.mark.daemon
+
+PARTS = ("curves", "timeline", "logs", "config", "media", "data")
+SPIKE_AT, SPIKE = 1234, 40.0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
+    write_run(store, spike_at=SPIKE_AT, spike=SPIKE)
+    with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    context.set_default_timeout(60_000)
+    opened = context.new_page()
+    yield opened
+    context.close()
+
+
+def visit(page: Any, address: str) -> None:
+    """Load a page anew, also where the address differs behind the # alone."""
+    page.goto("about:blank")
+    page.goto(address)
+
+
+def chart(page: Any, metric: str) -> Any:
+    """The first chart of a metric, scrolled into view and drawn."""
+    found = page.locator(f"#curves .chart[data-metric={json.dumps(metric)}]")
+    found.scroll_into_view_if_needed()
+    until(page, "chart => chart.dataset.state === 'shown' && chart.chart.plot", found.element_handle())
+    return found
+
+
+def drawn(of: Any) -> dict[str, Any]:
+    """What uPlot was given to draw, and between which heights it draws it."""
+    found: dict[str, Any] = of.evaluate(
+        """({chart}) => ({
+            x: [...chart.plot.data[0]], max: [...chart.plot.data[1]], min: [...chart.plot.data[2]],
+            line: [...chart.plot.data[3]], low: chart.plot.scales.y.min, high: chart.plot.scales.y.max,
+            from: chart.plot.scales.x.min, to: chart.plot.scales.x.max,
+            shown: chart.plot.series.map((each) => each.show !== false)})"""
+    )
+    return found
+
+
+def ink(of: Any, x: float, y: float) -> int:
+    """Pixels that are drawn on within three of a place of a chart, of the band's colour or of the line's."""
+    found: int = of.evaluate(
+        """({chart}, [x, y]) => {
+            const {plot} = chart;
+            const [left, top] = [plot.valToPos(x, "x", true), plot.valToPos(y, "y", true)].map(Math.round);
+            const {data} = plot.ctx.getImageData(left - 3, top - 3, 7, 7);
+            let inked = 0;
+            for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 40 && data[i + 2] - data[i] > 60) inked++;
+            return inked;
+        }""",
+        [x, y],
+    )
+    return found
+
+
+def test_no_part_of_it_errs_or_asks_anybody_else(server: Dashboard, page: Any) -> None:
+    watch = Watch(page, server.address)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for part in PARTS:
+            visit(page, f"{server.address}/runs/restarted#{part}")
+            page.wait_for_selector(f"#{part}:not([hidden])")
+            page.wait_for_load_state("load")
+            until(page, "document.getElementById('connection').dataset.state === 'live'")
+            page.mouse.wheel(0, 3000)
+            page.wait_for_timeout(300)
+            assert page.locator(f"#{part}").inner_text().strip()
+    assert watch.errors == [] and watch.elsewhere == []
+
+
+@pytest.mark.parametrize(
+    "chosen", ["", "log=1&", "smooth=20&", "smooth=2000&log=1&", "x=tokens&", "x=time&smooth=500&"]
+)
+@pytest.mark.parametrize("zoom", [None, (900, 1600), (1200, 1260), (1233, 1235)])
+def test_a_spike_of_one_step_is_seen(
+    server: Dashboard, page: Any, chosen: str, zoom: tuple[int, int] | None, store: Path
+) -> None:
+    rows = RunRecord.open(str(store), "restarted").metrics_table()
+    when = {row["step"]: row["time"] for row in rows if "loss" in row}
+    tokens = 256 * 4  # task.seq_len and batch.global_batch_size of the recipe
+    place = {"x=tokens": lambda step: step * tokens, "x=time": lambda step: when[step]}.get(
+        chosen[:-1].partition("&")[0], float
+    )
+    given = "" if zoom is None else f"from={place(zoom[0])}&to={place(zoom[1])}"
+    page.goto(f"{server.address}/runs/restarted#curves?{chosen}{given}")
+    loss = chart(page, "loss")
+    page.wait_for_timeout(100)  # a frame
+    found = drawn(loss)
+    assert max(value for value in found["max"] if value is not None) == SPIKE
+    assert found["low"] < SPIKE <= found["high"] and all(found["shown"])
+    at = found["x"][found["max"].index(SPIKE)]
+    assert found["from"] <= at <= found["to"]
+    assert ink(loss, at, SPIKE) > 0
+    assert ink(loss, found["from"] + 0.02 * (found["to"] - found["from"]), SPIKE) == 0  # it is not ink everywhere
+    if zoom == (1233, 1235):
+        assert found["x"].count(at) == 1 and len(found["x"]) <= 5  # at full detail, with a neighbour on each side
+
+
+def test_dragging_fetches_the_range_at_full_detail_and_a_double_click_takes_it_back(
+    server: Dashboard, page: Any
+) -> None:
+    page.goto(f"{server.address}/runs/restarted")
+    loss = chart(page, "loss")
+    assert len(drawn(loss)["x"]) < 1000
+    box = loss.locator(".u-over").bounding_box()
+    left, middle = (box["x"] + share * box["width"] for share in (0.60, 0.64))
+    page.mouse.move(left, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(middle, box["y"] + 50, steps=4)
+    page.mouse.up()
+    until(page, "location.hash.includes('from=')")
+    until(page, "chart => chart.chart.curve.count.every((each) => each === 1)", loss.element_handle())
+    found = drawn(loss)
+    assert 1150 < found["from"] < found["to"] < 1320
+    assert found["x"][1:-1] == list(range(int(found["x"][1]), int(found["x"][-1])))  # every step of it
+    other = drawn(chart(page, "lr"))
+    assert (other["from"], other["to"]) == (found["from"], found["to"])
+
+    again = page.url
+    page.mouse.dblclick(left, box["y"] + 50)
+    until(page, "!location.hash.includes('from=')")
+    until(page, "chart => chart.chart.plot.scales.x.max === 2000", loss.element_handle())
+
+    visit(page, again)  # the address brings it back
+    assert drawn(chart(page, "loss"))["from"] == found["from"]
+
+
+def test_a_restart_and_what_it_took_back(server: Dashboard, page: Any) -> None:
+    page.goto(f"{server.address}/runs/restarted")
+    loss = chart(page, "loss")
+    mark = loss.locator(".mark")
+    assert mark.count() == 1
+    assert mark.get_attribute("title").startswith("Attempt 2 after: Rank 1 on n2 failed after step 1100")
+    superseded = loss.evaluate("({chart}) => chart.superseded.map(([x]) => x)")
+    assert min(superseded) == 1001 and max(superseded) == 1100
+    bad = chart(page, "grad_norm").evaluate("({chart}) => chart.curve.bad.reduce((sum, each) => sum + each, 0)")
+    assert bad == 10
+
+
+def test_a_chart_has_its_numbers(server: Dashboard, page: Any) -> None:
+    page.goto(f"{server.address}/runs/restarted#curves?from=1230&to=1240")
+    loss = chart(page, "loss")
+    loss.get_by_role("button", name="Numbers of loss").click()
+    rows = loss.locator("tbody tr").all_inner_texts()
+    assert any(row.split("\t")[0] == "1,234" and row.split("\t")[3] == "40" for row in rows)
+    assert loss.locator(".drawing").is_hidden()
+    loss.get_by_role("button", name="Numbers of loss").click()
+    assert loss.locator(".drawing").is_visible()
+
+
+def test_what_looks_like_html_is_shown_as_text(server: Dashboard, page: Any) -> None:
+    watch = Watch(page, server.address)
+    for part in PARTS:
+        visit(page, f"{server.address}/runs/restarted#{part}{'?attempt=1&rank=1' if part == 'logs' else ''}")
+        page.wait_for_selector(f"#{part}:not([hidden])")
+        if part != "data":
+            until(page, "([part, tags]) => document.getElementById(part).textContent.includes(tags)", [part, TAGS])
+        assert page.title() == "restarted - Shardyard"
+        assert page.locator("main script, main img[src='x']").count() == 0
+    assert watch.errors == [] and watch.elsewhere == []
+
+
+def test_everything_is_reached_by_keyboard(server: Dashboard, page: Any) -> None:
+    page.goto(f"{server.address}/runs/restarted")
+    page.wait_for_selector("#curves:not([hidden])")
+    page.locator("#tab-curves").focus()
+    for part in (*PARTS[1:], PARTS[0]):
+        page.keyboard.press("ArrowRight")
+        page.wait_for_selector(f"#{part}:not([hidden])")
+        assert page.evaluate("document.activeElement.id") == f"tab-{part}"
+        assert page.url.endswith(f"#{part}") or f"#{part}?" in page.url
+    drawing = chart(page, "loss").locator(".drawing")
+    drawing.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert "step" in chart(page, "loss").locator(".values").inner_text()
+
+
+def test_logs(server: Dashboard, page: Any) -> None:
+    page.goto(f"{server.address}/runs/restarted#logs?attempt=1&rank=0")
+    log = page.get_by_role("log")
+    log.get_by_text("rank 0 line 2999 of attempt 1", exact=True).wait_for()
+    page.get_by_text("First failure of attempt 1").wait_for()
+    page.get_by_role("button", name="Show in its log").click()
+    log.get_by_text("Traceback (most recent call last):").wait_for()
+    assert log.locator(".line").first.inner_text().startswith("Traceback")
+
+    page.get_by_label("Search this log").fill("LINE 1234")
+    page.keyboard.press("Enter")
+    log.get_by_text("rank 1 line 1234 of attempt 1").wait_for()
+    assert log.locator(".line").count() == 1
+    log.get_by_role("button", name=re.compile(r"^[\d,]+$")).click()
+    log.get_by_text("rank 1 line 1235 of attempt 1", exact=True).wait_for()
+
+
+def test_logs_are_followed(server: Dashboard, page: Any, store: Path) -> None:
+    record = write_run(store, "talks", steps=80, fails_at=44, saved_at=40, spike_at=50, ended=False)
+    page.goto(f"{server.address}/runs/talks#logs")
+    page.get_by_role("log").get_by_text("rank 0 line 2999 of attempt 2", exact=True).wait_for()
+    path = record.store.local_path("attempts/0002/rank-00000.log")
+    assert path is not None
+    with path.open("a") as file:
+        file.write("one more\nand half of")
+        file.flush()
+        page.get_by_text("one more", exact=True).wait_for()
+        page.get_by_text("and half of", exact=True).wait_for()
+        file.write(" another\n")
+    page.get_by_text("and half of another", exact=True).wait_for()
+    assert page.get_by_text("and half of", exact=True).count() == 0
+
+
+def test_rows_come_by_themselves_also_after_the_server_was_away(tmp_path: Path, browser: Any, page: Any) -> None:
+    record = write_run(tmp_path / "store", "live", steps=2000, fails_at=100, saved_at=50, spike_at=1, ended=False)
+    # As if it had come no further than this: its record is cut, and goes on.
+    record = RunRecord.open(str(tmp_path / "store"), "live")
+    record.attempt = 3
+    write = _Writer(record, first=2001)
+    watch = Watch(page, "")
+    with dashboard(tmp_path / "store", tmp_path / "cache") as server:
+        page.goto(f"{server.address}/runs/live#curves?smooth=20")
+        loss = chart(page, "loss")
+        until(page, "document.getElementById('connection').dataset.state === 'live'")
+        write.rows(1)
+        reached = "([chart, step]) => chart.chart.curve.x.at(-1) === step"
+        until(page, reached, [loss.element_handle(), write.step])
+        page.wait_for_timeout(1500)  # what the new attempt has changed is fetched
+        fetched = len(watch.series)
+        for _ in range(3):
+            write.rows(5)
+            until(page, reached, [loss.element_handle(), write.step])
+        found = drawn(loss)
+        assert found["x"][-15:] == list(range(write.step - 14, write.step + 1))
+        assert found["max"][-15:] == pytest.approx(write.losses[-15:])
+        assert found["line"][-1] == pytest.approx(sum(write.losses[-16:]) / 20 + 4 * found["line"][-17] / 20, rel=0.2)
+        assert found["to"] == write.step
+        assert page.locator("#loss").inner_text() == f"{write.losses[-1]:.4g}"
+        assert len(watch.series) == fetched  # they came with the stream
+
+        server.stop()
+        until(page, "document.getElementById('connection').dataset.state === 'lost'")
+        write.rows(7)
+        server.start()
+        until(page, reached, [loss.element_handle(), write.step])
+        until(page, "document.getElementById('connection').dataset.state === 'live'")
+        assert drawn(loss)["x"][-22:] == list(range(write.step - 21, write.step + 1))  # nothing is lost, nothing twice
+    record.close()
+
+
+class _Writer:
+    """Rows of steps that follow each other."""
+
+    def __init__(self, record: RunRecord, first: int) -> None:
+        self._record = record
+        self.step = first - 1
+        self.losses: list[float] = []
+
+    def rows(self, number: int) -> None:
+        """Write some; they are on disk when it returns."""
+        with clock(time.time()):
+            for _ in range(number):
+                self.step += 1
+                values = metrics(self.step, 3000)
+                self.losses.append(values["loss"])
+                self._record.metrics(self.step, values)
+        self._record.flush()
+
+
+def test_stopping_asks_first_and_answers_are_shown(server: Dashboard, page: Any, store: Path) -> None:
+    record = write_run(store, "asked", steps=80, fails_at=44, saved_at=40, spike_at=50, ended=False)
+    tokens = []
+
+    def answer(route: Any) -> None:
+        tokens.append(route.request.headers.get("x-shardyard-token"))
+        if route.request.url.endswith("/stop"):
+            route.fulfill(json={"message": f"It is stopping. {TAGS}"})
+        else:
+            route.fulfill(status=400, json={"error": f"It cannot. {TAGS}"})
+
+    page.route(re.compile("/api/runs/asked/(stop|resume)$"), answer)
+    with record.acquire_lease():
+        page.goto(f"{server.address}/runs/asked")
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.get_by_role("button", name="Let it run").click()
+        assert tokens == []
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.get_by_role("button", name="Stop it").click()
+        page.get_by_text(f"It is stopping. {TAGS}").wait_for()
+    page.get_by_role("button", name="Resume").click()  # its launcher is gone
+    page.get_by_text(f"It cannot. {TAGS}").wait_for()
+    assert tokens == 2 * [page.locator("meta[name=forgery-token]").get_attribute("content")]
