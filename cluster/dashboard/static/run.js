@@ -156,6 +156,7 @@ addEventListener("popstate", (event) => {
 
 // --- what is there, then what comes: followed from before it is fetched, so that nothing falls between
 
+const BOUND = /^(loss|grad_norm)_(min|max|bad)$/; // drawn with the curve that they bound
 const held = []; // what the stream tells before the rest is there
 let ready = false;
 
@@ -167,7 +168,7 @@ function tell(what) {
 follow(`${path}/stream`, {
   summary: show,
   rows: (rows) => tell(() => {
-    const names = rows.flatMap((row) => Object.keys(row.values)).filter((metric) => !context.metrics.includes(metric));
+    const names = rows.flatMap((row) => Object.keys(row.values)).filter((metric) => !context.metrics.includes(metric) && !BOUND.test(metric));
     if (names.length) {
       context.metrics.push(...new Set(names));
       parts.curves.addNew();
@@ -177,6 +178,7 @@ follow(`${path}/stream`, {
   }),
   events: (events) => tell(() => {
     context.events.push(...events);
+    context.events.sort((a, b) => a.attempt - b.attempt || a.time - b.time); // they come as they are written
     parts[selected].take?.(events);
   }),
   reset: () => tell(begin),
