@@ -13,15 +13,18 @@ export const AXES = { step: "step", tokens: "tokens", time: "time" };
 /** What a metric is a number of, by its name. */
 export function writer(metric) {
   if (metric.endsWith("_bytes")) return bytes;
-  if (metric.endsWith("_s") && !metric.endsWith("per_s")) return duration_s;
+  if (/_s(_max)?$/.test(metric) && !metric.endsWith("per_s")) return seconds;
   if (/(^|\/|_)(mfu|share|hit_rate)$/.test(metric)) return percent;
   return number;
 }
 
-function duration_s(value) {
-  if (value === null || value === undefined) return "–";
+/** A length of time with four digits: 503.1 ms. */
+export function seconds(value) {
+  if (value === null || value === undefined) return number(null);
   const size = Math.abs(value);
-  return size >= 100 ? duration(value) : size >= 1 || size === 0 ? `${number(value)} s` : size >= 1e-3 ? `${number(1e3 * value)} ms` : `${number(1e6 * value)} µs`;
+  if (size >= 100) return duration(value);
+  if (size >= 1 || size === 0) return `${number(value)} s`;
+  return size >= 1e-3 ? `${number(1e3 * value)} ms` : `${number(1e6 * value)} µs`;
 }
 
 /** The charts of one page, which share an axis, a range, a cursor. */

@@ -2,7 +2,7 @@
 // the reader chose stands behind the # of the address: #curves?x=time&log=1.
 
 import { ago, duration, el, follow, get, number, percent, post } from "./common.js";
-import { Charts } from "./charts.js";
+import { Charts, seconds } from "./charts.js";
 import { Curves } from "./run-curves.js";
 import { Configuration } from "./run-config.js";
 import { DataPart } from "./run-data.js";
@@ -66,7 +66,7 @@ function show(summary) {
   field("steps").textContent = `${number(summary.step)} of ${number(summary.steps)} steps, ${percent(summary.step / summary.steps)}`;
   field("loss").textContent = number(summary.loss);
   field("tokens_per_s").textContent = number(summary.tokens_per_s === null ? null : Math.round(summary.tokens_per_s));
-  field("step_s").textContent = summary.step_s === null ? "–" : duration(summary.step_s);
+  field("step_s").textContent = seconds(summary.step_s);
   field("mfu").textContent = percent(summary.mfu);
   field("goodput").textContent = percent(summary.goodput);
   field("eta_s").textContent = duration(summary.eta_s);
