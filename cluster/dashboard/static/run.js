@@ -8,6 +8,7 @@ import { Configuration } from "./run-config.js";
 import { DataPart } from "./run-data.js";
 import { Logs } from "./run-logs.js";
 import { Media } from "./run-media.js";
+import { Speed } from "./run-speed.js";
 import { Timeline } from "./run-timeline.js";
 
 const page = document.getElementById("run");
@@ -110,6 +111,7 @@ const context = { name, path, chosen, choose, view, events: [], metrics: [], sta
 context.charts = new Charts(path, view, zoom);
 const parts = {
   curves: new Curves(field("curves"), context),
+  speed: new Speed(field("speed"), context),
   timeline: new Timeline(field("timeline"), context),
   logs: new Logs(field("logs"), context),
   config: new Configuration(field("config"), context),
