@@ -64,12 +64,17 @@ def machine() -> Row:
 
 
 def workers(view: RunView) -> list[Row]:
-    """Where the workers of its latest attempt are or were: {rank, node, gpus}; [] where nothing says."""
+    """Where the workers of its latest attempt are or were: {rank, node, address, gpus}; [] where nothing says."""
     newest = {event["kind"]: event for event in view.events()}
     placed = newest.get("placed", {}).get("workers")
     if isinstance(placed, list):
         return [
-            {"rank": rank, "node": str(each.get("node", "?")), "gpus": [str(gpu) for gpu in each.get("gpus", [])]}
+            {
+                "rank": rank,
+                "node": str(each.get("node", "?")),
+                "address": each.get("address"),
+                "gpus": [str(gpu) for gpu in each.get("gpus", [])],
+            }
             for rank, each in enumerate(placed)
             if isinstance(each, dict)
         ]
@@ -77,7 +82,8 @@ def workers(view: RunView) -> list[Row]:
         return []
     # Started without a cluster, as by torchrun: rank 0's note of its attempt says where that is.
     node = _host_of(view, newest["started"]["attempt"])
-    return [{"rank": rank, "node": node, "gpus": []} for rank in range(int(newest["started"].get("world_size") or 1))]
+    ranks = range(int(newest["started"].get("world_size") or 1))
+    return [{"rank": rank, "node": node, "address": None, "gpus": []} for rank in ranks]
 
 
 def _host_of(view: RunView, attempt: int) -> str:
@@ -110,7 +116,10 @@ def devices(store: StoreView, live: list[str]) -> Row:
 
 
 def placements(store: StoreView) -> list[Row]:
-    """Where each run is, or was last, the newest first: {run, status, target, nodes: {node: workers}, gpus, since}."""
+    """Where each run is, or was last, the live ones first.
+
+    {run, status, target, nodes: {name: workers}, addresses (of the nodes), gpus, since}
+    """
     found = []
     for name in store.names():
         try:
@@ -128,6 +137,7 @@ def placements(store: StoreView) -> list[Row]:
                 "status": status,
                 "target": submitted[-1] if submitted else None,
                 "nodes": nodes,
+                "addresses": sorted({worker["address"] for worker in placed if worker["address"]}),
                 "gpus": sum(len(worker["gpus"]) for worker in placed),
                 "since": events[-1]["time"] if events else None,
             }

@@ -154,9 +154,9 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
 
 
 def _on_node(placements: list[Row]) -> dict[str, list[str]]:
-    """Live runs by node."""
+    """Live runs by node, under its name and under its address: targets call it by one or the other."""
     found: dict[str, list[str]] = {}
     for row in placements:
-        for node in row["nodes"] if row["status"] == "running" else []:
+        for node in [*row["nodes"], *row["addresses"]] if row["status"] == "running" else []:
             found.setdefault(node, []).append(row["run"])
     return found
