@@ -41,19 +41,19 @@ def spike_step(steps: int) -> int:
     return 2 * steps // 3
 
 
-def metric_values(metrics: int, steps: int) -> np.ndarray:
-    """(steps, metrics)"""
+def metric_values(metrics: int, steps: int, spike: int | None = None) -> np.ndarray:
+    """(steps, metrics). spike: the step whose loss stands out."""
     rng = np.random.default_rng(0)
     values = 1.0 + 0.05 * rng.standard_normal((steps, metrics))
     values[:, 0] += 4.0 * np.exp(-np.arange(steps) / (steps / 5))
-    values[spike_step(steps) - 1, 0] *= SPIKE
+    values[(spike or spike_step(steps)) - 1, 0] *= SPIKE
     if metrics > 1:
         values[:, 1] = STEP_S
     return values
 
 
-def write_run(store: Store, name: str, metrics: int, steps: int) -> None:
-    """One run that has finished."""
+def write_run(store: Store, name: str, metrics: int, steps: int, spike: int | None = None) -> None:
+    """One run that has finished; spike as in `metric_values`."""
     names = metric_names(metrics)
     record = RunRecord.create(store, load(RECIPE, [f"name={name}", f"store={store.uri}", f"steps={steps}"]))
     record.next_attempt()
@@ -61,7 +61,7 @@ def write_run(store: Store, name: str, metrics: int, steps: int) -> None:
     ended = time.time()
     template = '{"time":%r,"attempt":1,"step":%d,"values":{' + ",".join(f'"{name}":%r' for name in names) + "}}\n"
     segments = record.store.appender("metrics/0001-rank-00000")
-    values = metric_values(metrics, steps)
+    values = metric_values(metrics, steps, spike)
     for start in range(0, steps, _BLOCK):
         block = values[start : start + _BLOCK].tolist()
         lines = [

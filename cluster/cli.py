@@ -260,6 +260,10 @@ def _add_dashboard_commands(commands: Any, command: Any) -> None:
         "--name", action="append", default=[], metavar="HOST", help="a name that it goes by (behind a proxy); repeat"
     )
 
+    top = command(commands, "top", "top:top", "a run in this terminal as it goes on, or all runs of a store")
+    top.add_argument("run", metavar="RUN", nargs="?", help="name of the run (default: all runs of the store)")
+    _add_store(top)
+
 
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:

@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from cluster.dashboard import logs, pages, performance, run_files
+from cluster.dashboard import actions, logs, pages, performance, run_files
 from cluster.dashboard.guard import Guard
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.runs import Axis, RunView, StoreView
@@ -133,6 +133,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
             hubs.run(await asyncio.to_thread(store.run, name)).messages(request.headers.get("last-event-id"))
         )
 
+    app.state.actions = actions.add(app, store)
     performance.add(app, store)
     show_error = pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

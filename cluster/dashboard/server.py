@@ -16,12 +16,17 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
     """Answer at `listener` until SIGINT or SIGTERM; open streams are ended then."""
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it was given
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
-    _Server(config).run(sockets=[listener])
+    _Server(config, app).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._state = app.state
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.hubs.end()  # type: ignore[union-attr]
+        self._state.hubs.end()
+        self._state.actions.end()
         await super().shutdown(sockets)
 
     @contextmanager

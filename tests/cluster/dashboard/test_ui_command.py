@@ -84,13 +84,14 @@ def stream(port: int, path: str, kind: str, found: list[Any]) -> threading.Threa
     def read() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", path)
-        last = ""
+        now = ""
         try:
             for raw in connection.getresponse():
                 line = raw.decode().strip()
-                if line.startswith("data: ") and last == f"event: {kind}":
-                    found.append((time.time(), json.loads(line[6:])))
-                last = line
+                if line.startswith("event: "):
+                    now = line.removeprefix("event: ")
+                if line.startswith("data: ") and now == kind:
+                    found.append((time.time(), json.loads(line.removeprefix("data: "))))
         except (OSError, http.client.HTTPException):
             pass
         finally:

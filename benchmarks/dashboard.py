@@ -1,0 +1,418 @@
+"""What the dashboard costs and how long it takes, and MLflow's UI beside it on the same runs.
+
+    python benchmarks/dashboard.py [--parts pages,million,streams,mlflow] [--work FOLDER] [--out benchmarks/results]
+
+pages    100 runs of 100 metrics and 10,000 steps: each page's data from a cold cache and from a warm one
+million  one chart of a run of 1,000,000 steps, and whether its one step that stands out is in it
+streams  50 open streams on a run that trains: how late a step is told, and what they take of the training's speed
+mlflow   10 runs of 20,000 steps, each with one step that stands out, in both: seconds and bytes to content in Chromium
+
+Each part's figures are kept in <out>/dashboard.json with the machine's load, and <out>/dashboard.md is written anew
+from it. On a machine that does other work, too, seconds are those of waiting; CPU seconds are the server's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import http.client
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.dashboard_store import SPIKE, metric_names, metric_values, write_run, write_store  # noqa: E402
+from data_pipelines.storage import Store  # noqa: E402
+from trainer.record import RunRecord  # noqa: E402
+
+RUNS, METRICS, STEPS = 100, 100, 10_000
+STREAMS, WATCH_S, TURNS = 50, 15.0, 3
+PEER_RUNS, PEER_METRICS, PEER_STEPS = 10, 4, 20_000
+START_S = 120.0
+Figures = dict[str, Any]
+
+
+class Server:
+    """A process that serves pages, with what it takes."""
+
+    def __init__(self, command: Sequence[str], port: int, **variables: str) -> None:
+        self.port = port
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).read()
+                break
+            if self.process.poll() is not None or time.monotonic() - began > START_S:
+                raise SystemExit(f"{command} does not answer")
+            time.sleep(0.02)
+        self.start_s = time.monotonic() - began
+
+    def get(self, path: str) -> tuple[bytes, float, float]:
+        """(what it answers, seconds, its CPU seconds)."""
+        used, began = self.cpu_s(), time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=300) as answer:
+            content = answer.read()
+        return content, time.monotonic() - began, self.cpu_s() - used
+
+    def processes(self) -> list[psutil.Process]:
+        own = psutil.Process(self.process.pid)
+        return [own, *own.children(recursive=True)]
+
+    def cpu_s(self) -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in self.processes())
+
+    def memory_mb(self) -> Figures:
+        """Of all its processes: resident, and resident with what is shared divided among those that share it."""
+        maps = [each.memory_full_info() for each in self.processes()]
+        return {"rss_mb": sum(each.rss for each in maps) / 1e6, "pss_mb": sum(each.pss for each in maps) / 1e6}
+
+    def close(self) -> None:
+        for each in reversed(self.processes()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+
+
+@contextlib.contextmanager
+def dashboard(store: Path, cache: Path) -> Iterator[Server]:
+    port = free_port()
+    command = [sys.executable, "-m", "cluster.cli", "ui", "--store", str(store), "--port", str(port)]
+    server = Server(command, port, XDG_CACHE_HOME=str(cache))
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+# --- the parts
+
+
+def pages(work: Path) -> Figures:
+    """Data of pages with a full store."""
+    store, cache = work / "store", work / "cache"
+    if not store.exists():
+        write_store(store, RUNS, METRICS, STEPS)
+    shutil.rmtree(cache, ignore_errors=True)
+    found: Figures = {}
+
+    def asked(server: Server, heat: str, run: str) -> None:
+        paths = {
+            "overview page": "/",
+            "overview data": "/api/runs",
+            "run page": f"/runs/{run}",
+            "run data": f"/api/runs/{run}",
+            "one chart": f"/api/runs/{run}/series?metric=loss",
+            "one sparkline": f"/api/runs/{run}/sparkline",
+            "events": f"/api/runs/{run}/events",
+        }
+        for name, path in paths.items():
+            content, seconds, cpu_s = server.get(path)
+            found.setdefault(name, {})[heat] = {"s": seconds, "cpu_s": cpu_s, "bytes": len(content)}
+        began, used = time.monotonic(), server.cpu_s()
+        for metric in metric_names(METRICS)[:20]:
+            server.get(f"/api/runs/{run}/series?metric={metric}")
+        found.setdefault("20 charts", {})[heat] = {"s": time.monotonic() - began, "cpu_s": server.cpu_s() - used}
+        began, used = time.monotonic(), server.cpu_s()
+        for number in range(RUNS):
+            server.get(f"/api/runs/run-{number:03d}/sparkline")
+        found.setdefault(f"{RUNS} sparklines", {})[heat] = {
+            "s": time.monotonic() - began,
+            "cpu_s": server.cpu_s() - used,
+        }
+
+    with dashboard(store, cache) as server:
+        start = server.memory_mb() | {"start_s": server.start_s}
+        asked(server, "cold", "run-050")
+        asked(server, "warm", "run-050")
+        chart = json.loads(server.get("/api/runs/run-051/series?metric=loss")[0])
+        return {
+            "start": start,
+            "pages": found,
+            "after": server.memory_mb(),
+            "spike_kept": max(chart["max"]) > 0.9 * SPIKE,
+        }
+
+
+def million(work: Path) -> Figures:
+    """One long run."""
+    store, cache = work / "million", work / "million-cache"
+    if not store.exists():
+        write_store(store, 1, 5, 1_000_000)
+    shutil.rmtree(cache, ignore_errors=True)
+    path, found = "/api/runs/run-000/series?metric=loss&buckets=600", {}
+    for heat in ("cold", "warm", "again"):
+        with dashboard(store, cache) as server:
+            if heat == "again":
+                server.get(path)
+            content, seconds, cpu_s = server.get(path)
+            kept = max(json.loads(content)["max"]) > 0.9 * SPIKE
+            found[heat] = {"s": seconds, "cpu_s": cpu_s, "spike_kept": kept, **server.memory_mb()}
+    return found
+
+
+def streams(work: Path) -> Figures:
+    """Open streams on a run that trains; with them and without, in turns."""
+    store = work / "live"
+    shutil.rmtree(store, ignore_errors=True)
+    recipe = ["language_modeling-gpt-tiny", "name=live", f"store={store}", "steps=1000000", "tracking.mlflow=null"]
+    recipe += ["resources.workers=1", "evaluation.every=1000000", "checkpoint.every=1000000"]
+    command = [sys.executable, "-m", "cluster.cli", "train", *recipe]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while not list(store.glob("live/metrics/*")):
+            if training.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the training does not begin")
+            time.sleep(0.5)
+        time.sleep(10)
+        record = RunRecord.open(str(store), "live")
+        alone, watched, cpu, late = [], [], [], []
+        for _ in range(TURNS):
+            alone.append(steps_per_s(record))
+            with dashboard(store, work / "live-cache") as server, opened(server.port, late):
+                time.sleep(2)
+                used = server.cpu_s()
+                watched.append(steps_per_s(record))
+                cpu.append((server.cpu_s() - used) / WATCH_S)
+        return {
+            "steps_per_s_alone": alone,
+            "steps_per_s_watched": watched,
+            "cpu_s_per_s": cpu,
+            "late_s": {"median": statistics.median(late), "most": max(late), "rows": len(late)},
+        }
+    finally:
+        training.send_signal(signal.SIGINT)
+        training.wait(120)
+
+
+def steps_per_s(record: RunRecord) -> float:
+    """By the record's own times, over a while."""
+    began = time.time()
+    time.sleep(WATCH_S)
+    ended = time.time()
+    time.sleep(1.5)  # until what was recorded is on disk
+    times = [row["time"] for row in record.metrics_table() if began <= row["time"] < ended]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+@contextlib.contextmanager
+def opened(port: int, late: list[float]) -> Iterator[None]:
+    """Streams of one run, of which the first tells how old its rows are."""
+    closing, connections = threading.Event(), []
+
+    def read(first: bool) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connections.append(connection)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            connection.request("GET", "/api/runs/live/stream")
+            kind = ""
+            for line in connection.getresponse():
+                if closing.is_set():
+                    return
+                if line.startswith(b"event: "):
+                    kind = line[7:].strip().decode()
+                elif first and kind == "rows" and line.startswith(b"data: "):
+                    late.extend(time.time() - row["time"] for row in json.loads(line[6:]))
+
+    threads = [threading.Thread(target=read, args=(number == 0,), daemon=True) for number in range(STREAMS)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+
+
+def peer(work: Path) -> Figures:
+    """Both UIs on the same runs."""
+    store, folder = work / "peer", work / "mlflow"
+    spikes = np.random.default_rng(1).integers(1000, PEER_STEPS, PEER_RUNS).tolist()
+    if not store.exists():
+        for number, spike in enumerate(spikes):
+            write_run(Store(store), f"run-{number}", PEER_METRICS, PEER_STEPS, spike)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    experiment, ids = fill_mlflow(folder / "mlflow.db", spikes)
+    shutil.rmtree(work / "peer-cache", ignore_errors=True)
+    found: Figures = {}
+    with dashboard(store, work / "peer-cache") as server:
+        base = f"http://127.0.0.1:{server.port}"
+        kept = [json.loads(server.get(f"/api/runs/run-{n}/series?metric=loss")[0]) for n in range(PEER_RUNS)]
+        found["shardyard ui"] = {
+            "start_s": server.start_s,
+            "overview": in_browser(f"{base}/", "text=run-9"),
+            "run": in_browser(f"{base}/runs/run-3", ".uplot canvas"),
+            "spikes_kept": sum(max(each["max"]) > 0.9 * SPIKE for each in kept),
+            **server.memory_mb(),
+        }
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder), "--port", str(port), "--workers", "1"]
+    server = Server(command, port)
+    try:
+        base = f"http://127.0.0.1:{server.port}/#/experiments/{experiment}"
+        sampled = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval?metric_key=loss&max_results=320&run_ids="
+        kept = [json.loads(server.get(sampled + each)[0])["metrics"] for each in ids]
+        found["MLflow"] = {
+            "start_s": server.start_s,
+            "overview": in_browser(f"{base}/runs", "text=run-9"),
+            "run": in_browser(f"{base}/runs/{ids[3]}/model-metrics", ".js-plotly-plot .main-svg"),
+            "spikes_kept": sum(max(row["value"] for row in each) > 0.9 * SPIKE for each in kept),
+            "values_of_a_chart": len(kept[0]),
+            **server.memory_mb(),
+        }
+    finally:
+        server.close()
+    return found | {"runs": PEER_RUNS, "metrics": PEER_METRICS, "steps": PEER_STEPS}
+
+
+def fill_mlflow(file: Path, spikes: list[int]) -> tuple[str, list[str]]:
+    """Runs by its API; their values straight into its table, which is what the API would write. Ids."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    client = MlflowClient(f"sqlite:///{file}")
+    experiment = client.create_experiment("runs")
+    names, ids, now = metric_names(PEER_METRICS), [], int(time.time() * 1000)
+    for number, spike in enumerate(spikes):
+        run = client.create_run(experiment, run_name=f"run-{number}").info.run_id
+        values = metric_values(PEER_METRICS, PEER_STEPS, spike).tolist()
+        rows = [
+            (name, value, now + 100 * step, run, step, False)
+            for step, row in enumerate(values[:-1], start=1)
+            for name, value in zip(names, row, strict=True)
+        ]
+        with contextlib.closing(sqlite3.connect(file)) as base, base:
+            base.executemany(
+                "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES (?, ?, ?, ?, ?, ?)", rows
+            )
+        last = [
+            Metric(name, value, now + 100 * PEER_STEPS, PEER_STEPS)
+            for name, value in zip(names, values[-1], strict=True)
+        ]
+        client.log_batch(run, metrics=last)  # which makes them the latest
+        client.set_terminated(run)
+        ids.append(run)
+    return experiment, ids
+
+
+def in_browser(address: str, content: str) -> Figures:
+    """Seconds until something is to be seen, by a browser with an empty cache, and what came over the network."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        received: list[float] = []
+        session = page.context.new_cdp_session(page)
+        session.send("Network.enable")
+        session.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
+        session.on("Network.dataReceived", lambda _: None)
+        began = time.monotonic()
+        page.goto(address, wait_until="commit")
+        page.wait_for_selector(content, timeout=120_000)
+        seconds = time.monotonic() - began
+        page.wait_for_timeout(1000)  # what it goes on to load
+        browser.close()
+    return {"s": seconds, "bytes": sum(received), "requests": len(received)}
+
+
+# --- the table
+
+
+def write_table(found: Figures, file: Path) -> None:
+    lines = [
+        "# The dashboard: what it costs, and how long it takes",
+        "",
+        f"`{' '.join(['python', 'benchmarks/dashboard.py'])}`",
+    ]
+    for part, figures in found.items():
+        said = figures["measured"]
+        lines += [
+            "",
+            f"## {part}",
+            "",
+            f"{said['date']}, commit {said['commit']}, {said['machine']}, load {said['load']}",
+            "",
+        ]
+        lines += ["| what | value |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in flat(figures) if not name.startswith("measured")]
+    file.write_text("\n".join(lines) + "\n")
+
+
+def flat(figures: Figures, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}, ")
+        else:
+            shown = [
+                f"{each:.3g}"
+                if isinstance(each, float) and abs(each) < 1e4
+                else f"{each:,.0f}"
+                if isinstance(each, float)
+                else str(each)
+                for each in (value if isinstance(value, list) else [value])
+            ]
+            yield f"{prefix}{name}", ", ".join(shown)
+
+
+def measured() -> Figures:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip(),
+        "machine": f"{os.cpu_count()} cores, {model[1] if model else platform.machine()}",
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+PARTS = {"pages": pages, "million": million, "streams": streams, "mlflow": peer}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--work", type=Path, default=Path("/tmp/shardyard-dashboard"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    arguments = parser.parse_args(argv)
+    file = arguments.out / "dashboard.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for part in arguments.parts.split(","):
+        found[part] = PARTS[part](arguments.work) | {"measured": measured()}
+        print(part, json.dumps(found[part], indent=1), flush=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        write_table(found, file.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
