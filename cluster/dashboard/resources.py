@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,6 @@ class Targets:
     def __init__(self) -> None:
         self._asked: dict[str, _Asked] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(4, "target")
 
     def answers(self) -> list[Row]:
         """Each target: {target, type, answered_at, jobs, nodes, error}; None is what it has not answered."""
@@ -190,8 +189,10 @@ class Targets:
         if known is not None and (not known.question.done() or time.monotonic() - known.at < KEPT_S):
             return known
         before = None if known is None else known.question.result()
-        self._asked[name] = _Asked(self._threads.submit(_question, name), time.monotonic(), before)
-        return self._asked[name]
+        asked = self._asked[name] = _Asked(Future(), time.monotonic(), before)
+        # Not of a pool: the server's end would wait for its threads.
+        threading.Thread(target=lambda: asked.question.set_result(_question(name)), daemon=True).start()
+        return asked
 
 
 def _answer_of(asked: _Asked) -> Row:
