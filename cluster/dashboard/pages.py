@@ -23,6 +23,7 @@ FOLDER = Path(__file__).parent
 _NOTHING = "–"
 PARTS = [  # of a run's page
     ("curves", "Curves"),
+    ("speed", "Speed"),
     ("timeline", "Timeline"),
     ("logs", "Logs"),
     ("config", "Config"),

@@ -13,15 +13,18 @@ export const AXES = { step: "step", tokens: "tokens", time: "time" };
 /** What a metric is a number of, by its name. */
 export function writer(metric) {
   if (metric.endsWith("_bytes")) return bytes;
-  if (metric.endsWith("_s") && !metric.endsWith("per_s")) return duration_s;
+  if (/_s(_max)?$/.test(metric) && !metric.endsWith("per_s")) return seconds;
   if (/(^|\/|_)(mfu|share|hit_rate)$/.test(metric)) return percent;
   return number;
 }
 
-function duration_s(value) {
-  if (value === null || value === undefined) return "–";
+/** A length of time with four digits: 503.1 ms. */
+export function seconds(value) {
+  if (value === null || value === undefined) return number(null);
   const size = Math.abs(value);
-  return size >= 100 ? duration(value) : size >= 1 || size === 0 ? `${number(value)} s` : size >= 1e-3 ? `${number(1e3 * value)} ms` : `${number(1e6 * value)} µs`;
+  if (size >= 100) return duration(value);
+  if (size >= 1 || size === 0) return `${number(value)} s`;
+  return size >= 1e-3 ? `${number(1e3 * value)} ms` : `${number(1e6 * value)} µs`;
 }
 
 /** The charts of one page, which share an axis, a range, a cursor. */
@@ -106,7 +109,7 @@ export class Charts {
       const x = this.place(row);
       for (const chart of this.all) {
         for (const metric of [chart.metric, chart.planned]) {
-          if (metric in row.values) chart.append(metric, x, row.values[metric]);
+          if (metric in row.values) chart.append(metric, x, row.values);
         }
       }
     }
@@ -211,7 +214,7 @@ class Chart {
     this.restarts = curve.restarts;
     const waiting = this.waiting;
     this.waiting = [];
-    for (const [metric, x, value] of waiting) this.append(metric, x, value);
+    for (const each of waiting) this.append(...each);
     const view = this.charts.view;
     if (view.from === null && view.to === null && curve.x.length) {
       this.charts.grow(Math.min(curve.x[0], curve.superseded[0]?.[0] ?? Infinity), Math.max(curve.x.at(-1), curve.superseded.at(-1)?.[0] ?? -Infinity));
@@ -220,14 +223,14 @@ class Chart {
     this.charts.redraw(this);
   }
 
-  /** One value of a row that has just been recorded; null, or a word, where it is not finite. */
-  append(metric, x, given) {
+  /** One value of those that have just been recorded, null where it is not finite, with its bounds if it has any. */
+  append(metric, x, values) {
     if (this.stale && this.curve === null) return; // it comes with the fetch
-    if (this.element.dataset.state === "loading") this.waiting.push([metric, x, given]);
+    if (this.element.dataset.state === "loading") this.waiting.push([metric, x, values]);
     const curve = this.curve;
     if (curve === null) return;
     const last = curve.x.at(-1);
-    const value = Number.isFinite(given) ? given : null;
+    const value = values[metric];
     if (metric === this.planned) {
       if (x === last) curve.planned[curve.x.length - 1] = value;
       return;
@@ -242,9 +245,12 @@ class Chart {
     const i = x === last ? curve.x.length - 1 : curve.x.length;
     curve.x[i] = x;
     this.last = value;
-    curve.min[i] = curve.max[i] = curve.mean[i] = value;
+    const known = [value, values[`${metric}_min`], values[`${metric}_max`]].filter((each) => Number.isFinite(each));
+    curve.min[i] = known.length ? Math.min(...known) : null;
+    curve.max[i] = known.length ? Math.max(...known) : null;
+    curve.mean[i] = value;
     curve.count[i] = 1;
-    curve.bad[i] = value === null ? 1 : 0;
+    curve.bad[i] = values[`${metric}_bad`] ?? (value === null ? 1 : 0);
     if (curve.smooth !== null) curve.smooth[i] = this.smoothAtEnd();
     if (curve.planned !== null) curve.planned[i] ??= null;
     this.over.textContent = "";
@@ -255,7 +261,7 @@ class Chart {
 
   /** The mean of the last values, of which those in buckets are taken for the bucket's mean. */
   smoothAtEnd() {
-    const { mean, count, bad } = this.curve;
+    const { mean, count } = this.curve;
     let left = this.charts.view.smooth;
     let sum = 0;
     let counted = 0;
@@ -263,9 +269,8 @@ class Chart {
       const taken = Math.min(left, count[i]);
       left -= taken;
       if (mean[i] === null) continue;
-      const good = taken * (1 - bad[i] / count[i]);
-      sum += good * mean[i];
-      counted += good;
+      sum += taken * mean[i];
+      counted += taken;
     }
     return counted > 0 ? sum / counted : null;
   }

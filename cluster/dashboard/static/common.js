@@ -118,7 +118,7 @@ export function ago(epoch) {
 function renew(element) {
   const epoch = Number(element.dataset.epoch);
   const past = Date.now() / 1000 - epoch;
-  element.textContent = past < 1 ? "now" : `${duration(Math.floor(past))} ago`;
+  element.textContent = past < 1 ? "now" : past < 60 ? `${Math.floor(past)}s ago` : `${duration(past)} ago`;
   element.title = exact(epoch);
 }
 

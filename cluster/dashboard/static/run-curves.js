@@ -120,5 +120,5 @@ function numberOf(input) {
 function groupOf(metric) {
   if (metric.includes("/")) return metric.slice(0, metric.indexOf("/"));
   if (metric.startsWith("memory")) return "Memory";
-  return OWN[metric] ?? (/(_s|mfu)$/.test(metric) ? "Speed" : "Training");
+  return OWN[metric] ?? (/(_s|_s_max|mfu)$/.test(metric) ? "Speed" : "Training");
 }

@@ -83,7 +83,7 @@ export class Timeline {
       rect.append(svg("title", { text: `${text}: ${duration(to - from)}` }));
       made.append(rect);
     };
-    bar("waiting", begun, placed ?? started ?? stop, "waiting for room");
+    bar("waiting", begun, placed ?? started ?? stop, attempt ? "waiting for room" : "preparing");
     bar("starting", placed, started ?? stop, "starting");
     bar("training", started, stop, "training");
     for (const event of events) {

@@ -2,12 +2,13 @@
 // the reader chose stands behind the # of the address: #curves?x=time&log=1.
 
 import { ago, duration, el, follow, get, number, percent, post } from "./common.js";
-import { Charts } from "./charts.js";
+import { Charts, seconds } from "./charts.js";
 import { Curves } from "./run-curves.js";
 import { Configuration } from "./run-config.js";
 import { DataPart } from "./run-data.js";
 import { Logs } from "./run-logs.js";
 import { Media } from "./run-media.js";
+import { Speed } from "./run-speed.js";
 import { Timeline } from "./run-timeline.js";
 
 const page = document.getElementById("run");
@@ -66,7 +67,7 @@ function show(summary) {
   field("steps").textContent = `${number(summary.step)} of ${number(summary.steps)} steps, ${percent(summary.step / summary.steps)}`;
   field("loss").textContent = number(summary.loss);
   field("tokens_per_s").textContent = number(summary.tokens_per_s === null ? null : Math.round(summary.tokens_per_s));
-  field("step_s").textContent = summary.step_s === null ? "–" : duration(summary.step_s);
+  field("step_s").textContent = seconds(summary.step_s);
   field("mfu").textContent = percent(summary.mfu);
   field("goodput").textContent = percent(summary.goodput);
   field("eta_s").textContent = duration(summary.eta_s);
@@ -110,6 +111,7 @@ const context = { name, path, chosen, choose, view, events: [], metrics: [], sta
 context.charts = new Charts(path, view, zoom);
 const parts = {
   curves: new Curves(field("curves"), context),
+  speed: new Speed(field("speed"), context),
   timeline: new Timeline(field("timeline"), context),
   logs: new Logs(field("logs"), context),
   config: new Configuration(field("config"), context),
@@ -156,6 +158,7 @@ addEventListener("popstate", (event) => {
 
 // --- what is there, then what comes: followed from before it is fetched, so that nothing falls between
 
+const BOUND = /^(loss|grad_norm)_(min|max|bad)$/; // drawn with the curve that they bound
 const held = []; // what the stream tells before the rest is there
 let ready = false;
 
@@ -167,7 +170,7 @@ function tell(what) {
 follow(`${path}/stream`, {
   summary: show,
   rows: (rows) => tell(() => {
-    const names = rows.flatMap((row) => Object.keys(row.values)).filter((metric) => !context.metrics.includes(metric));
+    const names = rows.flatMap((row) => Object.keys(row.values)).filter((metric) => !context.metrics.includes(metric) && !BOUND.test(metric));
     if (names.length) {
       context.metrics.push(...new Set(names));
       parts.curves.addNew();
@@ -177,6 +180,7 @@ follow(`${path}/stream`, {
   }),
   events: (events) => tell(() => {
     context.events.push(...events);
+    context.events.sort((a, b) => a.attempt - b.attempt || a.time - b.time); // they come as they are written
     parts[selected].take?.(events);
   }),
   reset: () => tell(begin),
