@@ -89,7 +89,11 @@ class Columns:
         while True:
             lines, cursor = read_lines(self._run, "metrics", self._cursor, limit=_BLOCK_BYTES)
             if cursor == self._cursor:
-                return self.num_rows - before
+                new = self.num_rows - before
+                if new >= _WORTH_KEEPING:  # of a run that nobody looked at for long; one that is followed has a few
+                    self.close()
+                    pa.default_memory_pool().release_unused()
+                return new
             self._cursor = cursor
             self._add(lines)
 

@@ -74,7 +74,7 @@ class RunView:
         self._slow: list[Row] = []
         self._slow_at = -math.inf
         self._summary: Row | None = None
-        self._summarized: set[FileFacts] = set()
+        self._summarized: tuple[set[FileFacts], bool] = (set(), False)  # the files, and whether somebody ran it
 
     # --- what it says of itself
 
@@ -131,8 +131,9 @@ class RunView:
         with self._lock:
             facts = self._facts()
             claimed = any(each.path.startswith("lease/") for each in facts)
-            if self._summary is None or self._summarized != facts or (claimed and self.record.holder() is not None):
-                self._summary, self._summarized = self._read_summary(), facts
+            live = claimed and self.record.holder() is not None
+            if self._summary is None or self._summarized != (facts, False) or live:
+                self._summary, self._summarized = self._read_summary(), (facts, live)
             return self._summary
 
     def check(self) -> None:
