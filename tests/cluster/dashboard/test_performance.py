@@ -273,3 +273,22 @@ def test_a_straggler_is_named_while_the_run_goes_on(tmp_path: Path) -> None:
     view = StoreView(str(tmp_path), tmp_path / "cache").run("small")
     assert view.summary()["attention"] == []
     record.close()
+
+
+def test_a_runs_curve_shows_what_lies_between_readings(tmp_path: Path) -> None:
+    record = RunRecord.create(Store(tmp_path), load(minimal()))
+    for attempt, high in ((1, 70.0), (2, 50.0)):  # the first one's step 20 is repeated
+        record.attempt = attempt
+        for step in (20, 30) if attempt == 2 else (10, 20):
+            bounds = {"loss_min": 0.5, "loss_max": high} if step == 20 else {}
+            record.metrics(step, {"loss": 2.0} | bounds | ({"loss_bad": 3.0} if step == 30 else {}))
+    record.close()
+    view = StoreView(str(tmp_path), tmp_path / "cache").run("small")
+    assert view.metric_names() == ["loss"]
+    found = view.series("loss")
+    assert found.curve.x.tolist() == [10, 20, 30]
+    assert (found.curve.smallest.tolist(), found.curve.largest.tolist()) == ([2, 0.5, 2], [2, 50, 2])
+    assert found.curve.bad.tolist() == [0, 0, 3]
+    assert found.superseded == [(20.0, 0.5), (20.0, 70.0)]
+    assert view.series("loss", buckets=1).curve.largest.tolist() == [50]
+    assert view.series("loss_max").curve.largest.tolist() == [50], "whoever asks for it gets it"
