@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Files without processes of their own that still take many seconds together; `make check` leaves them out.
 LONGER = (
+    "cluster/dashboard/test_pages.py",
     "cluster/test_bad_input.py",
     "cluster/test_data_commands.py",
     "cluster/test_extend.py",

@@ -18,7 +18,7 @@ from configs.errors import ShardyardError
 from configs.targets import RayTarget, SlurmTarget, Target, load_target
 from trainer.redact import Redactor
 
-_SINFO = "NodeHost:200,StateCompact:30,CPUsState:60,Memory:30,FreeMem:30,Gres:200,GresUsed:200,Partition:100"
+_SINFO = "NodeHost:200,StateCompact:30,CPUsState:60,Memory:30,FreeMem:30,Gres:200,GresUsed:200"
 
 
 def main() -> None:
@@ -71,16 +71,18 @@ def _of_slurm(settings: SlurmTarget) -> list[dict[str, Any]]:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []  # the queue was told, which is more
-    widths = [int(field.partition(":")[2]) for field in _SINFO.split(",")]
-    return [_slurm_node(line, widths) for line in listed.splitlines()]
+    nodes = [slurm_node(line) for line in listed.splitlines()]
+    return list({node["node"]: node for node in nodes}.values())  # one of several partitions is listed for each
 
 
-def _slurm_node(line: str, widths: list[int]) -> dict[str, Any]:
+def slurm_node(line: str) -> dict[str, Any]:
+    """A line of sinfo, as it prints _SINFO."""
     cells, start = [], 0
-    for width in widths:
+    for field in _SINFO.split(","):
+        width = int(field.partition(":")[2])
         cells.append(line[start : start + width].strip())
         start += width
-    name, state, cpus, memory, free, gres, used, _ = cells
+    name, state, cpus, memory, free, gres, used = cells
     allocated, _, _, total = (int(number) for number in cpus.split("/"))
     megabytes, free_megabytes = _number(memory), _number(free)
     known = megabytes is not None and free_megabytes is not None

@@ -27,7 +27,7 @@ def attention(config: RunConfig, events: list[Row], status: str, latest: Row, st
         found += _of_nodes(config, events)
         if latest:
             found += _of_steps(config, events, latest)
-            found += [{"kind": "straggler", "text": each["text"], "time": latest["time"]} for each in stragglers[:1]]
+            found += [{"kind": "straggler", "time": latest["time"]} | each for each in stragglers[:1]]
     if status == "lost" and events:
         found.append({"kind": "lost", "text": "its launcher is gone without a word", "time": events[-1]["time"]})
     attempt = max((event["attempt"] for event in events), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -77,12 +78,12 @@ def equal_cost(views: list[RunView], metric: str) -> list[Row]:
     An axis that one of them lacks is left out. Values are means over the last `AVERAGED` up to there, None before the
     first.
     """
+    known = [curves(view, metric, AXES) for view in views]
     found = []
     for axis in AXES:
-        curves = [curve(view, metric, axis) for view in views]  # type: ignore[arg-type]
-        if any(each is None or not len(each.x) for each in curves):
+        smooth = [each[axis].smoothed(AVERAGED) for each in known if axis in each and len(each[axis].x)]
+        if len(smooth) < len(views):
             continue
-        smooth = [each.smoothed(AVERAGED) for each in curves if each is not None]
         end = min(float(each.x[-1]) for each in smooth)
         places = [share * end for share in _SHARES]
         if axis in {"step", "tokens"}:  # where whole numbers alone make sense
@@ -92,18 +93,19 @@ def equal_cost(views: list[RunView], metric: str) -> list[Row]:
     return found
 
 
-def curve(view: RunView, metric: str, axis: Axis) -> Curve | None:
-    """What survives of a metric; None where the axis is unknown for this run."""
-    if axis == "tokens" and view.tokens_per_step() is None:
-        return None
-    if axis == "time":
-        found = view.curve(metric, "time")
-        return Curve(found.x - found.x[0], found.values) if len(found.x) else found
-    if axis == "compute":
-        flops = flops_per_step(view)
-        found = view.curve(metric, "step")
-        return None if flops is None else Curve(found.x * flops, found.values)
-    return view.curve(metric, axis)
+def curves(view: RunView, metric: str, axes: Iterable[str]) -> dict[str, Curve]:
+    """What survives of a metric, over each of the axes that is known for this run."""
+    over_steps = view.curve(metric)
+    tokens = view.tokens_per_step()
+    a_step = {"step": 1.0, "tokens": tokens, "compute": flops_per_step(view)}
+    found = {}
+    for axis in axes:
+        if axis == "time":
+            over_time = view.curve(metric, "time")
+            found[axis] = Curve(over_time.x - over_time.x[:1], over_time.values)
+        elif (factor := a_step[axis]) is not None:
+            found[axis] = Curve(over_steps.x * factor, over_steps.values)
+    return found
 
 
 def flops_per_step(view: RunView) -> float | None:
@@ -116,7 +118,7 @@ def flops_per_step(view: RunView) -> float | None:
 
 
 def _drawn(view: RunView, metric: str, axis: Axis, buckets: int) -> Row:
-    found = curve(view, metric, axis)
+    found = curves(view, metric, [axis]).get(axis)
     if found is None:
         return {"x": [], "y": [], "missing": f"{AXES[axis]} is not known for this run."}
     small = reduced(found, buckets)

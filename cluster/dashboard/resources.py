@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,17 @@ def machine() -> Row:
 
 
 def workers(view: RunView) -> list[Row]:
-    """Where the workers of its latest attempt are or were: {rank, node, gpus}; [] where nothing says."""
+    """Where the workers of its latest attempt are or were: {rank, node, address, gpus}; [] where nothing says."""
     newest = {event["kind"]: event for event in view.events()}
     placed = newest.get("placed", {}).get("workers")
     if isinstance(placed, list):
         return [
-            {"rank": rank, "node": str(each.get("node", "?")), "gpus": [str(gpu) for gpu in each.get("gpus", [])]}
+            {
+                "rank": rank,
+                "node": str(each.get("node", "?")),
+                "address": each.get("address"),
+                "gpus": [str(gpu) for gpu in each.get("gpus", [])],
+            }
             for rank, each in enumerate(placed)
             if isinstance(each, dict)
         ]
@@ -77,7 +82,8 @@ def workers(view: RunView) -> list[Row]:
         return []
     # Started without a cluster, as by torchrun: rank 0's note of its attempt says where that is.
     node = _host_of(view, newest["started"]["attempt"])
-    return [{"rank": rank, "node": node, "gpus": []} for rank in range(int(newest["started"].get("world_size") or 1))]
+    ranks = range(int(newest["started"].get("world_size") or 1))
+    return [{"rank": rank, "node": node, "address": None, "gpus": []} for rank in ranks]
 
 
 def _host_of(view: RunView, attempt: int) -> str:
@@ -110,7 +116,10 @@ def devices(store: StoreView, live: list[str]) -> Row:
 
 
 def placements(store: StoreView) -> list[Row]:
-    """Where each run is, or was last, the newest first: {run, status, target, nodes: {node: workers}, gpus, since}."""
+    """Where each run is, or was last, the live ones first.
+
+    {run, status, target, nodes: {name: workers}, addresses (of the nodes), gpus, since}
+    """
     found = []
     for name in store.names():
         try:
@@ -128,6 +137,7 @@ def placements(store: StoreView) -> list[Row]:
                 "status": status,
                 "target": submitted[-1] if submitted else None,
                 "nodes": nodes,
+                "addresses": sorted({worker["address"] for worker in placed if worker["address"]}),
                 "gpus": sum(len(worker["gpus"]) for worker in placed),
                 "since": events[-1]["time"] if events else None,
             }
@@ -157,7 +167,6 @@ class Targets:
     def __init__(self) -> None:
         self._asked: dict[str, _Asked] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(4, "target")
 
     def answers(self) -> list[Row]:
         """Each target: {target, type, answered_at, jobs, nodes, error}; None is what it has not answered."""
@@ -180,8 +189,10 @@ class Targets:
         if known is not None and (not known.question.done() or time.monotonic() - known.at < KEPT_S):
             return known
         before = None if known is None else known.question.result()
-        self._asked[name] = _Asked(self._threads.submit(_question, name), time.monotonic(), before)
-        return self._asked[name]
+        asked = self._asked[name] = _Asked(Future(), time.monotonic(), before)
+        # Not of a pool: the server's end would wait for its threads.
+        threading.Thread(target=lambda: asked.question.set_result(_question(name)), daemon=True).start()
+        return asked
 
 
 def _answer_of(asked: _Asked) -> Row:

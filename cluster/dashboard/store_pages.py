@@ -37,12 +37,13 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
     targets = resources.Targets()
     manifests = checkpoints.Manifests()
     opened = data_sets.Datasets(store)
+    last = sweeps.LastValues()
     overview.add(app, store)
     compare.add(app, store)
     resources.add(app, store, targets)
     checkpoints.add(app, store, manifests)
     data_sets.add(app, opened)
-    sweeps.add(app, store)
+    sweeps.add(app, store, last)
 
     @app.get("/", include_in_schema=False)
     def overview_page(
@@ -144,18 +145,18 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
 
     @app.get("/sweeps", include_in_schema=False)
     def sweeps_page(request: Request) -> HTMLResponse:
-        return page(request, "sweeps.html", sweeps=sweeps.sweeps(store))
+        return page(request, "sweeps.html", sweeps=sweeps.sweeps(store, last))
 
     @app.get("/sweeps/{name}", include_in_schema=False)
     def sweep_page(request: Request, name: str) -> HTMLResponse:
-        found = sweeps.sweep(store, name)
+        found = sweeps.sweep(store, last, name)
         return page(request, "sweep.html", **found, columns=found["keys"], resume=found["command"])
 
 
 def _on_node(placements: list[Row]) -> dict[str, list[str]]:
-    """Live runs by node."""
+    """Live runs by node, under its name and under its address: targets call it by one or the other."""
     found: dict[str, list[str]] = {}
     for row in placements:
-        for node in row["nodes"] if row["status"] == "running" else []:
+        for node in [*row["nodes"], *row["addresses"]] if row["status"] == "running" else []:
             found.setdefault(node, []).append(row["run"])
     return found

@@ -11,30 +11,31 @@ from cluster.commands.output import run_arguments
 from cluster.dashboard.runs import Row, RunView, StoreView
 from cluster.sweep_folder import SweepFolder, Trial
 from configs.errors import NotFound, ShardyardError
+from data_pipelines.storage import FileFacts
 from trainer.lease import current_claim
 from trainer.record import SWEEPS
 
 
-def add(app: FastAPI, store: StoreView) -> None:
+def add(app: FastAPI, store: StoreView, last: LastValues) -> None:
     """Add the API behind the pages."""
 
     @app.get("/api/sweeps", tags=["sweeps"])
     def api() -> list[dict[str, Any]]:
         """All sweeps of the store, each with its best trial."""
-        return sweeps(store)
+        return sweeps(store, last)
 
     @app.get("/api/sweeps/{name}", tags=["sweeps"])
     def one(name: str) -> dict[str, Any]:
         """A sweep's trials, the best first."""
-        return sweep(store, name)
+        return sweep(store, last, name)
 
 
-def sweeps(store: StoreView) -> list[Row]:
+def sweeps(store: StoreView, last: LastValues) -> list[Row]:
     """{sweep, algorithm, metric, goal, trials, counts, best, running, error} of each."""
     found = []
     for name in store.store.list_dirs(SWEEPS) if store.store.exists(SWEEPS) else []:
         try:
-            row = sweep(store, name)
+            row = sweep(store, last, name)
         except ShardyardError as error:
             found.append({"sweep": name, "error": str(error)})
             continue
@@ -42,7 +43,7 @@ def sweeps(store: StoreView) -> list[Row]:
     return found
 
 
-def sweep(store: StoreView, name: str) -> Row:
+def sweep(store: StoreView, last: LastValues, name: str) -> Row:
     """A sweep and its trials, the best first: {sweep, algorithm, space, metric, goal, keys, trials, best, counts,
     running, command, error}; of a trial {trial, run, begun, status, step, value, values, error}.
 
@@ -53,7 +54,7 @@ def sweep(store: StoreView, name: str) -> Row:
         raise NotFound(f"There is no sweep '{name}' in {store.store.uri}.")
     folder = SweepFolder.open(store.store, name)
     spec = folder.spec
-    trials = [_trial(store, folder, trial) for trial in folder.trials()]
+    trials = [_trial(store, last, folder, trial) for trial in folder.trials()]
     sign = 1 if spec.goal == "min" else -1
     trials.sort(key=lambda row: (row["value"] is None, sign * (row["value"] or 0.0), row["trial"]))
     counts: dict[str, int] = {}
@@ -76,7 +77,7 @@ def sweep(store: StoreView, name: str) -> Row:
     }
 
 
-def _trial(store: StoreView, folder: SweepFolder, trial: Trial) -> Row:
+def _trial(store: StoreView, last: LastValues, folder: SweepFolder, trial: Trial) -> Row:
     error = folder.failure(trial.number)
     row: Row = {
         "trial": trial.number,
@@ -91,7 +92,7 @@ def _trial(store: StoreView, folder: SweepFolder, trial: Trial) -> Row:
     try:
         view = store.run(trial.run)
         status = view.status()
-        step, value = last_value(view, folder.spec.metric)
+        step, value = last.of(view, folder.spec.metric)
         row |= {"begun": True}
     except NotFound:
         return row | ({"status": "failed"} if error else {})
@@ -101,9 +102,21 @@ def _trial(store: StoreView, folder: SweepFolder, trial: Trial) -> Row:
     return row | {"status": "failed" if error else "given up" if given_up else status, "step": step, "value": value}
 
 
-def last_value(view: RunView, metric: str) -> tuple[int | None, float | None]:
-    """(step, value) of the last row that has a metric and survives; the value None where it is no number."""
-    found = view.curve(metric)
-    if not len(found.x):
-        return None, None
-    return int(found.x[-1]), float(found.values[-1]) if math.isfinite(found.values[-1]) else None
+class LastValues:
+    """The last evaluations of runs, each read anew only when its run has recorded more. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], tuple[FileFacts | None, tuple[int | None, float | None]]] = {}
+
+    def of(self, view: RunView, metric: str) -> tuple[int | None, float | None]:
+        """(step, value) of the last row that has a metric and survives; the value None where it is no number."""
+        store = view.record.store
+        names = store.list("metrics")
+        facts = store.info(f"metrics/{names[-1]}") if names else None
+        known = self._known.get((store.uri, metric))
+        if known is None or known[0] != facts:
+            found = view.curve(metric)
+            last = (int(found.x[-1]), float(found.values[-1])) if len(found.x) else (None, None)
+            known = facts, (last[0], last[1] if last[1] is not None and math.isfinite(last[1]) else None)
+            self._known[store.uri, metric] = known
+        return known[1]

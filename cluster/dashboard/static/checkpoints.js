@@ -12,7 +12,7 @@ document.addEventListener("click", async (event) => {
   said.textContent = `${button.textContent} …`;
   try {
     const answer = await post(button.dataset.post);
-    said.textContent = answer.text ?? answer.message ?? answer.path ?? "Done.";
+    said.textContent = answer.message;
   } catch (error) {
     said.className = "small bad";
     said.textContent = error.message;

@@ -27,11 +27,12 @@ function tell(chart, along) {
   legend.querySelector(".at").textContent = there ? `at ${along(chart.data[0][idx])}` : "";
 }
 
-/** Runs have values at different places: the last one up to there. */
+/** Runs have values at different places: the last one up to there, but none past a run's end. */
 function valueAt(data, series, idx) {
-  let at = idx;
-  while (at > 0 && (data[series][at] === null || data[series][at] === undefined)) at -= 1;
-  return data[series][at];
+  const values = data[series];
+  const isThere = (value) => value !== null && value !== undefined;
+  if (!values.slice(idx).some(isThere)) return null;
+  return values.slice(0, idx + 1).findLast(isThere);
 }
 
 async function draw() {
@@ -45,7 +46,7 @@ async function draw() {
     return;
   }
   const data = uPlot.join(found.runs.map((run) => [run.x, run.y]));
-  const along = x === "time" ? duration : (value) => `${short(value)} ${found.unit || x}`;
+  const along = x === "time" ? duration : (value) => (x === "step" ? `step ${number(value)}` : `${number(value)} ${found.unit}`);
   const axis = { stroke: styled("--muted"), grid: { stroke: styled("--line"), width: 1 }, ticks: { show: false } };
   const series = found.runs.map((run, i) => ({
     label: run.run,

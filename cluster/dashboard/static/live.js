@@ -2,25 +2,29 @@
 // place, so that the reader's focus, ticks and place in the page stay. There is one rendering of a page, the server's.
 
 const LEAST_MS = 1500; // between two requests
+const SHARE = 4; // and at least so many times what one takes, so that a large page leaves the server time for others
 
 let shownAt = 0;
+let tookMs = 0;
 let waiting = null;
 let refreshing = false;
 
 /** Ask for the page again, soon; afterwards: what is to be done once it has changed. */
 export function refresh(afterwards = () => {}) {
   if (waiting !== null) return;
-  const wait = Math.max(0, shownAt + LEAST_MS - Date.now());
+  const wait = Math.max(0, shownAt + Math.max(LEAST_MS, SHARE * tookMs) - Date.now());
   waiting = setTimeout(async () => {
     waiting = null;
     if (refreshing || document.hidden) return;
     refreshing = true;
+    const beganAt = Date.now();
     try {
       await renew();
       afterwards();
     } finally {
       refreshing = false;
       shownAt = Date.now();
+      tookMs = shownAt - beganAt;
     }
   }, wait);
 }

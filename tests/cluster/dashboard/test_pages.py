@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from cluster.dashboard import overview, resources
 from cluster.dashboard.app import create_app
+from cluster.dashboard.ask_target import slurm_node
 from cluster.dashboard.runs import StoreView
 from cluster.sweep_folder import Spec, SweepFolder
 from configs.load import load
@@ -343,9 +344,19 @@ def test_a_queue_is_shown_with_places_and_reasons(
     node |= {"memory_bytes": 1 << 39, "used_bytes": 1 << 38}
     answer = {"answered_at": time.time(), "jobs": [job], "nodes": [node], "error": None}
     monkeypatch.setattr(resources, "_question", lambda name: answer)
+    live_run(store, "two", [2.0] * 3)  # on n1 and n2
     page = client.get("/cluster").text
+    assert 'href="/runs/two"' in page[page.index('data-key="n1"') :].partition("</tr>")[0]
     for text in ("2 nodes", "busy &lt;script&gt;", "in 59m", "256 GiB", "1m 30s ago", "/runs/one"):
         assert text in page
+
+
+def test_nodes_of_slurm_are_read() -> None:
+    cells = ["n1", "mix", "32/30/2/64", "512000", "N/A", "gpu:h100:8(S:0-1),shard:16", "gpu:h100:3(IDX:0-2),shard:0"]
+    line = "".join(cell.ljust(width) for cell, width in zip(cells, (200, 30, 60, 30, 30, 200, 200), strict=True))
+    node = slurm_node(line)
+    assert (node["node"], node["used_cpus"], node["cpus"], node["used_gpus"], node["gpus"]) == ("n1", 32, 64, 3, 8)
+    assert (node["memory_bytes"], node["used_bytes"]) == (512000 << 20, None)
 
 
 # --- checkpoints
