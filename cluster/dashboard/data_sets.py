@@ -1,21 +1,23 @@
-"""The data sets of a store: what they hold, and their examples by number."""
+"""The data sets of a store: what they hold, and their examples by number.
+
+What reads them takes megabytes of memory, and is imported when somebody looks at one.
+"""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
 
 from cluster.dashboard.runs import Row, StoreView
 from configs.errors import NotFound, ShardyardError
-from data_pipelines.build import FOLDER
-from data_pipelines.index import INDEX_FILE
-from data_pipelines.inspect import counts, examples_of, picture_of
-from data_pipelines.pictures import png
-from data_pipelines.shards import Dataset
 from data_pipelines.storage import FileFacts, Store
 from trainer.record import recorded_datasets
+
+if TYPE_CHECKING:
+    from data_pipelines.shards import Dataset
 
 ON_A_PAGE = 5  # examples
 
@@ -44,9 +46,14 @@ class Datasets:
 
     def __init__(self, store: StoreView) -> None:
         self._store = store
-        self._folder: Store = store.store.child(FOLDER)
         self._opened: dict[str, tuple[FileFacts, Dataset]] = {}
         self._lock = threading.Lock()
+
+    @cached_property
+    def _folder(self) -> Store:
+        from data_pipelines.build import FOLDER
+
+        return self._store.store.child(FOLDER)
 
     def names(self) -> list[str]:
         """Of those that were built, and of those that are being built."""
@@ -54,6 +61,9 @@ class Datasets:
 
     def open(self, name: str) -> Dataset:
         """One of them. Raises NotFound, Damaged."""
+        from data_pipelines.index import INDEX_FILE
+        from data_pipelines.shards import Dataset
+
         if name not in self.names():  # a name comes from outside: it must not lead out of the store
             raise NotFound(f"There is no data set '{name}' in {self._folder.uri}.")
         facts = self._folder.info(f"{name}/{INDEX_FILE}")
@@ -80,6 +90,8 @@ class Datasets:
 
     def summary(self, name: str) -> Row:
         """What its index says: {name, built_at, fingerprint, source, columns, splits, ...}."""
+        from data_pipelines.inspect import counts
+
         dataset = self.open(name)
         index, changed = dataset.index, self._opened[name][0].changed
         return {
@@ -97,6 +109,8 @@ class Datasets:
 
     def examples(self, name: str, split: str, first: int, count: int) -> list[Row]:
         """Examples by number: {number, values: {column: what inspect.py shows of it}}. Raises NotFound."""
+        from data_pipelines.inspect import examples_of
+
         dataset = self.open(name)
         rows = dataset.split(split).num_rows
         numbers = range(max(first, 0), min(max(first, 0) + count, rows))
@@ -105,6 +119,9 @@ class Datasets:
 
     def picture(self, name: str, split: str, number: int, column: str) -> bytes:
         """A PNG file. Raises NotFound where there is no picture."""
+        from data_pipelines.inspect import picture_of
+        from data_pipelines.pictures import png
+
         dataset = self.open(name)
         rows = dataset.split(split).num_rows
         known = column in {each.name for each in dataset.index.columns}
