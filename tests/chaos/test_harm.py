@@ -35,7 +35,7 @@ from tests.chaos.runs import (
 )
 from trainer.record import RunRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.distributed]
+pytestmark = [pytest.mark.ray, pytest.mark.distributed, pytest.mark.daemon]
 
 STEPS = 48
 STOPPED_S = 3.0  # a stopped process begins no step for so long: less than the silence after which it is noticed

@@ -22,7 +22,7 @@ from tests.data_pipelines.lines_source import write_lines
 from tests.data_pipelines.test_build import contents, texts
 from tests.tiny import write_recipe
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.daemon]
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_BPE = TokenizerConfig(vocab_size=300)
 

@@ -29,7 +29,7 @@ from configs.schema import RecoveryConfig, ResourcesConfig
 from tests.cluster.fakes import FakeRecord
 from tests.cluster.waiting import alive, wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.daemon]
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "demo"
