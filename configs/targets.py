@@ -220,6 +220,10 @@ def _target(name: str, settings: Any) -> tuple[Target | None, list[tuple[str, st
         return None, [(name, f"a target is a mapping with a type, one of {choices}")]
     kind = settings.get("type")
     schema = TYPES.get(kind) if isinstance(kind, str) else None
+    if schema is None and kind is None and any(isinstance(each, Mapping) for each in settings.values()):
+        return None, [
+            (name, f"this holds targets, not settings of one: write {', '.join(settings)} at the top of the file")
+        ]
     if schema is None:
         close = nearest(str(kind), TYPES)
         hint = f" did you mean '{close}'?" if close else ""

@@ -35,6 +35,7 @@ from trainer import optimizers
 from trainer.bound import BoundModel, BoundTask
 from trainer.deepspeed_config import LARGEST_BUCKET
 from trainer.example_batch import example_batch
+from trainer.initialization import materialize
 from trainer.parts.cross_entropy import as_on_gpu
 from trainer.shapes import Logits, MaskedLogits
 from trainer.storages import LogitsShape, Storages
@@ -133,11 +134,13 @@ def _follow(
 ) -> Dispatched:
     """Steps: what is alive in them, and what is dispatched."""
     chunks = as_on_gpu() if on_gpu else contextlib.nullcontext()
-    with chunks, FakeTensorMode(allow_non_fake_inputs=with_values) as fake:
-        with torch.device("cpu"):
-            module = model.build()
-        for parameter in module.parameters():  # as the engine does
-            parameter.data = parameter.data.to(DTYPES[config.precision])
+    with torch.device("meta"):  # as the engine does; what a model reads while it is built is then no fake tensor's
+        module = model.build()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.precision])
+    with chunks, FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        materialize(module, lambda _name, _values, _generator: None, seed=config.seed)
+        fake.allow_non_fake_inputs = with_values
         for parameter in module.parameters():
             storages.assign("weights", parameter, size=0 if config.zero.stage == 3 else None)
         for buffer in module.buffers():

@@ -70,6 +70,12 @@ def test_all_that_is_wrong_is_told_with_its_line(here: Path) -> None:
         assert line.startswith(beginning)
 
 
+def test_a_level_too_many_is_named(here: Path) -> None:
+    (here / "targets.yaml").write_text("targets:\n" + "".join(f"  {line}\n" for line in GOOD.splitlines()))
+    with pytest.raises(ConfigError, match=r"targets: this holds targets.*write lab, hpc, prod at the top of the file"):
+        load_target("lab")
+
+
 def test_a_kuberay_target(here: Path) -> None:
     (here / "targets.yaml").write_text(
         "a: {type: kuberay, image: r/s:1, memory: 1Gi, secrets: [a, b.c], node_selector: {gpu: h100}}\n"

@@ -26,7 +26,7 @@ from trainer.plan import (
     surely_fits,
 )
 from trainer.site import NotPlanned, Site, site_of
-from trainer.validate import Plan, validate
+from trainer.validate import Plan, load_recipe, validate
 
 H100 = find_device("h100")
 
@@ -38,6 +38,12 @@ def plan_of(folder: Path, **changes: Any) -> Plan:
 
 def at(plan: Plan, memory_bytes: int | None = None, flops: float = H100.peak_flops("fp32") or 0.0) -> Estimate:
     return estimate(plan, Site("h100", H100, memory_bytes, flops, True))
+
+
+def test_a_model_that_reads_values_while_it_is_built_is_planned(tmp_path: Path) -> None:
+    plan = validate(load_recipe("image_classification-hf-vit-digits", [f"store={tmp_path}"]), sees_inputs=False)
+    memory = at(plan).memory
+    assert memory.device["weights"] == pytest.approx(4 * plan.num_parameters, rel=0.05)
 
 
 def test_seconds_and_price_are_arithmetic_that_is_told(tmp_path: Path) -> None:
