@@ -115,6 +115,8 @@ def test_a_job_that_waits_is_taken_back(site: Site, tmp_path: Path) -> None:
 
 def test_a_run_is_resumed_by_a_process_that_outlives_the_server(site: Site, record: RunRecord) -> None:
     record.event("stopped", step=3)
+    (site.folder / "recipes").mkdir()
+    record.update_lineage(folder=str(site.folder / "recipes"))
     site.says("print('begins', flush=True); time.sleep(60)")
     status, answer = site.post("run/resume")
     assert status == 200
@@ -164,6 +166,7 @@ def test_what_a_verification_found_is_in_the_record(site: Site, record: RunRecor
     record.event("later")  # of a launcher that is at work
     status, answer = site.post("run/checkpoints/1000/verify")
     assert status == 200 and "1,000" in answer["message"]
+    site.store.run("run").events()  # who follows has read what the verification wrote
     record.event("later still")
     site.says(failing("Damaged", 1))
     assert site.post("run/checkpoints/2000/verify") == (409, {"error": "told"})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.dashboard import columns
@@ -106,12 +106,13 @@ def test_a_cache_that_is_cleared_meanwhile_is_made_anew(
 
 PLAIN = st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**62), 2**62))
 ANY = st.one_of(st.floats(), st.integers(), st.booleans(), st.sampled_from(["NaN", "x", None, [1], {"b": 1}]))
+TWO_IN_ONE_LINE = b'{"time":1,"attempt":1,"step":1,"values":{"loss":1}}{"time":1,"attempt":1,"step":2,"values":{}}\n'
 LINES = [
     b"\n",
     b"{}\n",
     b"nonsense\n",
     b'{"attempt":1}\n',
-    b'{"time":1,"attempt":1,"step":1,"values":{"loss":1}}{"time":1,"attempt":1,"step":2,"values":{}}\n',
+    TWO_IN_ONE_LINE,
     b'{"time":1,"attempt":1,"step":1.5,"values":{"loss":1}}\n',
     b'{"time":"1","attempt":1,"step":1,"values":{"loss":1}}\n',
     b'{"time":1,"attempt":1,"step":99999999999999999999,"values":{"loss":1}}\n',
@@ -128,6 +129,9 @@ LINES = [
     st.lists(st.dictionaries(st.sampled_from(["a", "b"]), ANY, max_size=2), max_size=2),
     st.lists(st.sampled_from(LINES), max_size=2),
 )
+@example([{"a": 1.0}], [{"a": None}], [])
+@example([{"a": 1.0}], [], [TWO_IN_ONE_LINE])
+@example([{"a": 1.0}], [], [b"\n", TWO_IN_ONE_LINE])
 def test_arrow_reads_what_python_reads(
     plain: list[dict[str, Any]], odd: list[dict[str, Any]], broken: list[bytes]
 ) -> None:
