@@ -23,99 +23,24 @@ import platform
 import re
 import shutil
 import signal
-import socket
-import sqlite3
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.dashboard_store import metric_names, metric_values, spike_step, write_run, write_store  # noqa: E402
-from data_pipelines.storage import Store  # noqa: E402
+from benchmarks.dashboard_mlflow import peer  # noqa: E402
+from benchmarks.dashboard_server import START_S, Figures, Server, dashboard  # noqa: E402
+from benchmarks.dashboard_store import metric_names, spike_of, write_store  # noqa: E402
 from trainer.record import RunRecord  # noqa: E402
 
 RUNS, METRICS, STEPS = 100, 100, 10_000
 STREAMS, WATCH_S, TURNS = 50, 15.0, 3
-PEER_RUNS, PEER_METRICS, PEER_STEPS = 10, 4, 20_000
-START_S = 120.0
-Figures = dict[str, Any]
-
-
-class Server:
-    """A process that serves pages, with what it takes."""
-
-    def __init__(self, command: Sequence[str], port: int, **variables: str) -> None:
-        self.port = port
-        began = time.monotonic()
-        self.process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while True:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30).read()
-                break
-            if self.process.poll() is not None or time.monotonic() - began > START_S:
-                raise SystemExit(f"{command} does not answer")
-            time.sleep(0.02)
-        self.start_s = time.monotonic() - began
-
-    def get(self, path: str) -> tuple[bytes, float, float]:
-        """(what it answers, seconds, its CPU seconds)."""
-        used, began = self.cpu_s(), time.monotonic()
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=300) as answer:
-            content = answer.read()
-        return content, time.monotonic() - began, self.cpu_s() - used
-
-    def processes(self) -> list[psutil.Process]:
-        own = psutil.Process(self.process.pid)
-        return [own, *own.children(recursive=True)]
-
-    def cpu_s(self) -> float:
-        return sum(sum(each.cpu_times()[:2]) for each in self.processes())
-
-    def memory_mb(self) -> Figures:
-        """Of all its processes: resident, and resident with what is shared divided among those that share it."""
-        maps = [each.memory_full_info() for each in self.processes()]
-        return {"rss_mb": sum(each.rss for each in maps) / 1e6, "pss_mb": sum(each.pss for each in maps) / 1e6}
-
-    def close(self) -> None:
-        for each in reversed(self.processes()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGTERM)
-        self.process.wait(30)
-
-
-@contextlib.contextmanager
-def dashboard(store: Path, cache: Path) -> Iterator[Server]:
-    port = free_port()
-    command = [sys.executable, "-m", "cluster.cli", "ui", "--store", str(store), "--port", str(port)]
-    server = Server(command, port, XDG_CACHE_HOME=str(cache))
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def spike_of(metrics: int, steps: int, spike: int | None = None) -> float:
-    """The loss that stands out, to the last bit: the first losses of a run are as large."""
-    return float(metric_values(metrics, steps, spike)[(spike or spike_step(steps)) - 1, 0])
 
 
 # --- the parts
@@ -255,103 +180,6 @@ def opened(port: int, late: list[float]) -> Iterator[None]:
         yield
     finally:
         closing.set()
-
-
-def peer(work: Path) -> Figures:
-    """Both UIs on the same runs."""
-    store, folder = work / "peer", work / "mlflow"
-    spikes = np.random.default_rng(1).integers(1000, PEER_STEPS, PEER_RUNS).tolist()
-    standing_out = [spike_of(PEER_METRICS, PEER_STEPS, spike) for spike in spikes]
-    if not store.exists():
-        for number, spike in enumerate(spikes):
-            write_run(Store(store), f"run-{number}", PEER_METRICS, PEER_STEPS, spike)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    experiment, ids = fill_mlflow(folder / "mlflow.db", spikes)
-    shutil.rmtree(work / "peer-cache", ignore_errors=True)
-    found: Figures = {}
-    with dashboard(store, work / "peer-cache") as server:
-        base = f"http://127.0.0.1:{server.port}"
-        kept = [json.loads(server.get(f"/api/runs/run-{n}/series?metric=loss")[0]) for n in range(PEER_RUNS)]
-        found["shardyard ui"] = {
-            "start_s": server.start_s,
-            "overview": in_browser(f"{base}/", "text=run-9"),
-            "run": in_browser(f"{base}/runs/run-3", ".uplot canvas"),
-            "spikes_kept": sum(spike in each["max"] for spike, each in zip(standing_out, kept, strict=True)),
-            **server.memory_mb(),
-        }
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder), "--port", str(port), "--workers", "1"]
-    server = Server(command, port)
-    try:
-        base = f"http://127.0.0.1:{server.port}/#/experiments/{experiment}"
-        sampled = "/ajax-api/2.0/mlflow/metrics/get-history-bulk-interval?metric_key=loss&max_results=320&run_ids="
-        kept = [json.loads(server.get(sampled + each)[0])["metrics"] for each in ids]
-        found["MLflow"] = {
-            "start_s": server.start_s,
-            "overview": in_browser(f"{base}/runs", "text=run-9"),
-            "run": in_browser(f"{base}/runs/{ids[3]}/model-metrics", ".js-plotly-plot .main-svg"),
-            "spikes_kept": sum(
-                spike in [row["value"] for row in each] for spike, each in zip(standing_out, kept, strict=True)
-            ),
-            "values_of_a_chart": len(kept[0]),
-            **server.memory_mb(),
-        }
-    finally:
-        server.close()
-    return found | {"runs": PEER_RUNS, "metrics": PEER_METRICS, "steps": PEER_STEPS}
-
-
-def fill_mlflow(file: Path, spikes: list[int]) -> tuple[str, list[str]]:
-    """Runs by its API; their values straight into its table, which is what the API would write. Ids."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-    client = MlflowClient(f"sqlite:///{file}")
-    experiment = client.create_experiment("runs")
-    names, ids, now = metric_names(PEER_METRICS), [], int(time.time() * 1000)
-    for number, spike in enumerate(spikes):
-        run = client.create_run(experiment, run_name=f"run-{number}").info.run_id
-        values = metric_values(PEER_METRICS, PEER_STEPS, spike).tolist()
-        rows = [
-            (name, value, now + 100 * step, run, step, False)
-            for step, row in enumerate(values[:-1], start=1)
-            for name, value in zip(names, row, strict=True)
-        ]
-        with contextlib.closing(sqlite3.connect(file)) as base, base:
-            base.executemany(
-                "INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan) VALUES (?, ?, ?, ?, ?, ?)", rows
-            )
-        last = [
-            Metric(name, value, now + 100 * PEER_STEPS, PEER_STEPS)
-            for name, value in zip(names, values[-1], strict=True)
-        ]
-        client.log_batch(run, metrics=last)  # which makes them the latest
-        client.set_terminated(run)
-        ids.append(run)
-    return experiment, ids
-
-
-def in_browser(address: str, content: str) -> Figures:
-    """Seconds until something is to be seen, by a browser with an empty cache, and what came over the network."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        received: list[float] = []
-        session = page.context.new_cdp_session(page)
-        session.send("Network.enable")
-        session.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
-        session.on("Network.dataReceived", lambda _: None)
-        began = time.monotonic()
-        page.goto(address, wait_until="commit")
-        page.wait_for_selector(content, timeout=120_000)
-        seconds = time.monotonic() - began
-        page.wait_for_timeout(1000)  # what it goes on to load
-        browser.close()
-    return {"s": seconds, "bytes": sum(received), "requests": len(received)}
 
 
 # --- the table

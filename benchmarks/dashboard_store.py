@@ -52,6 +52,11 @@ def metric_values(metrics: int, steps: int, spike: int | None = None) -> np.ndar
     return values
 
 
+def spike_of(metrics: int, steps: int, spike: int | None = None) -> float:
+    """The loss that stands out, to the last bit: the first losses of a run are as large."""
+    return float(metric_values(metrics, steps, spike)[(spike or spike_step(steps)) - 1, 0])
+
+
 def write_run(store: Store, name: str, metrics: int, steps: int, spike: int | None = None) -> None:
     """One run that has finished; spike as in `metric_values`."""
     names = metric_names(metrics)

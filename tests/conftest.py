@@ -9,7 +9,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Files without processes of their own that still take many seconds together; `make check` leaves them out.
 LONGER = (
+    "cluster/dashboard/test_checkpoints_page.py",
+    "cluster/dashboard/test_cluster_page.py",
+    "cluster/dashboard/test_compare_page.py",
+    "cluster/dashboard/test_data_sets_page.py",
+    "cluster/dashboard/test_overview_page.py",
     "cluster/dashboard/test_pages.py",
+    "cluster/dashboard/test_sweeps_page.py",
     "cluster/test_bad_input.py",
     "cluster/test_data_commands.py",
     "cluster/test_extend.py",
@@ -24,6 +30,7 @@ LONGER = (
     "cluster/test_ray_job.py",
     "cluster/test_simulated.py",
     "cluster/test_sweep.py",
+    "cluster/test_sweep_schedulers.py",
     "cluster/test_warm_process.py",
     "contract/test_models.py",
     "crash/test_object_store.py",
@@ -68,6 +75,7 @@ LONGER = (
     "trainer/test_face_recognition.py",
     "trainer/test_huggingface.py",
     "trainer/test_image_classification.py",
+    "trainer/test_heap.py",
     "trainer/test_image_runs.py",
     "trainer/test_hf.py",
     "trainer/test_initialization.py",

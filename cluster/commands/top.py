@@ -14,7 +14,8 @@ from cluster.commands.ui import cache_folder
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from cluster.dashboard.runs import RunView, StoreView
+    from cluster.dashboard.run_view import RunView
+    from cluster.dashboard.store_view import StoreView
 
 LOOK_EVERY_S = 1.0
 LINE_EVERY_S = 5.0
@@ -26,7 +27,7 @@ def top(arguments: Namespace) -> Any:
 
     Raises NotFound.
     """
-    from cluster.dashboard.runs import StoreView
+    from cluster.dashboard.store_view import StoreView
 
     store = StoreView(arguments.store, cache_folder())
     view = None if arguments.run is None else store.run(arguments.run)

@@ -31,8 +31,8 @@ def ui(arguments: Namespace) -> dict[str, Any] | None:
         )
     with _listen(arguments.host, arguments.port) as listener:
         from cluster.dashboard.app import create_app
-        from cluster.dashboard.runs import StoreView
         from cluster.dashboard.server import serve
+        from cluster.dashboard.store_view import StoreView
 
         store = StoreView(arguments.store, cache_folder())
         names = [*_LOOPBACK_NAMES, *arguments.name] if is_loopback(arguments.host) else arguments.name

@@ -20,7 +20,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.dashboard.json_response import Json
-from cluster.dashboard.runs import RunView, StoreView
+from cluster.dashboard.run_view import RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import Damaged, NotFound, ShardyardError, TimedOut, Unreachable, UsageError
 from configs.load import dump
 from data_pipelines.storage import Store

@@ -14,7 +14,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.commands.output import run_arguments
-from cluster.dashboard.runs import Row, RunView, StoreView
+from cluster.dashboard.run_view import Row, RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import Damaged, NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 

@@ -10,7 +10,8 @@ import numpy as np
 from fastapi import FastAPI, Query
 
 from cluster.dashboard.curves import Curve, reduced
-from cluster.dashboard.runs import Row, RunView, StoreView
+from cluster.dashboard.run_view import Row, RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import UsageError
 from configs.schema import flatten
 

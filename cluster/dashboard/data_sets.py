@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
 
-from cluster.dashboard.runs import Row, StoreView
+from cluster.dashboard.run_view import Row
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts, Store
 from trainer.record import recorded_datasets

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query
 
 from cluster.dashboard.resources import devices
-from cluster.dashboard.runs import Row, StoreView
+from cluster.dashboard.run_view import Row
+from cluster.dashboard.store_view import StoreView
 
 LOW_DISK = 0.05  # of the store's disk
 Order = Literal["up", "down"]

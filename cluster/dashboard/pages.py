@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from cluster.commands.output import DEFAULT_STORE, age, pretty
 from cluster.dashboard import store_pages
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from data_pipelines.storage import Store
 
 FOLDER = Path(__file__).parent

@@ -20,7 +20,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from cluster.dashboard.runs import Row, RunView, StoreView
+from cluster.dashboard.run_view import Row, RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import ShardyardError
 from configs.targets import TYPES, LocalTarget, Target, load_targets, target_file
 from trainer.record import attempt_folder

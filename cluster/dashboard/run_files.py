@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from cluster.dashboard.logs import check_inside
-from cluster.dashboard.runs import RunView, StoreView
+from cluster.dashboard.run_view import RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound, ShardyardError
 from configs.load import Resolved
 from configs.schema import flatten

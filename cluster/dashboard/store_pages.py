@@ -9,7 +9,8 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from cluster.dashboard import checkpoints, compare, data_sets, overview, resources, sweeps
-from cluster.dashboard.runs import Row, StoreView
+from cluster.dashboard.run_view import Row
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound, ShardyardError, UsageError
 
 NAVIGATION = [

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.dashboard.json_response import Json
-from cluster.dashboard.runs import RunView, StoreView
+from cluster.dashboard.run_view import RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound, ShardyardError
 
 RUN_EVERY_S, STORE_EVERY_S = 0.5, 2.0

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from cluster.commands.output import run_arguments
-from cluster.dashboard.runs import Row, RunView, StoreView
+from cluster.dashboard.run_view import Row, RunView
+from cluster.dashboard.store_view import StoreView
 from cluster.sweep_folder import SweepFolder, Trial
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts

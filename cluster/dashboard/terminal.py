@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.commands.output import age, pretty
-from cluster.dashboard.runs import Row, RunView
+from cluster.dashboard.run_view import Row, RunView
 from trainer import history
 
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from cluster.dashboard.app import create_app
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from tests.pool import run_workers
 from tests.tiny import tiny_config
 from tests.trainer.attempts import launched

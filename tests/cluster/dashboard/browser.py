@@ -69,19 +69,28 @@ def dashboard(store: Path, cache: Path) -> Iterator[Dashboard]:
         server.stop()
 
 
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """The browser; skips where the system has none."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The system's Chromium; skips where there is none."""
     if CHROMIUM is None:
         pytest.skip("no chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_QUIET.split())
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=_QUIET.split())
         try:
-            yield browser
+            yield started
         finally:
-            browser.close()
+            started.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A window of its own."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    context.set_default_timeout(TRUE_WITHIN_S * 1000)
+    yield context.new_page()
+    context.close()
 
 
 def until(page: Any, told: str, argument: Any = None) -> None:

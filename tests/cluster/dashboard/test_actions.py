@@ -19,7 +19,7 @@ from cluster.dashboard import actions
 from cluster.dashboard.actions import Actions
 from cluster.dashboard.app import create_app
 from cluster.dashboard.guard import FORGERY_HEADER
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from data_pipelines.storage import Store
 from tests.cluster.dashboard.records import new_run, train, wait_until
 from trainer.lease import Lease

@@ -15,7 +15,7 @@ from configs.load import load
 from configs.schema import Plugin
 from data_pipelines.build import ensure_dataset
 from data_pipelines.storage import Store
-from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard
+from tests.cluster.dashboard.browser import Dashboard, Watch, dashboard
 from tests.cluster.dashboard.stores import RECIPE, TAGS, create, metrics, write_run
 from trainer.record import RunRecord
 
@@ -59,21 +59,6 @@ def server(
     write_sweep(store)
     with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(30_000)
-    opened = context.new_page()
-    yield opened
-    context.close()
 
 
 def write_sweep(store: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.dashboard.browser import Dashboard, Watch, chromium, dashboard, until
+from tests.cluster.dashboard.browser import Dashboard, Watch, dashboard, until
 from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
 from trainer.record import RunRecord
 
@@ -31,21 +31,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Da
     write_run(store, spike_at=SPIKE_AT, spike=SPIKE)
     with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
         yield started
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    context.set_default_timeout(60_000)
-    opened = context.new_page()
-    yield opened
-    context.close()
 
 
 def visit(page: Any, address: str) -> None:

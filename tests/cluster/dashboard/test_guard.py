@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from cluster.dashboard import guard
 from cluster.dashboard.app import create_app
 from cluster.dashboard.guard import COOKIE, FORGERY_HEADER, POLICY
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from tests.cluster.dashboard.records import new_run, train
 
 TOKEN = "töken of 1 line"

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from cluster.dashboard import logs
 from cluster.dashboard.app import create_app
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound
 from data_pipelines.storage import Store
 from tests.cluster.dashboard.stores import write_run

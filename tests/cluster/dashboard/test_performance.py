@@ -17,7 +17,7 @@ from cluster.dashboard import performance, rank_rows
 from cluster.dashboard.columns import Columns
 from cluster.dashboard.performance import bucketed, matrix, memory, slower_than_median, split, stragglers
 from cluster.dashboard.rank_rows import RankRows, RankTable
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from configs.load import load
 from data_pipelines.storage import Store
 from tests.configs.minimal import minimal

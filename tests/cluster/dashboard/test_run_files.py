@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from cluster.dashboard.app import create_app
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from tests.cluster.dashboard.stores import TAGS, write_run
 from trainer.record import RunRecord
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.dashboard import runs
-from cluster.dashboard.runs import RunView, StoreView
+from cluster.dashboard import run_view, store_view
+from cluster.dashboard.run_view import RunView
+from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound
 from data_pipelines.storage import Store
 from tests.cluster.dashboard.records import new_run, train
@@ -82,7 +83,7 @@ def test_a_run_that_is_deleted_is_not_shown_as_it_was(store: StoreView, record: 
 def test_the_curves_of_few_runs_are_in_memory(
     store: StoreView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "REST_EVERY_S", 0.0)
+    monkeypatch.setattr(store_view, "REST_EVERY_S", 0.0)
     names = [f"run-{number}" for number in range(7)]
     for name in names:
         train(new_run(tmp_path / "store", name), 1, 3)
@@ -91,8 +92,8 @@ def test_the_curves_of_few_runs_are_in_memory(
         assert view.series("loss").curve.x.tolist() == [1, 2, 3]
         store.run("run")
     awake = [view.name for view in views if view.unused_s is not None]
-    assert awake == names[-runs.MOST_AWAKE :]
-    monkeypatch.setattr(runs, "AWAKE_S", 0.0)
+    assert awake == names[-store_view.MOST_AWAKE :]
+    monkeypatch.setattr(store_view, "AWAKE_S", 0.0)
     store.run("run")
     assert [view for view in views if view.unused_s is not None] == []
     assert views[0].series("loss").curve.x.tolist() == [1, 2, 3]
@@ -113,7 +114,7 @@ def test_a_sparkline_is_of_rows_all_over_the_record(store: StoreView, record: Ru
     record.metrics(steps, {"validation/loss": 1.0})
     record.flush()
     found = store.run("run").sparkline()
-    assert len(found) <= runs.SPARKLINE_BUCKETS + 1 and found == sorted(found, reverse=True)
+    assert len(found) <= run_view.SPARKLINE_BUCKETS + 1 and found == sorted(found, reverse=True)
     places = [round(1 / value) for value in found]
     assert len(set(places)) == len(places) >= min(steps, 30)
     if steps:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cluster.dashboard import stream
-from cluster.dashboard.runs import RunView, StoreView
+from cluster.dashboard.run_view import RunView
+from cluster.dashboard.store_view import StoreView
 from cluster.dashboard.stream import Hubs, RunHub, StoreHub
 from configs.errors import Unreachable
 from tests.cluster.dashboard.records import new_run, train

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from cluster.cli import main
-from cluster.dashboard.runs import StoreView
+from cluster.dashboard.store_view import StoreView
 from cluster.dashboard.terminal import BLOCKS, event_line, printable, run_line, run_screen, sparkline, store_screen
 from tests.cluster.dashboard.records import new_run, train, wait_until
 from trainer.lease import Lease

@@ -1,4 +1,4 @@
-"""The runs of a store, followed: what is new in their folders is read, nothing else is asked of anybody.
+"""One run, followed: what is new in its folder is read, nothing else is asked of anybody.
 
 So the dashboard tells as much of a run whose cluster is gone as of one that trains, and costs training nothing but
 reads of its files.
@@ -7,7 +7,6 @@ reads of its files.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import threading
 import time
@@ -18,26 +17,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cluster.dashboard import performance, rank_rows
+from cluster.dashboard import metric_rows, performance, rank_rows
 from cluster.dashboard.attention import attention
 from cluster.dashboard.columns import Columns
-from cluster.dashboard.curves import Curve, Floats, Mask, Reduced, Whole, curve_of, reduced, surviving
-from configs.errors import NotFound, ShardyardError
-from data_pipelines.storage import FileFacts, Store
+from cluster.dashboard.curves import Curve, Floats, Reduced, Whole, curve_of, reduced, surviving
+from configs.errors import NotFound
+from data_pipelines.storage import FileFacts
 from trainer import history
 from trainer.extremes import bounds_of, is_bound
 from trainer.lease import current_claim
 from trainer.record import RunRecord
-from trainer.record_rows import Cursor, decode_value, read_rows
+from trainer.record_rows import Cursor, read_rows
 
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
 
-_TAIL_BYTES, _TAIL_ROWS = 64 << 10, 65
 SPARKLINE_BUCKETS = 60
-MOST_AWAKE, AWAKE_S, REST_EVERY_S = 4, 60.0, 2.0  # runs whose newest rows stay in memory: up to 5 MB each
-_LONGEST_NAME = 255  # bytes, of a file
-_ROW_BYTES = 16 << 10  # read where a row is looked for
 STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
@@ -105,21 +100,10 @@ class RunView:
     def latest(self) -> Row:
         """The newest row of a training step: {attempt, step, time, values, before}; {} before the first.
 
-        From the end of the newest file, so that it costs the same for a run of any length. before: the rows of steps
-        before it in that end, at most 64.
+        before: the rows of steps before it, at most 64.
         """
-        store = self.record.store
-        for name in reversed(store.list("metrics")):
-            path = f"metrics/{name}"
-            with store.open_input(path) as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - _TAIL_BYTES))
-                data = file.read()
-            lines = data[: data.rfind(b"\n") + 1].splitlines()[-_TAIL_ROWS:]
-            rows = [row for line in lines if (row := _training_row(line)) is not None]
-            if rows:
-                return rows[-1] | {"before": rows[:-1]}
-        return {}
+        rows = metric_rows.newest(self.record.store)
+        return rows[-1] | {"before": rows[:-1]} if rows else {}
 
     def summary(self) -> Row:
         """One line of the overview. Times are epoch seconds or seconds, None where nothing is known.
@@ -255,24 +239,10 @@ class RunView:
         smooth: int = 1,
     ) -> Series:
         """A metric between two places of an axis. smooth: steps to take means over, for a line of its own."""
-        with self._lock:
-            columns = self.columns()
-            numbers, values = columns.metric(metric)
-            attempt, step, when = columns.place()  # after it, since rows are only added
-            bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
-        kept = surviving(attempt, step)
-        everywhere = self._places(axis, step, when)
-        places = everywhere[numbers]
-
-        def of_rows(mask: Mask) -> Curve:
-            return curve_of(places[mask], values[mask], *(bound[mask] for bound in bounds))
-
-        curve = of_rows(kept[numbers])
-        shown = curve.within(start, stop)
-        old = of_rows(~kept[numbers]).within(start, stop)
-        lost = reduced(old, buckets)
+        curve, old, restarts = self._curves(metric, axis)
+        lost = reduced(old.within(start, stop), buckets)
         return Series(
-            curve=reduced(shown, buckets),
+            curve=reduced(curve.within(start, stop), buckets),
             last=float(curve.values[-1]) if len(curve.values) else None,
             smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
             superseded=[
@@ -280,17 +250,26 @@ class RunView:
                 for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
                 for point in ([(x, low)] if low == high else [(x, low), (x, high)])
             ],
-            restarts=self._restarts(attempt, everywhere),
+            restarts=restarts,
         )
 
     def curve(self, metric: str, axis: Axis = "step") -> Curve:
         """All that survives of a metric."""
+        return self._curves(metric, axis)[0]
+
+    def _curves(self, metric: str, axis: Axis) -> tuple[Curve, Curve, list[Row]]:
+        """What survives of a metric, what was superseded, and where attempts begin."""
         with self._lock:
             columns = self.columns()
             numbers, values = columns.metric(metric)
             attempt, step, when = columns.place()  # after it, since rows are only added
-        mask = surviving(attempt, step)[numbers]
-        return curve_of(self._places(axis, step, when)[numbers[mask]], values[mask])
+            bounds = [_at_rows(columns, each, numbers) for each in bounds_of(metric) or ()]
+        everywhere = self._places(axis, step, when)
+        places, kept = everywhere[numbers], surviving(attempt, step)[numbers]
+        survives, superseded = (
+            curve_of(places[mask], values[mask], *(bound[mask] for bound in bounds)) for mask in (kept, ~kept)
+        )
+        return survives, superseded, self._restarts(attempt, everywhere)
 
     def sparkline(self) -> list[float]:
         """The loss in a few numbers: of rows at even distances in the record, so that no more than those are read."""
@@ -298,7 +277,7 @@ class RunView:
         if not store.is_local:  # each row would be a request
             curve = self.series("loss", buckets=SPARKLINE_BUCKETS).curve
             return [float(each) for each in curve.mean if math.isfinite(each)]
-        rows = _spread(store, SPARKLINE_BUCKETS)
+        rows = metric_rows.spread(store, SPARKLINE_BUCKETS)
         places = [np.array([row[name] for row in rows], np.int64) for name in ("attempt", "step")]
         values = np.array([row["values"]["loss"] for row in rows])[surviving(*places)]
         return [float(each) for each in values if math.isfinite(each)]
@@ -327,66 +306,6 @@ class RunView:
         return found
 
 
-class StoreView:
-    """All runs of a store. `cache` is a folder for what is computed of them, and may be deleted at any time."""
-
-    def __init__(self, uri: str, cache: Path) -> None:
-        self.store = Store(uri)
-        self.cache = cache
-        self._runs: dict[str, RunView] = {}
-        self._rested_at = 0.0  # time.monotonic()
-        self._lock = threading.Lock()
-
-    def names(self) -> list[str]:
-        """Of the runs; [] where the store is not there yet."""
-        return [name for name in self.store.list_dirs() if self._run_file(name) is not None]
-
-    def run(self, name: str) -> RunView:
-        """One of them. Raises NotFound."""
-        changed = self._run_file(name)
-        if changed is None:
-            raise NotFound(f"There is no run {name!r} in {self.store.uri}.")
-        self._let_rest()
-        with self._lock:
-            view = self._runs.get(name)
-            if view is None or view.identity != changed:
-                view = RunView(RunRecord.open(self.store.uri, name), self.cache, changed)
-                self._runs[name] = view
-            return view
-
-    def _run_file(self, name: str) -> FileFacts | None:
-        """Of its run.yaml; None where there is none. A name comes from outside: it must not lead out of the store."""
-        if name in {"", ".", ".."} or set(name) & set("/\\\0") or len(name.encode(errors="replace")) > _LONGEST_NAME:
-            return None
-        folder, root = self.store.local_path(name), self.store.local_path()
-        if folder and root and folder.is_symlink() and root.resolve() not in folder.resolve().parents:
-            return None
-        found = self.store.child(name).info("run.yaml")
-        return None if found is None or found.is_folder else found
-
-    def _let_rest(self) -> None:
-        """Keep in memory the curves of those runs alone that are looked at."""
-        with self._lock:
-            if time.monotonic() - self._rested_at < REST_EVERY_S:
-                return
-            self._rested_at = time.monotonic()
-            awake = [view for view in self._runs.values() if view.unused_s is not None]
-        awake.sort(key=lambda view: view.unused_s or 0.0)
-        for number, view in enumerate(awake):
-            if number >= MOST_AWAKE or (view.unused_s or 0.0) > AWAKE_S:
-                view.rest()
-
-    def summaries(self) -> list[Row]:
-        """One row a run, the newest first; a run that cannot be read says so and hides no other."""
-        rows = []
-        for name in self.names():
-            try:
-                rows.append(self.run(name).summary())
-            except ShardyardError as error:
-                rows.append({"run": name, "status": "damaged", "error": str(error), "attention": []})
-        return sorted(rows, key=lambda row: row.get("started_at") or 0.0, reverse=True)
-
-
 def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | None:
     """Share of the time since the first start in which steps were made that survive; None before there are any.
 
@@ -399,27 +318,6 @@ def goodput(events: Iterable[Row], latest: Row, until: float | None) -> float | 
         return None
     end = until if until is not None else max(event["time"] for event in events)
     return min(1.0, latest["step"] * values["step_s"] / max(end - started[0], 1e-9))
-
-
-def _spread(store: Store, most: int) -> list[Row]:
-    """Rows of training steps at even distances in the files of a record."""
-    names = store.list("metrics")
-    sizes = [store.size(f"metrics/{name}") for name in names]
-    every = max(sum(sizes) / most, 1.0)
-    found: list[Row] = []
-    place, start = 0.0, 0  # of all files together
-    for name, size in zip(names, sizes, strict=True):
-        with store.open_input(f"metrics/{name}") as file:
-            while place < start + size:
-                file.seek(max(int(place) - start - 1, 0))
-                lines = file.read(_ROW_BYTES).split(b"\n")
-                whole = lines[:-1] if place == start else lines[1:-1]  # it may have begun before
-                row = next((row for line in whole if (row := _training_row(line)) is not None), None)
-                if row is not None and (not found or row != found[-1]):
-                    found.append(row)
-                place += every
-        start += size
-    return found
 
 
 def _at_rows(columns: Columns, metric: str, rows: Whole) -> Floats:
@@ -442,19 +340,3 @@ def _when(event: Row) -> tuple[int, float]:
 
 def _is_placed(row: Row) -> bool:
     return isinstance(row.get("attempt"), int) and isinstance(row.get("time"), int | float)
-
-
-def _training_row(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-        values = {key: decode_value(value) for key, value in row["values"].items()}
-        if "loss" in values:
-            return {
-                "attempt": int(row["attempt"]),
-                "step": int(row["step"]),
-                "time": float(row["time"]),
-                "values": values,
-            }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
