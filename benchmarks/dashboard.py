@@ -1,9 +1,10 @@
 """What the dashboard costs and how long it takes, and MLflow's UI beside it on the same runs.
 
-    python benchmarks/dashboard.py [--parts pages,million,streams,mlflow] [--work FOLDER] [--out benchmarks/results]
+    python benchmarks/dashboard.py [--parts pages,million,browser,...] [--work FOLDER] [--out benchmarks/results]
 
 pages    100 runs of 100 metrics and 10,000 steps: each page's data from a cold cache and from a warm one
 million  one chart of a run of 1,000,000 steps, and whether its one step that stands out is in it
+browser  every page with the first of these stores, and the second's chart, until they are drawn in Chromium
 streams  50 open streams on a run that trains: how late a step is told, and what they take of the training's speed
 mlflow   10 runs of 20,000 steps, each with one step that stands out, in both: seconds and bytes to content in Chromium
 
@@ -34,6 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.dashboard_browser import PAGES, drawn, long_run  # noqa: E402
 from benchmarks.dashboard_mlflow import peer  # noqa: E402
 from benchmarks.dashboard_server import START_S, Figures, Server, dashboard  # noqa: E402
 from benchmarks.dashboard_store import metric_names, spike_of, write_store  # noqa: E402
@@ -107,6 +109,19 @@ def million(work: Path) -> Figures:
             kept = spike_of(5, 1_000_000) in json.loads(content)["max"]
             found[heat] = {"s": seconds, "cpu_s": cpu_s, "spike_kept": kept, **server.memory_mb()}
     return found
+
+
+def browser(work: Path) -> Figures:
+    """Every page, and one long run, in Chromium."""
+    full, long = work / "store", work / "million"
+    if not full.exists():
+        write_store(full, RUNS, METRICS, STEPS)
+    if not long.exists():
+        write_store(long, 1, 5, 1_000_000)
+    return {
+        "pages": drawn(full, work / "browser-cache", PAGES),
+        "a million steps": long_run(long, work / "browser-cache", 5, 1_000_000),
+    }
 
 
 def streams(work: Path) -> Figures:
@@ -232,7 +247,7 @@ def measured() -> Figures:
     }
 
 
-PARTS = {"pages": pages, "million": million, "streams": streams, "mlflow": peer}
+PARTS = {"pages": pages, "million": million, "browser": browser, "streams": streams, "mlflow": peer}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

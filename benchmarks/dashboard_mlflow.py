@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.dashboard_browser import in_browser
 from benchmarks.dashboard_server import Figures, Server, dashboard, free_port
 from benchmarks.dashboard_store import metric_names, metric_values, spike_of, write_run
 from data_pipelines.storage import Store
@@ -31,14 +32,15 @@ def peer(work: Path) -> Figures:
     folder.mkdir(parents=True)
     experiment, ids = fill_mlflow(folder / "mlflow.db", spikes)
     shutil.rmtree(work / "peer-cache", ignore_errors=True)
+    has_text = "document.body?.innerText.includes('run-9')"
     found: Figures = {}
     with dashboard(store, work / "peer-cache") as server:
         base = f"http://127.0.0.1:{server.port}"
         kept = [json.loads(server.get(f"/api/runs/run-{n}/series?metric=loss")[0]) for n in range(PEER_RUNS)]
         found["shardyard ui"] = {
             "start_s": server.start_s,
-            "overview": in_browser(f"{base}/", "text=run-9"),
-            "run": in_browser(f"{base}/runs/run-3", ".uplot canvas"),
+            "overview": in_browser(f"{base}/", has_text),
+            "run": in_browser(f"{base}/runs/run-3", "document.querySelector('.uplot canvas')"),
             "spikes_kept": sum(spike in each["max"] for spike, each in zip(standing_out, kept, strict=True)),
             **server.memory_mb(),
         }
@@ -52,8 +54,10 @@ def peer(work: Path) -> Figures:
         kept = [json.loads(server.get(sampled + each)[0])["metrics"] for each in ids]
         found["MLflow"] = {
             "start_s": server.start_s,
-            "overview": in_browser(f"{base}/runs", "text=run-9"),
-            "run": in_browser(f"{base}/runs/{ids[3]}/model-metrics", ".js-plotly-plot .main-svg"),
+            "overview": in_browser(f"{base}/runs", has_text),
+            "run": in_browser(
+                f"{base}/runs/{ids[3]}/model-metrics", "document.querySelector('.js-plotly-plot .main-svg')"
+            ),
             "spikes_kept": sum(
                 spike in [row["value"] for row in each] for spike, each in zip(standing_out, kept, strict=True)
             ),
@@ -93,23 +97,3 @@ def fill_mlflow(file: Path, spikes: list[int]) -> tuple[str, list[str]]:
         client.set_terminated(run)
         ids.append(run)
     return experiment, ids
-
-
-def in_browser(address: str, content: str) -> Figures:
-    """Seconds until something is to be seen, by a browser with an empty cache, and what came over the network."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        received: list[float] = []
-        session = page.context.new_cdp_session(page)
-        session.send("Network.enable")
-        session.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
-        began = time.monotonic()
-        page.goto(address, wait_until="commit")
-        page.wait_for_selector(content, timeout=120_000)
-        seconds = time.monotonic() - began
-        page.wait_for_timeout(1000)  # what it goes on to load
-        browser.close()
-    return {"s": seconds, "bytes": sum(received), "requests": len(received)}

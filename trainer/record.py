@@ -37,10 +37,10 @@ from trainer.record_rows import RowWriter, decode_value, read_rows
 from trainer.redact import Redactor
 
 _CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "datasets.json"
-_LOCAL_FLUSH_EVERY_S = 1.0
+_LOCAL_FLUSH_EVERY_S = 0.5
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 # Of rows of ranks, which all write at once: so long for each rank there is, and at least so long.
-_LOCAL_RANK_FLUSH_S = (0.01, _LOCAL_FLUSH_EVERY_S)  # 100 appends a second to a file system that they share
+_LOCAL_RANK_FLUSH_S = (0.01, 1.0)  # 100 appends a second to a file system that they share
 _REMOTE_RANK_FLUSH_S = (1.0, 60.0)  # an object a second
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
 _OWN_NAMES |= {"events", "metrics", "ranks", "attempts", "lease", "checkpoints", "pictures"}
@@ -187,7 +187,7 @@ class RunRecord:
         self.flush()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after `step` completed steps. Costs the caller microseconds: a thread writes them, once a second."""
+        """Numbers after `step` completed steps. Costs the caller microseconds: a thread writes them, twice a second."""
         self._append("metrics", {"step": step, "values": dict(values)})
         self._flush_behind()
 

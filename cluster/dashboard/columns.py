@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ CHUNK = 1 << 19  # values: 4 MB
 # What comes while a run trains is a few rows at a time: Python's reader is as fast there, and takes less memory.
 _FEW_BYTES, _FEW_ROWS = 64 << 10, 256
 _WORTH_KEEPING = 1024  # rows, of which a file of their own is read sooner than their JSON
-_BLOCK_BYTES = 1 << 20  # of JSON at a time, so that a long run takes no memory while it is read
+_BLOCK_BYTES = 4 << 20  # of JSON at a time, so that a long run takes little memory while it is read
+_PIECE_BYTES, _READERS = 512 << 10, min(4, os.cpu_count() or 1)  # of it, and threads that make columns of a piece each
 _VERSION = 1
 _PLACE = {"attempt": np.int64, "step": np.int64, "time": np.float64}
 _ARROW = {np.int64: pa.int64(), np.float64: pa.float64()}
@@ -61,6 +63,7 @@ class Columns:
 
     def __init__(self, run: Store, cache: Path) -> None:
         """run: the run's folder. cache: a folder for all runs; each has one of its own in it."""
+        pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it was given
         self._run = run
         self._identity = _identity(run)
         self._folder = cache / hashlib.sha256(run.uri.encode()).hexdigest()[:32]
@@ -98,7 +101,19 @@ class Columns:
             self._add(lines)
 
     def _add(self, lines: bytes) -> None:
-        table = _decoded(lines) if len(lines) >= _FEW_BYTES else None
+        pieces = _pieces(lines, _PIECE_BYTES)
+        if len(pieces) == 1:
+            self._add_piece(lines, _decoded(lines) if len(lines) >= _FEW_BYTES else None)
+        else:
+            # Threads of our own: those of Arrow's reader have been seen to crash the process on a damaged line.
+            with ThreadPoolExecutor(_READERS) as readers:
+                for piece, table in zip(pieces, readers.map(_decoded, pieces), strict=True):
+                    self._add_piece(piece, table)
+        if self._num_new() * len(self._names) >= CHUNK:
+            self._keep()
+
+    def _add_piece(self, lines: bytes, table: pa.Table | None) -> None:
+        """table: of the lines; None: Python reads them."""
         if table is None:
             rows = [row for row in decode_rows(lines) if _is_row(row)]
             self._rows += rows
@@ -110,8 +125,6 @@ class Columns:
             self._names.update(dict.fromkeys(_metrics_of(table)))
         if len(self._rows) >= _FEW_ROWS:
             self._settle()
-        if self._num_new() * len(self._names) >= CHUNK:
-            self._keep()
 
     def _settle(self) -> None:
         """Make columns of the rows: they take a tenth of the memory."""
@@ -147,6 +160,11 @@ class Columns:
 
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         """{attempt, step, time, values} of the rows from one number to another, as far as there are."""
+        settled = self.num_rows - len(self._rows)
+        newest = [_decoded_row(row) for row in self._rows[max(start - settled, 0) : max(stop - settled, 0)]]
+        return newest if start >= settled else [*self._settled_rows(start, min(stop, settled)), *newest]
+
+    def _settled_rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for table in self._tables([*_PLACE, *(_METRIC + name for name in self._names)]):
             if start < table.num_rows and stop > 0:
@@ -221,6 +239,15 @@ class Columns:
         self._pieces = []
 
 
+def _pieces(lines: bytes, size: int) -> list[bytes]:
+    """Whole lines, about so many bytes at a time."""
+    found, start = [], 0
+    while len(lines) - start > size and (stop := lines.find(b"\n", start + size) + 1) < len(lines):
+        found.append(lines[start:stop])
+        start = stop
+    return [*found, lines[start:]]
+
+
 def _is_row(row: dict[str, Any]) -> bool:
     """Whether it is one of ours: what a record holds may have been damaged, or be of a later version."""
     try:
@@ -239,7 +266,7 @@ def _decoded(lines: bytes) -> pa.Table | None:
 
     None where it would not tell the same: of anything but plain numbers, in rows that are all ours.
     """
-    if b"\\" in lines or b"null" in lines:  # it tells no null from what is not there
+    if b"\\" in lines:
         return None
     options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
     try:
@@ -249,13 +276,17 @@ def _decoded(lines: bytes) -> pa.Table | None:
         whole = all(columns[name].type == pa.int64() for name in ("attempt", "step"))
         if not whole or any(column.null_count for column in (*columns.values(), values)):
             return None
-        begun = lines.startswith(b"{") + lines.count(b"\n{")
-        if not read.num_rows == lines.count(b"\n") == begun:  # it would also take two rows in one line
+        text = np.frombuffer(lines, np.uint8)
+        ends = np.flatnonzero(text == ord("\n"))
+        begun = text[np.append(0, ends[:-1] + 1)] == ord("{")
+        if not (read.num_rows == len(ends) and begun.all()):  # it would also take two rows in one line
             return None
         columns |= {_METRIC + field.name: values.field(number) for number, field in enumerate(values.type)}
         numbers = (pa.int64(), pa.float64())
         if any(column.type not in numbers for column in columns.values()):
             return None
+        if any(column.null_count for column in columns.values()) and b"null" in lines:
+            return None  # it tells no null from what is not there
         wide = [column.cast(_ARROW[_PLACE.get(name, np.float64)], safe=False) for name, column in columns.items()]
         return pa.table(wide, names=list(columns))
     except (pa.ArrowException, KeyError, TypeError, UnicodeError):
@@ -294,6 +325,12 @@ def _array(table: pa.Table) -> pa.Array:
     """The only column of a table."""
     column = table.column(0)
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _decoded_row(row: dict[str, Any]) -> dict[str, Any]:
+    """One of the record's rows as a table would give it back."""
+    values = {name: decode_value(value) for name, value in row["values"].items()}
+    return {"attempt": row["attempt"], "step": row["step"], "time": float(row["time"]), "values": values}
 
 
 def _metrics_of(table: pa.Table) -> list[str]:

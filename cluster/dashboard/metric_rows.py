@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 from data_pipelines.storage import Store
@@ -52,6 +53,7 @@ def spread(run: Store, most: int) -> list[Row]:
     return found
 
 
+@lru_cache(256)  # a run that is followed had most of its newest rows in the look before
 def _training_row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)

@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cluster.dashboard import metric_rows, performance, rank_rows
 from cluster.dashboard.attention import attention
-from cluster.dashboard.columns import Columns
 from cluster.dashboard.curves import Curve, Floats, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound
 from data_pipelines.storage import FileFacts
@@ -29,10 +28,14 @@ from trainer.lease import current_claim
 from trainer.record import RunRecord
 from trainer.record_rows import Cursor, read_rows
 
+if TYPE_CHECKING:
+    from cluster.dashboard.columns import Columns
+
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
 
 SPARKLINE_BUCKETS = 60
+SUMMARY_S = 2.0  # in which a run that trains tells the same, if none of its files changes
 STRAGGLERS_EVERY_S = 15.0  # each rank's file is opened for it
 
 
@@ -70,6 +73,7 @@ class RunView:
         self._slow_at = -math.inf
         self._summary: Row | None = None
         self._summarized: tuple[set[FileFacts], bool] = (set(), False)  # the files, and whether somebody ran it
+        self._summarized_at = -math.inf  # time.monotonic()
 
     # --- what it says of itself
 
@@ -108,7 +112,8 @@ class RunView:
     def summary(self) -> Row:
         """One line of the overview. Times are epoch seconds or seconds, None where nothing is known.
 
-        Computed anew only when a file has changed, or while somebody holds the lease, which time alone may end.
+        Computed anew only when a file has changed, or after a while if somebody holds the lease, which time alone may
+        end.
         Raises NotFound when the run has been deleted.
         """
         self.check()
@@ -116,8 +121,13 @@ class RunView:
             facts = self._facts()
             claimed = any(each.path.startswith("lease/") for each in facts)
             live = claimed and self.record.holder() is not None
-            if self._summary is None or self._summarized != (facts, False) or live:
-                self._summary, self._summarized = self._read_summary(), (facts, live)
+            old = live and time.monotonic() - self._summarized_at > SUMMARY_S
+            if self._summary is None or self._summarized != (facts, live) or old:
+                self._summary, self._summarized, self._summarized_at = (
+                    self._read_summary(),
+                    (facts, live),
+                    time.monotonic(),
+                )
             return self._summary
 
     def check(self) -> None:
@@ -197,6 +207,8 @@ class RunView:
         """Its metrics, up to now."""
         with self._lock:
             if self._columns is None:
+                from cluster.dashboard.columns import Columns  # Arrow takes 26 MB and 0.2 s
+
                 self._columns = Columns(self.record.store, self._cache)
             self._columns.update()
             self._columns_used_at = time.monotonic()

@@ -7,14 +7,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pyarrow as pa
 import uvicorn
 from fastapi import FastAPI
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Answer at `listener` until SIGINT or SIGTERM; open streams are ended then."""
-    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it was given
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
     _Server(config, app).run(sockets=[listener])
 

@@ -20,11 +20,13 @@ from cluster.dashboard.run_view import RunView
 from cluster.dashboard.store_view import StoreView
 from configs.errors import NotFound, ShardyardError
 
-RUN_EVERY_S, STORE_EVERY_S = 0.5, 2.0
+RUN_EVERY_S, STORE_EVERY_S = 0.25, 2.0
 REMOTE_EVERY_S = 5.0  # each look is some requests there, and training writes every 10 s
 KEEP_ALIVE_S = 10.0
 MOST_ROWS = 500  # of metrics in one message; a page that is further behind asks for its curves again
-_MOST_WAITING = 200  # messages; a reader that is slower is sent away, and comes back with the id of the last it had
+_MOST_WAITING = (
+    200  # looks with news; a reader that is slower is sent away, and comes back with the id of the last it had
+)
 
 
 class _Hub(ABC):
@@ -74,7 +76,8 @@ class _Hub(ABC):
                 yield each
             while True:
                 try:
-                    new = await asyncio.wait_for(queue.get(), KEEP_ALIVE_S)
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        new = await queue.get()
                 except TimeoutError:
                     new = ": still here\n\n"
                 if new is None:
@@ -117,10 +120,12 @@ class _Hub(ABC):
         self._task = None
 
     def _tell(self, news: list[str]) -> None:
-        late = {queue for queue in self._readers if queue.qsize() + len(news) >= _MOST_WAITING}
+        if not news:
+            return
+        text = "".join(news)  # at once: what a reader costs is mostly that something is sent to it
+        late = {queue for queue in self._readers if queue.full()}
         for queue in self._readers - late:
-            for each in news:
-                queue.put_nowait(each)
+            queue.put_nowait(text)
         self._send_away(late)
 
     def _send_away(self, queues: set[asyncio.Queue[str | None]]) -> None:
@@ -180,7 +185,7 @@ class RunHub(_Hub):
         found = []
         if start[0] > stop[0] or start[1] > stop[1] or stop[0] - start[0] > MOST_ROWS:
             return [message("reset", {}, self._id(stop))], stop  # another record of this run, or too much
-        rows = self._view.rows(start[0], stop[0])
+        rows = self._view.rows(start[0], stop[0]) if start[0] < stop[0] else []
         events = self._view.arrived()[start[1] : stop[1]]
         if rows:
             found.append(message("rows", rows, self._id((stop[0], start[1]))))

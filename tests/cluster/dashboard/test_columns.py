@@ -30,7 +30,7 @@ def write(run: Store, seed: int, rows: int, attempt: int = 1) -> None:
     writer = RowWriter(run, "metrics", attempt, "rank-00000")
     for step in range(rows):
         values = {name: rng.choice([rng.random(), math.nan, math.inf, 3]) for name in NAMES if rng.random() < 0.7}
-        writer.append({"time": 1e9 + step, "attempt": attempt, "step": step, "values": values})
+        writer.append({"time": 1e9 + step / 4, "attempt": attempt, "step": step, "values": values})
     writer.close()
 
 
@@ -69,12 +69,15 @@ def run(tmp_path: Path) -> Store:
     return store
 
 
-@pytest.fixture(params=[7, 100, 10_000])
+@pytest.fixture(params=[(7, 0), (100, 0), (100, 1 << 30), (10_000, 0), (10_000, 1 << 30)])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(columns, "CHUNK", request.param)
-    monkeypatch.setattr(columns, "_BLOCK_BYTES", 50 * request.param)
+    size, few = request.param
+    monkeypatch.setattr(columns, "CHUNK", size)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 50 * size)
+    monkeypatch.setattr(columns, "_PIECE_BYTES", 9 * size)
+    monkeypatch.setattr(columns, "_FEW_BYTES", few)
     monkeypatch.setattr(columns, "_FEW_ROWS", 60)
-    return int(request.param)
+    return int(size)
 
 
 def test_they_are_the_records_and_stay_so_as_it_grows(run: Store, tmp_path: Path, chunk: int) -> None:
@@ -148,6 +151,7 @@ def test_arrow_reads_what_python_reads(
 
 def test_arrow_reads_the_rows_of_a_usual_run() -> None:
     rows = [{"time": 1e9, "attempt": 1, "step": step, "values": {"loss": 1.5, "lr": 1}} for step in range(5)]
+    rows[2]["values"] = {"lr": 1e-3, "validation/loss": 2}  # of another kind
     assert columns._decoded("".join(encode_row(row) for row in rows).encode()) is not None
 
 

@@ -28,14 +28,18 @@ class Reader:
 
     def __init__(self, messages: AsyncIterator[str]) -> None:
         self._messages = messages
+        self._waiting: list[str] = []  # of what came together
         self.told: list[tuple[str, Any]] = []
         self.last_id: str | None = None
 
     async def until(self, kind: str) -> Any:
         """The content of the next message of a kind."""
         while True:
-            text = await asyncio.wait_for(anext(self._messages), TIMEOUT_S)
-            fields = dict(line.split(": ", 1) for line in text.strip().splitlines() if not line.startswith(":"))
+            if not self._waiting:
+                text = await asyncio.wait_for(anext(self._messages), TIMEOUT_S)
+                self._waiting = text.strip().split("\n\n")
+            lines = self._waiting.pop(0).splitlines()
+            fields = dict(line.split(": ", 1) for line in lines if not line.startswith(":"))
             self.last_id = fields.get("id", self.last_id)
             if "event" in fields:
                 self.told.append((fields["event"], json.loads(fields["data"])))
