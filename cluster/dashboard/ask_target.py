@@ -47,21 +47,26 @@ def _nodes(settings: Target) -> list[dict[str, Any]] | None:
 
 
 def _of_ray(settings: RayTarget) -> list[dict[str, Any]]:
-    from cluster.targets.ray_dashboard import alive_nodes, open_client
+    from cluster.targets.ray_dashboard import alive_nodes, node_usage, open_client
 
-    return [
-        {
-            "node": node.get("node_ip") or node["node_id"][:12],
-            "state": node["state"].lower(),
-            "cpus": node["resources_total"].get("CPU", 0),
-            "used_cpus": None,
-            "gpus": node["resources_total"].get("GPU", 0),
-            "used_gpus": None,
-            "memory_bytes": node["resources_total"].get("memory"),
-            "used_bytes": None,
-        }
-        for node in alive_nodes(open_client(settings.address))
-    ]
+    client = open_client(settings.address)
+    taken = node_usage(client)
+    return [ray_node(node, taken.get(node["node_id"], {})) for node in alive_nodes(client)]
+
+
+def ray_node(node: dict[str, Any], taken: dict[str, float]) -> dict[str, Any]:
+    """A node of the state API, and what node_usage says of it."""
+    has = node["resources_total"]
+    return {
+        "node": node.get("node_ip") or node["node_id"][:12],
+        "state": node["state"].lower(),
+        "cpus": has.get("CPU", 0),
+        "used_cpus": taken.get("CPU"),
+        "gpus": has.get("GPU", 0),
+        "used_gpus": taken.get("GPU"),
+        "memory_bytes": taken.get("memory_bytes", has.get("memory")),
+        "used_bytes": taken.get("used_bytes"),
+    }
 
 
 def _of_slurm(settings: SlurmTarget) -> list[dict[str, Any]]:

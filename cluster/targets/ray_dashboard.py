@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from typing import Any
 
@@ -78,3 +79,23 @@ def alive_nodes(client: Any) -> list[dict[str, Any]]:
     answer = client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000")
     answer.raise_for_status()
     return [node for node in answer.json()["data"]["result"]["result"] if node["state"] == "ALIVE"]
+
+
+def node_usage(client: Any) -> dict[str, dict[str, float]]:
+    """What of each node is taken, by its id: {CPU, GPU: by Ray's count, memory_bytes, used_bytes: of its host}.
+
+    Ray counts every few seconds. Empty, or without an entry, where it does not tell.
+    """
+    answer = client._do_request("GET", "/nodes?view=summary")
+    answer.raise_for_status()
+    told = answer.json()["data"]
+    found: dict[str, dict[str, float]] = {}
+    for node_id, text in told["nodeLogicalResources"].items():
+        # Lines as "1.0/2.0 CPU", and "1.0/2.0 CPU (1.0 used of 1.0 reserved in placement groups)".
+        counts = re.findall(r"^([\d.]+)/[\d.]+ (CPU|GPU)\b", text, re.MULTILINE)
+        found[node_id] = {"CPU": 0.0, "GPU": 0.0} | {name: float(used) for used, name in counts}
+    for node in told["summary"]:
+        if node.get("mem"):
+            total, free = node["mem"][:2]
+            found.setdefault(node["raylet"]["nodeId"], {}).update(memory_bytes=total, used_bytes=total - free)
+    return found

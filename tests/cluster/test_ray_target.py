@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ pytestmark = [pytest.mark.daemon, pytest.mark.skipif(bool(missing()), reason=f"n
 
 TRAIN = ("train", "run.yaml", "--on", "lab")
 MANY, HARMED_AFTER = 100_000, 20
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = {"checkpoint": {"every": 15}, "determinism": "exact", "zero": {"stage": 1}}
 
 # A GPT that writes down where it is built, and from which files.
@@ -162,6 +166,31 @@ def test_it_is_left_alone_come_back_to_and_stopped(site: RaySite, tmp_path: Path
     assert user.record().checkpoints()[-1]["step"] == stopped["step"], "it was saved"
     assert f"has stopped after step {stopped['step']:,}" in again.said
     wait_for(lambda: jobs(site)[job] == "SUCCEEDED", "the end of the job")
+
+
+def test_the_dashboard_is_told_what_of_the_nodes_is_taken(site: RaySite, tmp_path: Path) -> None:
+    user = user_of(site, tmp_path, MANY)
+
+    def nodes() -> dict[str, dict[str, Any]]:
+        asked = subprocess.run(
+            [sys.executable, "-m", "cluster.dashboard.ask_target", "lab"],
+            cwd=tmp_path,
+            env=os.environ | site.environment | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+        return {node["node"]: node for node in json.loads(asked.stdout)["nodes"]}
+
+    following = train_until(user, 1)
+    try:
+        wait_for(lambda: sum(node["used_cpus"] for node in nodes().values()) >= 2, "Ray's count of its CPUs", TRAIN_S)
+        found = nodes()
+        assert len(found) == 3
+        assert all(0 <= node["used_cpus"] <= node["cpus"] for node in found.values())
+        assert all(0 < node["used_bytes"] < node["memory_bytes"] for node in found.values())
+    finally:
+        following.end()
 
 
 def test_the_first_failure_is_named(site: RaySite, tmp_path: Path) -> None:

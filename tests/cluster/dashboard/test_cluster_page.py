@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from cluster.dashboard import resources
-from cluster.dashboard.ask_target import slurm_node
+from cluster.dashboard.ask_target import ray_node, slurm_node
+from cluster.targets.ray_dashboard import node_usage
 from tests.cluster.dashboard import stores
 from tests.cluster.dashboard.page_store import TAG, live_run, run
 
@@ -26,6 +28,31 @@ def test_a_store_alone_tells_where_runs_were(client: TestClient, store: Path) ->
     found = {row["run"]: row for row in client.get("/api/cluster").json()["placements"]}
     assert found["one"]["nodes"] == {"n1": 1, "n2": 1} and found["one"]["target"] == "local"
     assert sum(found["alone"]["nodes"].values()) == 3 and "?" not in found["alone"]["nodes"]
+
+
+def test_what_ray_tells_of_its_nodes() -> None:
+    told = {
+        "nodeLogicalResources": {
+            "a": "3.5/8.0 CPU (3.0 used of 4.0 reserved)\n1.0/4.0 GPU\n0B/14GiB memory\n0.0/1.0 CPU_x",
+            "b": "0B/14GiB memory",
+        },
+        "summary": [
+            {"raylet": {"nodeId": "a"}, "mem": [100, 40, 60.0, 60]},
+            {"raylet": {"nodeId": "c"}, "mem": []},
+        ],
+    }
+    answer = SimpleNamespace(raise_for_status=lambda: None, json=lambda: {"data": told})
+    usage = node_usage(SimpleNamespace(_do_request=lambda *_: answer))
+    assert usage == {
+        "a": {"CPU": 3.5, "GPU": 1.0, "memory_bytes": 100, "used_bytes": 60},
+        "b": {"CPU": 0.0, "GPU": 0.0},
+    }
+    node = {"node_id": "a", "node_ip": "10.0.0.1", "state": "ALIVE", "resources_total": {"CPU": 8, "GPU": 4}}
+    found = ray_node(node, usage["a"])
+    assert (found["used_cpus"], found["cpus"], found["used_gpus"], found["gpus"]) == (3.5, 8, 1.0, 4)
+    assert (found["used_bytes"], found["memory_bytes"]) == (60, 100)
+    untold = ray_node(node | {"resources_total": {"CPU": 8, "memory": 50}}, {})
+    assert untold["used_cpus"] is untold["used_gpus"] is untold["used_bytes"] is None and untold["memory_bytes"] == 50
 
 
 @pytest.mark.parametrize(
