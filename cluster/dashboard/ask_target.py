@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.targets import open_target
 from configs.errors import ShardyardError
-from configs.targets import RayTarget, SlurmTarget, Target, load_target
+from configs.targets import KuberayTarget, RayTarget, SlurmTarget, Target, load_target
 from trainer.redact import Redactor
 
 _SINFO = "NodeHost:200,StateCompact:30,CPUsState:60,Memory:30,FreeMem:30,Gres:200,GresUsed:200"
@@ -43,7 +43,9 @@ def ask(settings: Target) -> dict[str, Any]:
 def _nodes(settings: Target) -> list[dict[str, Any]] | None:
     if isinstance(settings, RayTarget):
         return _of_ray(settings)
-    return _of_slurm(settings) if isinstance(settings, SlurmTarget) else None
+    if isinstance(settings, SlurmTarget):
+        return _of_slurm(settings)
+    return _of_kubernetes(settings) if isinstance(settings, KuberayTarget) else None
 
 
 def _of_ray(settings: RayTarget) -> list[dict[str, Any]]:
@@ -66,6 +68,35 @@ def ray_node(node: dict[str, Any], taken: dict[str, float]) -> dict[str, Any]:
         "used_gpus": taken.get("GPU"),
         "memory_bytes": taken.get("memory_bytes", has.get("memory")),
         "used_bytes": taken.get("used_bytes"),
+    }
+
+
+def _of_kubernetes(settings: KuberayTarget) -> list[dict[str, Any]] | None:
+    from cluster.targets.kuberay_api import Api
+
+    try:
+        nodes = Api(settings.context).items("/api/v1/nodes")
+    except ShardyardError:  # they are not the namespace's: whoever may see its jobs may not see them
+        return None
+    return [kubernetes_node(node) for node in nodes]
+
+
+def kubernetes_node(node: dict[str, Any]) -> dict[str, Any]:
+    """A v1.Node. What is taken of it only its pods of all namespaces would tell."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    has = {name: float(parse_quantity(amount)) for name, amount in node["status"].get("allocatable", {}).items()}
+    conditions = {each["type"]: each["status"] for each in node["status"].get("conditions", [])}
+    cordoned = ", cordoned" if node.get("spec", {}).get("unschedulable") else ""
+    return {
+        "node": node["metadata"]["name"],
+        "state": ("ready" if conditions.get("Ready") == "True" else "not ready") + cordoned,
+        "cpus": has.get("cpu", 0.0),
+        "used_cpus": None,
+        "gpus": has.get("nvidia.com/gpu", 0.0),
+        "used_gpus": None,
+        "memory_bytes": has.get("memory"),
+        "used_bytes": None,
     }
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.dashboard import ask_target
 from cluster.targets import Status, kuberay
 from configs.errors import NotFound, TimedOut, UsageError
+from configs.targets import KuberayTarget
 from tests.cluster.kuberay_operator import STORE, Operator, job, target
 from tests.cluster.kubernetes_server import KubernetesServer
 
@@ -220,3 +222,32 @@ def test_the_log_is_the_submitters_else_the_heads_else_what_kuberay_says(
     assert prod.logs(job_id) == "Ray runtime started.\n"
     server.log(operator.pod("submitter"), "step 1", "step 2")
     assert prod.logs(job_id) == "step 1\nstep 2\n"
+
+
+# What the dashboard shows of it
+
+
+def test_the_dashboard_is_told_of_nodes_where_they_may_be_listed(server: KubernetesServer, operator: Operator) -> None:
+    target().submit(job())
+    server.put(
+        "nodes",
+        {
+            "metadata": {"name": "gpu-1"},
+            "spec": {"unschedulable": True},
+            "status": {
+                "allocatable": {"cpu": "7500m", "memory": "2Gi", "nvidia.com/gpu": "8"},
+                "conditions": [{"type": "DiskPressure", "status": "True"}, {"type": "Ready", "status": "True"}],
+            },
+        },
+    )
+    server.put(
+        "nodes", {"metadata": {"name": "lost"}, "status": {"conditions": [{"type": "Ready", "status": "Unknown"}]}}
+    )
+    settings = KuberayTarget(image="registry/shardyard:1")
+    gpu, lost = ask_target.ask(settings)["nodes"]
+    assert (gpu["node"], gpu["state"], gpu["cpus"], gpu["gpus"]) == ("gpu-1", "ready, cordoned", 7.5, 8)
+    assert (gpu["memory_bytes"], gpu["used_gpus"]) == (2 << 30, None)
+    assert (lost["node"], lost["state"], lost["gpus"], lost["memory_bytes"]) == ("lost", "not ready", 0, None)
+    server.deny("list", "nodes")
+    told = ask_target.ask(settings)
+    assert told["nodes"] is None and [queued["run"] for queued in told["jobs"]] == ["demo"]
