@@ -93,6 +93,21 @@ document.addEventListener("click", (event) => {
   show(link.href);
 });
 
+// --- looking ahead: the first time that anybody asks for a run's curves takes the server a moment
+
+const foreseen = new Set();
+
+function foresee(run) {
+  if (foreseen.has(run)) return;
+  foreseen.add(run);
+  get(`/api/runs/${encodeURIComponent(run)}`).catch(() => {}); // whoever goes there is told
+}
+
+document.addEventListener("pointerover", (event) => {
+  const name = event.target.closest("table.runs tbody th.name");
+  if (name) foresee(name.closest("tr").dataset.key);
+});
+
 // --- comparing
 
 function ticked() {
@@ -109,7 +124,9 @@ function count() {
 }
 
 document.addEventListener("change", (event) => {
-  if (event.target.name === "compare") count();
+  if (event.target.name !== "compare") return;
+  count();
+  if (event.target.checked) foresee(event.target.value);
 });
 
 document.addEventListener("click", (event) => {

@@ -152,6 +152,17 @@ def test_curves_come_as_rows_are_seen(page: Any, server: Dashboard) -> None:
     page.wait_for_selector('[data-sparkline="aa"] polyline')
 
 
+def test_a_run_that_is_about_to_be_looked_at_is_read_once(page: Any, server: Dashboard) -> None:
+    page.goto(f"{server.address}/?search=finished")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(f"{server.address}/api/runs/")))
+    page.locator('tr[data-key="aa"] th a').hover()
+    for name in ("aa", "bb"):
+        page.get_by_label(f"Compare {name}", exact=True).check()
+    wait_for(lambda: {"aa", "bb"} <= set(asked))
+    assert (asked.count("aa"), asked.count("bb")) == (1, 1)
+
+
 def test_ticked_runs_are_compared_by_keyboard(page: Any, server: Dashboard) -> None:
     page.goto(f"{server.address}/?search=finished")
     for name in ("aa", "bb"):
