@@ -143,9 +143,17 @@ export async function get(path, parameters = {}, signal = undefined) {
 
 /** Asks for a change; the answer as JSON. Throws an Error with the server's explanation. */
 export async function post(path, body = {}) {
-  const token = document.querySelector('meta[name="forgery-token"]').content;
-  const headers = { "content-type": "application/json", "x-shardyard-token": token };
-  return answer(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
+  const token = document.querySelector('meta[name="forgery-token"]');
+  const send = () =>
+    fetch(path, { method: "POST", headers: { "content-type": "application/json", "x-shardyard-token": token.content }, body: JSON.stringify(body) });
+  let response = await send();
+  if (response.status === 403) {
+    // The server may have been started anew since the page was loaded: its pages have another token then.
+    const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
+    token.content = page.querySelector('meta[name="forgery-token"]')?.content ?? "";
+    response = await send();
+  }
+  return answer(response);
 }
 
 async function answer(response) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -11,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.dashboard.browser import Dashboard, Watch, dashboard, until
+from tests.cluster.dashboard.browser import PARTS, Dashboard, Watch, chart, dashboard, drawn, until, visit
 from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
 from trainer.record import RunRecord
 
 pytestmark = pytest.mark.daemon
 
-PARTS = ("curves", "speed", "timeline", "logs", "config", "media", "data")
 SPIKE_AT, SPIKE = 1234, 40.0
 
 
@@ -31,32 +29,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Da
     write_run(store, spike_at=SPIKE_AT, spike=SPIKE)
     with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
         yield started
-
-
-def visit(page: Any, address: str) -> None:
-    """Load a page anew, also where the address differs behind the # alone."""
-    page.goto("about:blank")
-    page.goto(address)
-
-
-def chart(page: Any, metric: str) -> Any:
-    """The first chart of a metric, scrolled into view and drawn."""
-    found = page.locator(f"#curves .chart[data-metric={json.dumps(metric)}]")
-    found.scroll_into_view_if_needed()
-    until(page, "chart => chart.dataset.state === 'shown' && chart.chart.plot", found.element_handle())
-    return found
-
-
-def drawn(of: Any) -> dict[str, Any]:
-    """What uPlot was given to draw, and between which heights it draws it."""
-    found: dict[str, Any] = of.evaluate(
-        """({chart}) => ({
-            x: [...chart.plot.data[0]], max: [...chart.plot.data[1]], min: [...chart.plot.data[2]],
-            line: [...chart.plot.data[3]], low: chart.plot.scales.y.min, high: chart.plot.scales.y.max,
-            from: chart.plot.scales.x.min, to: chart.plot.scales.x.max,
-            shown: chart.plot.series.map((each) => each.show !== false)})"""
-    )
-    return found
 
 
 def ink(of: Any, x: float, y: float) -> int:
