@@ -64,11 +64,11 @@ export function number(value) {
   return Number.isInteger(value) || size >= 1e4 ? WHOLE.format(value) : FOUR.format(value);
 }
 
-/** In few characters: 12.3k, 4.56M, 1.2B. */
+/** For axes, in few characters that still tell one tick from the next: 12k, 12.485k, 4.56M. */
 export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return PLACEHOLDER;
   for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
-    if (Math.abs(value) >= size) return `${(value / (unit === "k" ? 1e3 : size)).toPrecision(3)}${unit}`;
+    if (Math.abs(value) >= size) return `${Number((value / (unit === "k" ? 1e3 : size)).toPrecision(6))}${unit}`;
   }
   return number(value);
 }
