@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from unittest import mock
 
 import uvicorn
@@ -54,7 +54,7 @@ class Shot(NamedTuple):
     name: str
     path: str
     ready: str
-    scheme: str = "light"
+    scheme: Literal["light", "dark"] = "light"
     size: tuple[int, int] = (1280, 800)
 
 
