@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-runs test-rest test-cluster check lint types chaos matrix bench results peers lock clean
+.PHONY: help setup demo test test-runs test-rest test-cluster check lint types chaos matrix bench results peers lock screenshots clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -78,6 +78,9 @@ peers: setup  ## install the loaders that `make bench` compares with (uses the n
 lock: setup  ## write constraints.txt anew from what is installed
 	@{ echo '# Every installed version, exactly: the only place that pins. Regenerate with `make lock`.'; \
 	   $(BIN)/python -m pip freeze --exclude-editable | sed 's/^torch==.*/torch==2.13.0/'; } > constraints.txt
+
+screenshots: setup  ## the dashboard's pictures in docs/images, of runs that are made up (needs Chromium)
+	$(BIN)/python docs/make_screenshots.py
 
 clean:  ## remove the .venv and what tools left; runs/ stays
 	rm -rf .venv .mypy_cache .ruff_cache *.egg-info

@@ -64,11 +64,11 @@ export function number(value) {
   return Number.isInteger(value) || size >= 1e4 ? WHOLE.format(value) : FOUR.format(value);
 }
 
-/** In few characters: 12.3k, 4.56M, 1.2B. */
+/** For axes, in few characters that still tell one tick from the next: 12k, 12.485k, 4.56M. */
 export function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return PLACEHOLDER;
   for (const [size, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e4, "k"]]) {
-    if (Math.abs(value) >= size) return `${(value / (unit === "k" ? 1e3 : size)).toPrecision(3)}${unit}`;
+    if (Math.abs(value) >= size) return `${Number((value / (unit === "k" ? 1e3 : size)).toPrecision(6))}${unit}`;
   }
   return number(value);
 }
@@ -143,9 +143,17 @@ export async function get(path, parameters = {}, signal = undefined) {
 
 /** Asks for a change; the answer as JSON. Throws an Error with the server's explanation. */
 export async function post(path, body = {}) {
-  const token = document.querySelector('meta[name="forgery-token"]').content;
-  const headers = { "content-type": "application/json", "x-shardyard-token": token };
-  return answer(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
+  const token = document.querySelector('meta[name="forgery-token"]');
+  const send = () =>
+    fetch(path, { method: "POST", headers: { "content-type": "application/json", "x-shardyard-token": token.content }, body: JSON.stringify(body) });
+  let response = await send();
+  if (response.status === 403) {
+    // The server may have been started anew since the page was loaded: its pages have another token then.
+    const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
+    token.content = page.querySelector('meta[name="forgery-token"]')?.content ?? "";
+    response = await send();
+  }
+  return answer(response);
 }
 
 async function answer(response) {

@@ -105,6 +105,7 @@ export class Logs {
       this.last = piece.stop;
       this.older.hidden = this.first === 0;
       this.add(piece);
+      if (piece.size_bytes === 0) this.say("This worker has printed nothing yet.");
       if (start === null) this.toEnd();
       else this.box.scrollTop = 0;
       this.again();
@@ -126,6 +127,7 @@ export class Logs {
   }
 
   add(piece) {
+    if (piece.lines.length) this.list.querySelector(".empty")?.remove();
     // The last line was without an end yet, and comes again.
     while (this.list.lastChild && Number(this.list.lastChild.dataset.place) >= piece.start && piece.lines.length) this.list.lastChild.remove();
     this.list.append(...piece.lines.map((line) => this.line(line)));

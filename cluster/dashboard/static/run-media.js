@@ -21,7 +21,7 @@ export class Media {
     const [pictures, samples] = [newest("picture"), newest("sample")];
     this.host.replaceChildren();
     if (!pictures.length && !samples.length) {
-      this.host.append(el("p", { class: "empty", text: "The run has recorded no text and no pictures. evaluation.sample_tokens asks for text." }));
+      this.host.append(el("p", { class: "empty", text: "There is no text and there are no pictures yet: a run records them at its end. evaluation.sample_tokens asks for text." }));
     }
     this.list("picture", "Pictures", pictures, "pictures", (event) => {
       const path = String(event.path).replace(/^pictures\//, "").split("/").map(encodeURIComponent).join("/");

@@ -60,7 +60,7 @@ export class Timeline {
     for (const time of ticks(start, end, Math.max(2, Math.floor(width / 140)))) {
       made.append(
         svg("line", { class: "rule", x1: at(time), x2: at(time), y1: 0, y2: height - 20 }),
-        svg("text", { class: "tick", x: at(time), y: height - 6, "text-anchor": "middle", text: time === start ? "0s" : duration(time - start) }),
+        svg("text", { class: "tick", x: at(time), y: height - 6, "text-anchor": "middle", text: time === start ? "0s" : duration(time - start).replace(/ 0.$/, "") }),
       );
     }
     const numbers = [...attempts.keys()];

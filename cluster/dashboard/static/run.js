@@ -74,8 +74,10 @@ function show(summary) {
   field("restarts").textContent = number(summary.restarts);
   field("started_at").replaceChildren(ago(summary.started_at));
   field("updated_at").replaceChildren(ago(summary.updated_at));
-  field("attention").replaceChildren(
-    ...summary.attention.map((each) => el("p", { class: "notice bad" }, el("b", { text: `${each.kind}: ` }), each.text, " ", ago(each.time))),
+  field("attention").hidden = summary.attention.length === 0;
+  field("attention").firstElementChild.replaceChildren(
+    ...summary.attention.map((each) =>
+      el("li", {}, el("span", { class: "badge", "data-kind": each.kind, text: each.kind }), el("span", { class: "wrap", text: each.text }), el("span", { class: "when" }, ago(each.time)))),
   );
   field("stop").hidden = !["running", "queued"].includes(status);
   field("resume").hidden = !["stopped", "failed", "lost"].includes(status);
@@ -156,11 +158,13 @@ addEventListener("popstate", (event) => {
   else location.reload(); // an address that somebody typed or pasted
 });
 
-// --- what is there, then what comes: followed from before it is fetched, so that nothing falls between
+// --- what is there, then what comes: fetched once the stream has said that it begins, so that nothing falls between
 
+const LATE_MS = 1000; // a stream that other pages keep waiting: a browser has few connections to a server
 const BOUND = /^(loss|grad_norm)_(min|max|bad)$/; // drawn with the curve that they bound
 const held = []; // what the stream tells before the rest is there
 let ready = false;
+let followed = false;
 
 function tell(what) {
   if (ready) what();
@@ -168,7 +172,11 @@ function tell(what) {
 }
 
 follow(`${path}/stream`, {
-  summary: show,
+  summary: (summary) => {
+    show(summary);
+    if (!followed) begin();
+    followed = true;
+  },
   rows: (rows) => tell(() => {
     const names = rows.flatMap((row) => Object.keys(row.values)).filter((metric) => !context.metrics.includes(metric) && !BOUND.test(metric));
     if (names.length) {
@@ -179,7 +187,8 @@ follow(`${path}/stream`, {
     context.charts.append(rows);
   }),
   events: (events) => tell(() => {
-    context.events.push(...events);
+    const same = (one, other) => one.time === other.time && one.kind === other.kind && one.attempt === other.attempt;
+    context.events.push(...events.filter((event) => !context.events.some((each) => same(each, event)))); // as it was fetched
     context.events.sort((a, b) => a.attempt - b.attempt || a.time - b.time); // they come as they are written
     parts[selected].take?.(events);
   }),
@@ -187,6 +196,14 @@ follow(`${path}/stream`, {
 });
 
 async function begin() {
+  try {
+    await fetchAll();
+  } catch (error) {
+    field("answer").replaceChildren(el("p", { class: "notice bad", text: error.message }));
+  }
+}
+
+async function fetchAll() {
   const [run, events] = await Promise.all([get(path), get(`${path}/events`)]);
   show(run);
   context.events = events;
@@ -201,4 +218,4 @@ async function begin() {
   for (const what of held.splice(0)) what();
 }
 
-begin().catch((error) => field("answer").replaceChildren(el("p", { class: "notice bad", text: error.message })));
+setTimeout(() => followed || begin(), LATE_MS);

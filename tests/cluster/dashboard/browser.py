@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -18,12 +19,13 @@ import pytest
 
 CHROMIUM = shutil.which("chromium")
 # The system's browser, asking nobody on the network for anything.
-_QUIET = (
+QUIET = (
     "--no-sandbox --disable-background-networking --disable-component-update --disable-default-apps --disable-sync "
     "--disable-domain-reliability --no-first-run --no-default-browser-check --disable-gpu --disable-dev-shm-usage"
 )
 STARTS_WITHIN_S = 60.0
 TRUE_WITHIN_S = 60.0
+PARTS = ("curves", "speed", "timeline", "logs", "config", "media", "data")  # of a run's page
 
 
 class Dashboard:
@@ -35,27 +37,27 @@ class Dashboard:
             self.port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}"
         self._store, self._cache = store, cache
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Return when it answers."""
         command = [sys.executable, "-m", "cluster.cli", "ui", "--store", str(self._store), "--port", str(self.port)]
-        self._process = subprocess.Popen(command, env={**os.environ, "XDG_CACHE_HOME": str(self._cache)})
+        self.process = subprocess.Popen(command, env={**os.environ, "XDG_CACHE_HOME": str(self._cache)})
         deadline = time.monotonic() + STARTS_WITHIN_S
         while True:
             try:
                 urllib.request.urlopen(f"{self.address}/api/runs", timeout=5).read()
                 return
             except OSError:
-                assert self._process.poll() is None, "the server has ended"
+                assert self.process.poll() is None, "the server has ended"
                 assert time.monotonic() < deadline, "the server does not answer"
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """End the process."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
+        """Kill the process."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=_QUIET.split())
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
         try:
             yield started
         finally:
@@ -102,6 +104,32 @@ def until(page: Any, told: str, argument: Any = None) -> None:
     while not page.evaluate(told, argument):
         assert time.monotonic() < deadline, f"still not so: {told}"
         time.sleep(0.05)
+
+
+def visit(page: Any, address: str) -> None:
+    """Load a page anew, also where the address differs behind the # alone."""
+    page.goto("about:blank")
+    page.goto(address)
+
+
+def chart(page: Any, metric: str) -> Any:
+    """The first chart of a metric, scrolled into view and drawn."""
+    found = page.locator(f"#curves .chart[data-metric={json.dumps(metric)}]")
+    found.scroll_into_view_if_needed()
+    until(page, "chart => chart.dataset.state === 'shown' && chart.chart.plot", found.element_handle())
+    return found
+
+
+def drawn(of: Any) -> dict[str, Any]:
+    """What uPlot was given to draw, and between which heights it draws it."""
+    found: dict[str, Any] = of.evaluate(
+        """({chart}) => ({
+            x: [...chart.plot.data[0]], max: [...chart.plot.data[1]], min: [...chart.plot.data[2]],
+            line: [...chart.plot.data[3]], low: chart.plot.scales.y.min, high: chart.plot.scales.y.max,
+            from: chart.plot.scales.x.min, to: chart.plot.scales.x.max,
+            shown: chart.plot.series.map((each) => each.show !== false)})"""
+    )
+    return found
 
 
 class Watch:

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 
 import trainer.record
+from cluster.sweep_folder import Spec, SweepFolder
 from configs.load import load
 from data_pipelines.storage import Store
 from trainer.pictures import encode_png
@@ -128,6 +129,21 @@ def metrics(step: int, steps: int, attempt: int = 1) -> dict[str, float]:
         "data/1-code/share": 1 - share,
         f"odd/{TAGS}": rng.random(),
     }
+
+
+def write_sweep(store: Path) -> None:
+    """One of four trials, `lr`: two have ended well, one has no finite value, one has failed."""
+    base = load(RECIPE, [f"store={store}", "name=base", "steps=100", "tracking.mlflow=null"])
+    trials = [{"optimizer.lr": lr, "model.num_layers": layers} for lr in (1e-4, 1e-3) for layers in (2, 4)]
+    spec = Spec("grid", ["optimizer.lr=1e-4,1e-3", "model.num_layers=2,4"], "validation/loss", "min", 0, trials)
+    folder = SweepFolder.create(Store(store), "lr", spec, base)
+    for number, value in ((1, 3.0), (2, 2.0), (3, math.nan)):
+        record = folder.create_run(folder.trial(number))
+        record.next_attempt()
+        record.metrics(1, {"validation/loss": value})
+        record.event("finished", step=1)
+        record.close()
+    folder.fail_trial(4, TAGS)
 
 
 def write_checkpoint(record: RunRecord, step: int) -> None:

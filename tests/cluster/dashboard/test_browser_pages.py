@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from cluster.sweep_folder import Spec, SweepFolder
-from configs.load import load
 from configs.schema import Plugin
 from data_pipelines.build import ensure_dataset
 from data_pipelines.storage import Store
 from tests.cluster.dashboard.browser import Dashboard, Watch, dashboard
-from tests.cluster.dashboard.stores import RECIPE, TAGS, create, metrics, write_run
+from tests.cluster.dashboard.stores import TAGS, create, metrics, write_run, write_sweep
 from trainer.record import RunRecord
 
 pytestmark = pytest.mark.daemon
@@ -59,20 +56,6 @@ def server(
     write_sweep(store)
     with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
         yield started
-
-
-def write_sweep(store: Path) -> None:
-    base = load(RECIPE, [f"store={store}", "name=base", "steps=100", "tracking.mlflow=null"])
-    trials = [{"optimizer.lr": lr, "model.num_layers": layers} for lr in (1e-4, 1e-3) for layers in (2, 4)]
-    spec = Spec("grid", ["optimizer.lr=1e-4,1e-3", "model.num_layers=2,4"], "validation/loss", "min", 0, trials)
-    folder = SweepFolder.create(Store(store), "lr", spec, base)
-    for number, value in ((1, 3.0), (2, 2.0), (3, math.nan)):
-        record = folder.create_run(folder.trial(number))
-        record.next_attempt()
-        record.metrics(1, {"validation/loss": value})
-        record.event("finished", step=1)
-        record.close()
-    folder.fail_trial(4, TAGS)
 
 
 def wait_for(true: Callable[[], bool], seconds: float = 30.0) -> None:

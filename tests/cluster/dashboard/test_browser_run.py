@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -11,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.dashboard.browser import Dashboard, Watch, dashboard, until
+from tests.cluster.dashboard.browser import PARTS, Dashboard, Watch, chart, dashboard, drawn, until, visit
 from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
 from trainer.record import RunRecord
 
 pytestmark = pytest.mark.daemon
 
-PARTS = ("curves", "speed", "timeline", "logs", "config", "media", "data")
 SPIKE_AT, SPIKE = 1234, 40.0
 
 
@@ -31,32 +29,6 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Da
     write_run(store, spike_at=SPIKE_AT, spike=SPIKE)
     with dashboard(store, tmp_path_factory.mktemp("cache")) as started:
         yield started
-
-
-def visit(page: Any, address: str) -> None:
-    """Load a page anew, also where the address differs behind the # alone."""
-    page.goto("about:blank")
-    page.goto(address)
-
-
-def chart(page: Any, metric: str) -> Any:
-    """The first chart of a metric, scrolled into view and drawn."""
-    found = page.locator(f"#curves .chart[data-metric={json.dumps(metric)}]")
-    found.scroll_into_view_if_needed()
-    until(page, "chart => chart.dataset.state === 'shown' && chart.chart.plot", found.element_handle())
-    return found
-
-
-def drawn(of: Any) -> dict[str, Any]:
-    """What uPlot was given to draw, and between which heights it draws it."""
-    found: dict[str, Any] = of.evaluate(
-        """({chart}) => ({
-            x: [...chart.plot.data[0]], max: [...chart.plot.data[1]], min: [...chart.plot.data[2]],
-            line: [...chart.plot.data[3]], low: chart.plot.scales.y.min, high: chart.plot.scales.y.max,
-            from: chart.plot.scales.x.min, to: chart.plot.scales.x.max,
-            shown: chart.plot.series.map((each) => each.show !== false)})"""
-    )
-    return found
 
 
 def ink(of: Any, x: float, y: float) -> int:
@@ -159,6 +131,13 @@ def test_a_restart_and_what_it_took_back(server: Dashboard, page: Any) -> None:
     assert bad == 10
 
 
+def test_ticks_tell_where_they_are(server: Dashboard, page: Any) -> None:
+    page.goto(f"{server.address}/runs/restarted")
+    ticks = [9000, 10000, 12250, 12485, 1.5e6, 1204000, 2e9, 0.25]
+    found = page.evaluate("async (ticks) => ticks.map((await import('/static/common.js')).short)", ticks)
+    assert found == ["9,000", "10k", "12.25k", "12.485k", "1.5M", "1.204M", "2B", "0.25"]
+
+
 def test_a_chart_has_its_numbers(server: Dashboard, page: Any) -> None:
     page.goto(f"{server.address}/runs/restarted#curves?from=1230&to=1240")
     loss = chart(page, "loss")
@@ -215,6 +194,18 @@ def test_logs(server: Dashboard, page: Any) -> None:
     log.get_by_text("rank 1 line 1235 of attempt 1", exact=True).wait_for()
 
 
+def test_a_log_without_a_line_says_so(server: Dashboard, page: Any, store: Path) -> None:
+    record = write_run(store, "silent", steps=80, fails_at=44, saved_at=40, spike_at=50)
+    path = record.store.local_path("attempts/0002/rank-00000.log")
+    assert path is not None
+    path.write_text("")
+    page.goto(f"{server.address}/runs/silent#logs?attempt=2&rank=0")
+    page.get_by_text("This worker has printed nothing yet.").wait_for()
+    path.write_text("at last\n")
+    page.get_by_role("log").get_by_text("at last", exact=True).wait_for()
+    assert page.get_by_text("This worker has printed nothing yet.").count() == 0
+
+
 def test_logs_are_followed(server: Dashboard, page: Any, store: Path) -> None:
     record = write_run(store, "talks", steps=80, fails_at=44, saved_at=40, spike_at=50, ended=False)
     page.goto(f"{server.address}/runs/talks#logs")
@@ -265,6 +256,23 @@ def test_rows_come_by_themselves_also_after_the_server_was_away(tmp_path: Path, 
         until(page, reached, [loss.element_handle(), write.step])
         until(page, "document.getElementById('connection').dataset.state === 'live'")
         assert drawn(loss)["x"][-22:] == list(range(write.step - 21, write.step + 1))  # nothing is lost, nothing twice
+    record.close()
+
+
+def test_what_comes_before_a_late_stream_is_not_missed(tmp_path: Path, page: Any) -> None:
+    write_run(tmp_path / "store", "late", steps=200, fails_at=100, saved_at=50, spike_at=1, ended=False)
+    record = RunRecord.open(str(tmp_path / "store"), "late")
+    record.attempt = 2
+    write = _Writer(record, first=201)
+    held: list[Any] = []
+    page.route(re.compile("/stream$"), lambda route: held.append(route))
+    with dashboard(tmp_path / "store", tmp_path / "cache") as server:
+        page.goto(f"{server.address}/runs/late")
+        loss = chart(page, "loss")
+        write.rows(5)
+        held[0].continue_()
+        until(page, "([chart, step]) => chart.chart.curve.x.at(-1) === step", [loss.element_handle(), write.step])
+        assert drawn(loss)["x"][-6:] == list(range(200, 206))
     record.close()
 
 

@@ -68,6 +68,12 @@ def test_what_needs_attention(
     assert f'data-kind="{kind}"' in client.get("/").text
 
 
+def test_what_the_status_says_is_not_said_again_beside_it(client: TestClient, store: Path) -> None:
+    record = live_run(store, "one", [2.0], failed={"error": "gone", "final": True})
+    assert record.status() == "failed" and attention(client) == {("one", "failed")}
+    assert 'class="flag"' not in client.get("/").text
+
+
 def test_a_run_that_fares_well_needs_none(client: TestClient, store: Path) -> None:
     live_run(store, "one", [8.0 * 0.99**step for step in range(60)])
     run(store, "two")

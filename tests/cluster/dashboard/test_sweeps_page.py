@@ -35,3 +35,15 @@ def test_a_sweep_tells_its_trials_the_best_first(client: TestClient, store: Path
     page = client.get("/sweeps/lr").text
     assert "lr-0002" in page and TAG not in page and "shardyard sweep --resume lr" in page
     assert "bad" in client.get("/sweeps").text
+
+
+def test_a_sweep_whose_trials_have_finished_has_nothing_to_go_on_with(client: TestClient, store: Path) -> None:
+    base = load(stores.RECIPE, [f"store={store}", "name=base", "steps=100", "tracking.mlflow=null"])
+    spec = Spec("grid", ["optimizer.lr=1e-3"], "validation/loss", "min", 0, [{"optimizer.lr": 1e-3}])
+    folder = SweepFolder.create(Store(store), "lr", spec, base)
+    record = folder.create_run(folder.trial(1))
+    record.next_attempt()
+    assert "--resume lr" in client.get("/sweeps/lr").text
+    record.event("finished", step=1)
+    record.close()
+    assert "--resume lr" not in client.get("/sweeps/lr").text
