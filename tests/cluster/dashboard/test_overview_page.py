@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from cluster.dashboard import overview
 from tests.cluster.dashboard import stores
-from tests.cluster.dashboard.page_store import attention, live_run, run
+from tests.cluster.dashboard.page_store import attention, checkpoint, live_run, run
 from trainer.record_rows import RowWriter
 
 
@@ -70,8 +70,37 @@ def test_what_needs_attention(
 
 def test_a_run_that_fares_well_needs_none(client: TestClient, store: Path) -> None:
     live_run(store, "one", [8.0 * 0.99**step for step in range(60)])
-    run(store, "two")
+    record = run(store, "two")
+    record.event("checkpoint_verified", step=80, damage=[])
+    record.close()
     assert attention(client) == set()
+
+
+def test_one_line_for_all_runs_that_ended_with_a_checkpoint_that_nobody_verified(
+    client: TestClient, store: Path
+) -> None:
+    def told() -> list[str]:
+        return [each["text"] for each in client.get("/api/overview").json()["attention"]]
+
+    checkpoint(live_run(store, "running", [2.0] * 5, checkpoint={"step": 5}), 5)
+    records = [run(store, f"run{number}") for number in range(8)]
+    records.pop().store.delete_dir("checkpoints/step-00000080")
+    (text,) = told()
+    assert "of 7 runs that have ended" in text and "and 2 more" in text and "running" not in text
+    assert "and 2 more" in client.get("/").text
+    for record in (*records[2:5], records[6]):
+        record.event("checkpoint_verified", step=80, damage=[])
+    records[5].event("started", step=80)
+    records[5].event("stopped", step=80)
+    records[0].event("checkpoint_verified", step=70, damage=[])  # of an older one
+    (text,) = told()
+    assert "of 2 runs that have ended" in text and "run0" in text and "run1" in text
+    records[1].event("checkpoint_verified", step=80, damage=[])
+    assert "a run that has ended was never verified (run0)" in told()[0]
+    records[1].event("checkpoint", step=80)  # saved anew
+    assert "of 2 runs" in told()[0]
+    for record in records:
+        record.close()
 
 
 def test_a_silent_run_is_stalled(client: TestClient, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
