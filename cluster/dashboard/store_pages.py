@@ -91,6 +91,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
             chosen=runs.split(","),
             runs=runs,
             views=views,
+            running=any(view.status() == "running" for view in views),
             error=error,
             metric=metric,
             metrics=compare.metric_names(views),
