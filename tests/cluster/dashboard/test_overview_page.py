@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from cluster.dashboard import overview
+from cluster.dashboard import overview, store_pages
 from tests.cluster.dashboard import stores
 from tests.cluster.dashboard.page_store import attention, checkpoint, live_run, run
 from trainer.record_rows import RowWriter
@@ -40,6 +41,26 @@ def test_counts_and_devices_are_of_all_runs(client: TestClient, store: Path, mon
     assert found["counts"] == {"running": 1, "finished": 1} and found["total"] == 2 and len(found["runs"]) == 1
     assert found["devices"]["kind"] == "GPU" and found["devices"]["used"] == 2
     assert 0 <= found["goodput"] <= 1
+
+
+def test_of_very_many_runs_the_first_are_shown(
+    client: TestClient, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_pages, "_MOST_RUNS", 3)
+    for number in range(5):
+        stores.create(store, f"run{number}", f"steps={100 + number}").close()
+
+    def shown(query: str) -> list[str]:
+        return re.findall(r'<tr data-key="(.*?)">', client.get(f"/?{query}").text)
+
+    up = "sort=run&order=up"
+    assert shown(up) == ["run0", "run1", "run2"] and len(client.get("/api/overview").json()["runs"]) == 5
+    assert shown("sort=run&order=down") == ["run4", "run3", "run2"] and shown("search=run4") == ["run4"]
+    page = client.get(f"/?{up}").text
+    assert "and 2 more" in page and 'href="/?sort=run&amp;order=up&amp;all=1">Show all 5<' in page
+    everything = client.get(f"/?{up}&all=1").text
+    assert shown(f"{up}&all=1") == [f"run{number}" for number in range(5)] and "Show all" not in everything
+    assert "all=1" in everything.partition("<thead>")[2].partition("</thead>")[0]  # another order is of all too
 
 
 @pytest.mark.parametrize(
