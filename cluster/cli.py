@@ -185,6 +185,7 @@ def _add_run_commands(commands: Any, command: Any) -> None:
     replay.add_argument("--step", type=_positive, required=True, metavar="N", help="as in the record, counted from 1")
     replay.add_argument("--workers", type=_positive, metavar="W", help="default: as many as ran the step")
     replay.add_argument("--top", type=_positive, default=10, metavar="N", help="examples to show (default: 10)")
+    replay.add_argument("--data-only", action="store_true", help="list its examples in their order; no model is run")
     generate = command(commands, "generate", "inference:generate", "continue a prompt with a trained language model")
     _add_run(generate, "RUN or RUN@STEP")
     generate.add_argument("--prompt", default="", help="text to continue")

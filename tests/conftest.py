@@ -15,6 +15,7 @@ LONGER = (
     "cluster/dashboard/test_data_sets_page.py",
     "cluster/dashboard/test_overview_page.py",
     "cluster/dashboard/test_pages.py",
+    "cluster/dashboard/test_step_examples.py",
     "cluster/dashboard/test_sweeps_page.py",
     "cluster/test_bad_input.py",
     "cluster/test_data_commands.py",
@@ -87,6 +88,7 @@ LONGER = (
     "trainer/test_seq2seq.py",
     "trainer/test_session.py",
     "trainer/test_skipping.py",
+    "trainer/test_step_examples.py",
     "trainer/test_warm_start.py",
 )
 

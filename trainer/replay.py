@@ -16,9 +16,9 @@ import numpy as np
 from configs.errors import NotFound
 from trainer.record import RunRecord
 from trainer.record_rows import decode_value
+from trainer.step_examples import left_out
 
 if TYPE_CHECKING:
-    from data_pipelines.data_state import Exceptions
     from data_pipelines.loader import MicroBatch
     from trainer.distributed import World
     from trainer.engine import Engine
@@ -116,7 +116,8 @@ def replay(world: World, store: str, run: str, target: Target, checkpoint_step: 
             warm(plan.model, config.warm_start) if fresh and config.warm_start else plan.model, config, world
         )
         start = begin(record, engine, data) if reader is None else load_all(reader, engine, data)
-        start = Position(start.step, start.examples, left_out(record, target, start.exceptions))
+        events = [event for event in record.events() if event["time"] <= target.time]
+        start = Position(start.step, start.examples, left_out(events, start.exceptions))
         divergence = Divergence.of(config.recovery, None if reader is None else reader.manifest.get("divergence"))
         with closing(data.loader(config, world, start)) as loader:
             told = time.monotonic()
@@ -133,17 +134,6 @@ def replay(world: World, store: str, run: str, target: Target, checkpoint_step: 
                     told = time.monotonic()
     examples.sort(key=lambda each: (each["loss"] == each["loss"], -each["loss"], each["sample_id"]))
     return {"from_step": start.step, "loss": stats.loss, "grad_norm": stats.grad_norm, "examples": examples}
-
-
-def left_out(record: RunRecord, target: Target, exceptions: Exceptions) -> Exceptions:
-    """A checkpoint's exceptions, and what the run has left out after it and before the target, by its record."""
-    for event in record.events():
-        if event["time"] <= target.time and event["kind"] == "data_skipped":
-            blocks = [(split, block) for split, block in event["blocks"]]
-            exceptions = exceptions.skip(blocks, event["position"])
-        if event["time"] <= target.time and event["kind"] == "rolled_back":
-            exceptions = exceptions.pass_over(np.arange(*event["left_out"]))
-    return exceptions
 
 
 def _examples(

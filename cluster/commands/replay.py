@@ -1,4 +1,4 @@
-"""`shardyard replay RUN --step N`: the step once more, by processes of its own on this machine."""
+"""`shardyard replay RUN --step N`: the step once more, by processes of its own on this machine; or its data alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from trainer.record import RunRecord
 from trainer.replay import Target, find_target, replay_rank
 
 _COMPARED = ("loss", "grad_norm")
+_SHOWN_CHARACTERS = 60
 
 
 class Differs(RunFailed):
@@ -37,6 +38,8 @@ def replay(arguments: Namespace) -> dict[str, Any]:
     from trainer import checkpoint
 
     record = RunRecord.open(arguments.store, arguments.run)
+    if arguments.data_only:
+        return _data_only(arguments, record)
     target = find_target(record, arguments.step)
     config = record.config
     found = checkpoint.newest(
@@ -66,7 +69,13 @@ def replay(arguments: Namespace) -> dict[str, Any]:
     table(arguments, header, rows)
     say(arguments)
     shown = [
-        (each["sample_id"], pretty(each["loss"]), each["items"], ", ".join(each["documents"])[:60], each["preview"])
+        (
+            each["sample_id"],
+            pretty(each["loss"]),
+            each["items"],
+            ", ".join(each["documents"])[:_SHOWN_CHARACTERS],
+            each["preview"],
+        )
         for each in made["examples"][: arguments.top]
     ]
     table(arguments, ("EXAMPLE", "LOSS", "ITEMS", "FROM", "WHAT"), shown)
@@ -79,6 +88,30 @@ def replay(arguments: Namespace) -> dict[str, Any]:
             result,
         )
     return result
+
+
+def _data_only(arguments: Namespace, record: RunRecord) -> dict[str, Any]:
+    """List what the step took, as it is stored."""
+    from trainer.step_examples import step_examples
+
+    found = step_examples(record, arguments.step, arguments.top)
+    say(arguments, f"Step {found['step']:,} took {found['total']:,} example(s).\n")
+    rows = [
+        (each["sample_id"], each["dataset"], each["file"], ", ".join(map(str, each["rows"][:4])), _what(each))
+        for each in found["examples"]
+    ]
+    table(arguments, ("EXAMPLE", "DATA SET", "FILE", "ROWS", "WHAT"), rows)
+    return {"run": record.name} | found
+
+
+def _what(example: dict[str, Any]) -> str:
+    """An example in a line."""
+    shown = []
+    for column, value in example["values"].items():
+        if isinstance(value, dict):
+            value = " ".join(value["text"].split()) if "text" in value else value.get("shape", value.get("length"))
+        shown.append(f"{column} {value}"[:_SHOWN_CHARACTERS])
+    return ", ".join(shown)[:_SHOWN_CHARACTERS]
 
 
 def _doubts(record: RunRecord, target: Target, world_size: int, from_step: int) -> list[str]:

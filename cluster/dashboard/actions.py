@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,7 @@ class Actions:
         status = view.status()
         if status == "queued" and _target_of(view) is not None:
             with self._alone(f"stop {name}"):
-                self._ask("runs", "stop", name)
+                self.ask("runs", "stop", name)
             return f"Took back the job in which '{name}' waited."
         raise UsageError(f"'{name}' is not running, so it cannot be stopped: its status is {status}.")
 
@@ -106,7 +107,7 @@ class Actions:
         view = self._store.run(name)
         with self._alone(f"verify {name}@{step}"):
             try:
-                self._ask("ckpt", "verify", f"{name}@{step}")
+                self.ask("ckpt", "verify", f"{name}@{step}")
             except Damaged as error:
                 _note(view, step, [str(error)])
                 raise
@@ -124,7 +125,7 @@ class Actions:
             )
         with self._alone(f"export {name}@{step}"):
             folder.parent.mkdir(exist_ok=True)
-            self._ask("export", f"{name}@{step}", str(folder))
+            self.ask("export", f"{name}@{step}", str(folder))
         return f"Wrote {folder}."
 
     # --- processes
@@ -142,18 +143,27 @@ class Actions:
             with self._lock:
                 self._busy.discard(what)
 
-    def _ask(self, *arguments: str) -> Any:
-        """What a command answers. Raises the error that it ended with."""
+    def ask(self, *arguments: str, folder: Path | None = None, limit_s: float | None = None) -> Any:
+        """What a command answers, that is run in a folder. Raises the error that it ended with, or TimedOut."""
         given = [*_COMMAND, *arguments, "--json"]
         if "--store" not in arguments and "train" not in arguments:
             given += ["--store", self._store.store.uri]
         with self._lock:
             child = subprocess.Popen(
-                given, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                given,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=folder,
             )
             self._children.add(child)
         try:
-            out, narration = child.communicate()
+            out, narration = child.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as error:
+            child.kill()
+            child.communicate()
+            raise TimedOut(f"`shardyard {shlex.join(arguments)}` took longer than {limit_s:.0f} s.") from error
         finally:
             with self._lock:
                 self._children.discard(child)
@@ -178,7 +188,7 @@ class Actions:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                cwd=_launch_folder(view),
+                cwd=launch_folder(view),
                 start_new_session=True,  # Ctrl-C is for the server
             )
         self._resumed[view.name] = process
@@ -193,7 +203,7 @@ class Actions:
             recipe = Path(folder, "run.yaml")
             recipe.write_text(dump(view.record.resolved))
             where = [f"name={view.name}", f"store={self._store.store.uri}"]
-            sent = self._ask("train", str(recipe), *where, "--on", target, "--detach")
+            sent = self.ask("train", str(recipe), *where, "--on", target, "--detach")
         return f"Sent '{view.name}' to {target} again, as job {sent['job']}."
 
 
@@ -233,7 +243,7 @@ def _output_file(store: Store, cache: Path, name: str) -> Path:
     return folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}.log"
 
 
-def _launch_folder(view: RunView) -> Path | None:
+def launch_folder(view: RunView) -> Path | None:
     """Where it was launched first: a recipe's own files and its relative paths are looked for there."""
     try:
         folder = Path(view.record.lineage()["folder"])

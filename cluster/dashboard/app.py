@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.middleware import Middleware
 from starlette.staticfiles import StaticFiles
 
-from cluster.dashboard import actions, pages, performance_api, run_api
+from cluster.dashboard import actions, pages, performance_api, run_api, step_examples
 from cluster.dashboard.guard import Guard
 from cluster.dashboard.json_response import Json
 from cluster.dashboard.store_view import StoreView
@@ -59,6 +59,7 @@ def create_app(store: StoreView, *, token: str | None = None, hosts: Iterable[st
     app.state.actions = actions.add(app, store)
     run_api.add(app, store)
     performance_api.add(app, store)
+    step_examples.add(app, store, app.state.actions)
     show_error = pages.add(app, store)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app

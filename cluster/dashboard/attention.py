@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.commands.output import age
 from configs.schema import RunConfig
+from data_pipelines.storage import Store
 
 Row = dict[str, Any]
 
@@ -49,6 +50,21 @@ def attention(config: RunConfig, events: list[Row], status: str, latest: Row, st
         elif kind == "data_skipped":
             found.append({"kind": "data", "text": "damaged blocks of its data are left out", "time": when})
     return list({each["kind"]: each for each in found}.values())
+
+
+def unverified(store: Store, events: list[Row], status: str) -> int | None:
+    """The step of the newest checkpoint of a run that has ended, where nothing says that its bytes were ever read.
+
+    None for a run that goes on: it saves the next one soon, and reads every byte of what it begins from.
+    """
+    saved = [event for event in events if event["kind"] == "checkpoint"]
+    if status not in {"finished", "stopped"} or not saved:
+        return None
+    step, when = saved[-1].get("step"), saved[-1]["time"]
+    later = [event["kind"] for event in events if event["time"] > when and event.get("step") == step]
+    if not isinstance(step, int) or {"checkpoint_verified", "started"} & set(later):
+        return None
+    return step if store.exists(f"checkpoints/step-{step:08d}/manifest.json") else None  # it may have been deleted
 
 
 def _of_steps(config: RunConfig, events: list[Row], latest: Row) -> list[Row]:

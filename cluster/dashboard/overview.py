@@ -15,6 +15,7 @@ from cluster.dashboard.run_view import Row
 from cluster.dashboard.store_view import StoreView
 
 LOW_DISK = 0.05  # of the store's disk
+NAMED = 5  # runs with a checkpoint that was never verified
 Order = Literal["up", "down"]
 
 # Of the table: what can be sorted by, and what stands above it. The keys are those of RunView.summary.
@@ -57,7 +58,7 @@ def overview(store: StoreView, status: str, search: str, sort: str, order: str) 
         "counts": {each: counts[each] for each in STATUSES if counts[each]},
         "devices": devices(store, [row["run"] for row in live]),
         "goodput": _mean_goodput(live),
-        "attention": [*_disk(store), *_of_runs(rows)],
+        "attention": [*_disk(store), *_of_runs(rows), *_unverified(rows)],
     }
 
 
@@ -93,6 +94,17 @@ def _of_runs(rows: list[Row]) -> list[Row]:
         {"run": row["run"], "kind": "damaged", "text": row["error"], "time": None} for row in rows if row["error"]
     ]
     return sorted(found, key=lambda each: each["time"] or 0.0, reverse=True)
+
+
+def _unverified(rows: list[Row]) -> list[Row]:
+    """One line for all runs that have ended with a checkpoint that nobody has verified: it is no alarm of each."""
+    names = [row["run"] for row in rows if row.get("unverified") is not None]
+    if not names:
+        return []
+    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")
+    what = "a run that has ended" if len(names) == 1 else f"{len(names):,} runs that have ended"
+    text = f"the newest checkpoint of {what} was never verified ({named}); the page Checkpoints does it"
+    return [{"run": None, "kind": "unverified", "text": text, "time": None}]
 
 
 def _disk(store: StoreView) -> list[Row]:

@@ -14,13 +14,16 @@ from configs.load import Resolved
 from configs.schema import flatten
 from configs.yaml_text import write_value
 from data_pipelines.storage import Store
+from data_pipelines.time_limit import within
+from trainer.record import RunRecord
 
 Row = dict[str, Any]
 
 _LARGEST_PICTURE = 32 << 20  # bytes
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE = re.compile(r"step-\d{1,12}/[A-Za-z0-9_-]{1,100}\.png")
-_CHECKPOINT = re.compile(r"(?:.*/)?(?P<run>[^/]+)/checkpoints/(?P<checkpoint>step-\d+)/?")
+_CHECKPOINT = re.compile(r"(?P<store>.+)/(?P<run>[^/]+)/checkpoints/step-\d+/?")
+PARENT_S = 10.0  # in which a store elsewhere has to answer
 _OF_THE_RUN = {"name", "store"}  # keys that differ between any two runs
 
 
@@ -28,7 +31,7 @@ def configuration(store: StoreView, view: RunView) -> Row:
     """{"recipe", "values": [{"key", "value" as YAML, "origin"}], "parent", "lineage": of each launch, oldest first}.
 
     parent: None, or {"checkpoint", "state", "run": its name if it is in this store, "differences": [{"key", "here",
-    "there"}]}.
+    "there"}], "problem": why these are not known, else None}. A parent in another store is looked for there.
     """
     resolved = view.record.resolved
     values = [
@@ -63,18 +66,20 @@ def _parent(store: StoreView, mine: Resolved) -> Row | None:
     given = mine.config.parent
     if given is None:
         return None
-    found: Row = {"checkpoint": given.checkpoint, "state": given.state, "run": None, "differences": []}
-    match = _CHECKPOINT.fullmatch(given.checkpoint)
-    if match is None or match["run"] not in store.names():
-        return found
-    if store.store.child(match["run"]).path(f"checkpoints/{match['checkpoint']}") != given.checkpoint.rstrip("/"):
-        return found  # a run of this name in another store
+    found: Row = {"checkpoint": given.checkpoint, "state": given.state, "run": None, "differences": [], "problem": None}
+    place, mark, options = given.checkpoint.partition("?")
+    match = _CHECKPOINT.fullmatch(place)
+    if match is None:
+        return found | {"problem": "It is no checkpoint of a run, so there is no config to compare with."}
+    name, uri = match["run"], match["store"] + mark + options
     try:
-        parent = store.run(match["run"]).record.config
-    except ShardyardError:
-        return found
+        if Store(uri).uri == store.store.uri:
+            parent, found["run"] = store.run(name).record.config, name
+        else:
+            parent = within(PARENT_S, lambda: RunRecord.open(uri, name).config)
+    except (ShardyardError, OSError) as error:
+        return found | {"problem": f"What differs from it is not known, since its run cannot be read: {error}"}
     here, there = (flatten(config.model_dump(exclude=_OF_THE_RUN)) for config in (mine.config, parent))
-    found["run"] = match["run"]
     found["differences"] = [
         {"key": key, "here": _written(here, key), "there": _written(there, key)}
         for key in dict.fromkeys([*here, *there])

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cluster.dashboard import metric_rows, performance, rank_rows
-from cluster.dashboard.attention import attention
+from cluster.dashboard.attention import attention, unverified
 from cluster.dashboard.curves import Curve, Floats, Reduced, Whole, curve_of, reduced, surviving
 from configs.errors import NotFound
 from data_pipelines.storage import FileFacts
@@ -166,6 +166,7 @@ class RunView:
             "started_at": events[0]["time"] if events else None,
             "updated_at": latest.get("time"),
             "goodput": goodput(events, latest, time.time() if status == "running" else None),
+            "unverified": unverified(self.record.store, events, status),
             "attention": attention(config, events, status, latest, self.stragglers() if watched else []),
         }
 

@@ -22,8 +22,9 @@ NAVIGATION = [
     ("/sweeps", "Sweeps"),
 ]
 _MOST_ROWS = 300  # of checkpoints on one page
+_MOST_RUNS = 200  # likewise, where the reader does not want all
 _FIRST_UP = {"run", "status", "where"}  # columns that are sorted upwards first
-_PLAIN = {"status": "", "search": "", "sort": "started_at", "order": "down"}
+_PLAIN = {"status": "", "search": "", "sort": "started_at", "order": "down", "all": ""}
 
 
 class Page(Protocol):
@@ -48,12 +49,17 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
 
     @app.get("/", include_in_schema=False)
     def overview_page(
-        request: Request, status: str = "", search: str = "", sort: str = "started_at", order: str = "down"
+        request: Request,
+        status: str = "",
+        search: str = "",
+        sort: str = "started_at",
+        order: str = "down",
+        all: str = "",
     ) -> HTMLResponse:
         chosen = {"status": status, "search": search, "sort": sort, "order": order}
 
         def link(**changes: str) -> str:
-            query = {key: value for key, value in (chosen | changes).items() if value != _PLAIN[key]}
+            query = {key: value for key, value in (chosen | {"all": all} | changes).items() if value != _PLAIN[key]}
             return f"/?{urlencode(query)}" if query else "/"
 
         return page(
@@ -61,6 +67,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
             "overview.html",
             **overview.overview(store, **chosen),
             **chosen,
+            most=None if all else _MOST_RUNS,
             columns=overview.COLUMNS,
             statuses=overview.STATUSES,
             link=link,
@@ -91,6 +98,7 @@ def add(app: FastAPI, store: StoreView, page: Page) -> None:
             chosen=runs.split(","),
             runs=runs,
             views=views,
+            running=any(view.status() == "running" for view in views),
             error=error,
             metric=metric,
             metrics=compare.metric_names(views),

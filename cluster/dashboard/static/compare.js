@@ -1,10 +1,14 @@
-// Curves of several runs in one chart.
+// Curves of several runs in one chart. While one of them runs, the page and the chart are brought up to date.
 
 import { duration, get, number, short, styled } from "./common.js";
+import { refresh } from "./live.js";
 
 const place = document.getElementById("chart");
 const HEIGHT = 380;
 const LOGARITHMIC = 3; // uPlot's number for it
+const EVERY_MS = 3000;
+
+let zoomed = false; // by the reader
 
 /** From the hundredth part of the values to all but the hundredth part: what a few that stand out do not stretch. */
 function calmRange(columns) {
@@ -35,17 +39,25 @@ function valueAt(data, series, idx) {
   return values.slice(0, idx + 1).findLast(isThere);
 }
 
+function ask() {
+  const { runs, metric, x } = place.dataset;
+  return get("/api/compare", { runs, metric, x });
+}
+
+const joined = (found) => uPlot.join(found.runs.map((run) => [run.x, run.y]));
+
 async function draw() {
-  const { runs, metric, x, log, calm } = place.dataset;
-  place.replaceChildren();
+  const { x, log, calm } = place.dataset;
   let found;
   try {
-    found = await get("/api/compare", { runs, metric, x });
+    found = await ask();
   } catch (error) {
     place.textContent = error.message;
     return;
   }
-  const data = uPlot.join(found.runs.map((run) => [run.x, run.y]));
+  place.chart?.destroy();
+  place.replaceChildren();
+  zoomed = false;
   const along = x === "time" ? duration : (value) => (x === "step" ? `step ${number(value)}` : `${number(value)} ${found.unit}`);
   const axis = { stroke: styled("--muted"), grid: { stroke: styled("--line"), width: 1 }, ticks: { show: false } };
   const series = found.runs.map((run, i) => ({
@@ -58,18 +70,35 @@ async function draw() {
   const options = {
     width: place.clientWidth,
     height: HEIGHT,
-    scales: { x: { time: false }, y: { ...(log ? { distr: LOGARITHMIC } : {}), ...(calm ? { range: calmRange(data.slice(1)) } : {}) } },
+    scales: { x: { time: false }, y: { ...(log ? { distr: LOGARITHMIC } : {}), ...(calm ? { range: (plot) => calmRange(plot.data.slice(1)) } : {}) } },
     axes: [
       { ...axis, values: (_, values) => values.map((value) => (value === null ? null : x === "time" ? duration(value) : short(value))) },
       { ...axis, size: 64, values: (_, values) => values.map((value) => (value === null ? null : short(value))) },
     ],
     series: [{}, ...series],
     legend: { show: false },
-    hooks: { setCursor: [(chart) => tell(chart, along)] },
-    cursor: { drag: { x: true, y: false } },
+    hooks: { setCursor: [(plot) => tell(plot, along)], setSelect: [(plot) => (zoomed = plot.select.width > 0)] },
+    cursor: {
+      drag: { x: true, y: false },
+      bind: {
+        dblclick: (_, __, zoomOut) => (event) => {
+          zoomed = false;
+          return zoomOut(event);
+        },
+      },
+    },
   };
-  const chart = new uPlot(options, data, place);
-  new ResizeObserver(() => chart.setSize({ width: place.clientWidth, height: HEIGHT })).observe(place);
+  place.chart = new uPlot(options, joined(found), place);
+}
+
+/** Draw what has come since, between the same ends where the reader has zoomed. */
+async function extend() {
+  if (!place.chart) return draw();
+  const data = joined(await ask());
+  const { chart } = place;
+  const { min, max } = chart.scales.x;
+  chart.setData(data, !zoomed);
+  if (zoomed) chart.setScale("x", { min, max }); // and the heights of what is seen
 }
 
 for (const form of document.querySelectorAll("#view")) {
@@ -82,7 +111,20 @@ document.getElementById("choose")?.addEventListener("submit", (event) => {
   location.href = `/compare?runs=${chosen}`;
 });
 
+let running = true; // when the chart was last drawn, so that what came before an end is drawn too
+
+function follow() {
+  const runs = () => document.getElementById("live").hasAttribute("data-running");
+  if (!running && !runs()) return;
+  refresh(async () => {
+    running = runs();
+    await extend().catch(() => (running = true)); // the server is away: the next time
+  });
+}
+
 if (place) {
   draw();
+  new ResizeObserver(() => place.chart?.setSize({ width: place.clientWidth, height: HEIGHT })).observe(place);
+  setInterval(follow, EVERY_MS);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 }

@@ -43,13 +43,13 @@ export class Configuration {
     );
   }
 
-  parent({ checkpoint, state, run, differences }) {
+  parent({ checkpoint, state, run, differences, problem }) {
     const name = run ? el("a", { href: `/runs/${encodeURIComponent(run)}#config`, text: run }) : el("span", { text: checkpoint });
     const what = el("p", {}, state === "all" ? "Goes on from " : "Starts from the weights of ", name, run ? el("span", { class: "muted", text: ` (${checkpoint})` }) : "");
     const rows = differences.map(({ key, here, there }) =>
       el("tr", {}, el("td", { class: "fit", text: key }), el("td", { class: "wrap", text: there ?? "unset" }), el("td", { class: "wrap", text: here ?? "unset" })));
     const told = rows.length ? el("div", { class: "panel table config" }, table(["Key", "Parent", "This run"], rows))
-      : el("p", { class: "muted", text: run ? "Nothing else differs." : "Its run is not in this store." });
+      : el("p", { class: "muted", text: problem ?? "Nothing else differs." });
     return [el("h2", { text: "Parent" }), what, told];
   }
 

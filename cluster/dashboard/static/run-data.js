@@ -1,6 +1,7 @@
-// How a run stands with its data: its position, what it waits for, and what its mixture is made of.
+// How a run stands with its data: its position, what it waits for, what its mixture is made of, and what a step took.
 
 import { ago, el, number } from "./common.js";
+import { StepExamples } from "./run-examples.js";
 
 const HINTS = { Mixture: "dashed: as planned", Waiting: "of a step's time, what the loader took", Reading: "from a remote store" };
 
@@ -15,12 +16,13 @@ export class DataPart {
     );
     this.left = el("div");
     this.none = el("p", { class: "empty", text: "Nothing is recorded of its data yet." });
-    const hint = el("p", { class: "muted small" }, "The examples of a step, with their own losses: ", el("code", { text: `shardyard replay ${context.name} STEP` }));
-    host.append(this.none, ...Object.values(this.groups), this.left, hint);
+    host.append(this.none, ...Object.values(this.groups), this.left);
+    this.examples = new StepExamples(host, context);
   }
 
   open() {
     this.take();
+    this.examples.open();
   }
 
   addNew() {

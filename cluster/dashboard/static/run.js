@@ -55,9 +55,11 @@ const view = {
 
 const field = (id) => document.getElementById(id);
 let status = field("status").dataset.status;
+let newest = null; // step
 
 function show(summary) {
   status = summary.status;
+  newest = summary.step;
   field("status").textContent = status;
   field("status").dataset.status = status;
   const workers = `${summary.workers} worker${summary.workers === 1 ? "" : "s"}`;
@@ -109,7 +111,7 @@ field("resume").addEventListener("click", () => ask("resume", field("resume")));
 
 // --- its parts
 
-const context = { name, path, chosen, choose, view, events: [], metrics: [], status: () => status };
+const context = { name, path, chosen, choose, view, events: [], metrics: [], status: () => status, newest: () => newest };
 context.charts = new Charts(path, view, zoom);
 const parts = {
   curves: new Curves(field("curves"), context),

@@ -161,6 +161,58 @@ def test_ticked_runs_are_compared_by_keyboard(page: Any, server: Dashboard) -> N
     assert "FLOPs" in page.inner_text("main")
 
 
+def test_what_is_compared_goes_on_while_a_run_does_and_stays_zoomed(page: Any, store: Path, server: Dashboard) -> None:
+    record = create(store, "goes-on", "steps=100")
+    lease = record.acquire_lease()
+    record.next_attempt()
+    record.event("started", step=0, world_size=2, parameters=10)
+
+    def train(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            record.metrics(step, metrics(step, 100))
+        record.flush()
+
+    def drawn() -> list[Any]:
+        """The last step of the run, and the ends of what is seen."""
+        last = "chart.data[0].findLast((_, i) => chart.data[1][i] != null)"
+        told = f"({{chart}}) => [{last}, chart.scales.x.min, chart.scales.x.max]"
+        found: list[Any] = page.locator("#chart").evaluate(told)
+        return found
+
+    train(1, 10)
+    page.goto(f"{server.address}/compare?runs=goes-on,aa")
+    page.wait_for_selector("#chart canvas")
+    assert drawn() == [10, 1, 80]
+    train(11, 20)
+    wait_for(lambda: drawn() == [20, 1, 80])
+    assert page.locator(".equal caption").first.is_visible()
+    over = page.locator("#chart .u-over").bounding_box()
+    page.mouse.move(over["x"] + over["width"] * 0.1, over["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(over["x"] + over["width"] * 0.3, over["y"] + 50, steps=4)
+    page.mouse.up()
+    _, low, high = drawn()
+    assert 5 < low < 12 and 20 < high < 30
+    page.mouse.move(over["x"] + over["width"] * 0.2, over["y"] + 60)
+    at = page.inner_text(".legend .at")
+    train(21, 30)
+    wait_for(lambda: drawn() == [30, low, high])
+    assert "at step" in at and page.inner_text(".legend .at") == at  # what is under the pointer
+    page.mouse.dblclick(over["x"] + over["width"] * 0.2, over["y"] + 60)
+    wait_for(lambda: drawn() == [30, 1, 80])
+    train(31, 90)
+    record.event("finished", step=90)
+    lease.release()
+    record.close()
+    wait_for(lambda: drawn() == [90, 1, 90])
+    wait_for(lambda: page.locator(".legend .badge").first.inner_text().lower() == "finished")
+    asked: list[str] = []
+    page.wait_for_timeout(4000)
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(4000)
+    assert asked == []  # nothing goes on any more
+
+
 def test_one_run_alone_cannot_be_compared(page: Any, server: Dashboard) -> None:
     page.goto(server.address)
     page.get_by_label("Compare aa", exact=True).check()

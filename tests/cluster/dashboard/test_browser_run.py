@@ -12,7 +12,11 @@ import pytest
 
 from tests.cluster.dashboard.browser import PARTS, Dashboard, Watch, chart, dashboard, drawn, until, visit
 from tests.cluster.dashboard.stores import TAGS, clock, metrics, write_run
+from tests.cluster.dashboard.test_step_examples import PICTURES
+from tests.tiny import tiny_config
+from tests.trainer.attempts import launched
 from trainer.record import RunRecord
+from trainer.step_examples import step_examples
 
 pytestmark = pytest.mark.daemon
 
@@ -318,3 +322,31 @@ def test_stopping_asks_first_and_answers_are_shown(server: Dashboard, page: Any,
     page.get_by_role("button", name="Resume").click()  # its launcher is gone
     page.get_by_text(f"It cannot. {TAGS}").wait_for()
     assert tokens == 2 * [page.locator("meta[name=forgery-token]").get_attribute("content")]
+
+
+def test_the_examples_of_a_step(page: Any, tmp_path: Path) -> None:
+    record = launched(tiny_config(tmp_path, **PICTURES))
+    record.next_attempt()
+    record.event("started", step=0, world_size=2)
+    for step in range(1, 7):
+        record.metrics(step, {"loss": 1.0, "examples": 5.0 * step})
+    record.close()
+    with dashboard(tmp_path / "runs", tmp_path / "cache") as server:
+        watch = Watch(page, server.address)
+        visit(page, f"{server.address}/runs/tiny#data")
+        until(page, "() => document.querySelector('#examples [name=step]')?.value === '6'")
+        assert page.locator(".example").count() == 0  # each look takes seconds, so nobody looks unasked
+        page.fill("#examples [name=step]", "4")
+        page.click("#examples button")
+        page.locator(".example").first.wait_for()
+        wanted = [str(each["sample_id"]) for each in step_examples(record, 4, 5)["examples"]]
+        shown = "() => [...document.querySelectorAll('.example')].map((each) => each.dataset.example)"
+        assert page.evaluate(shown) == wanted
+        until(page, "() => [...document.querySelectorAll('.example img')].every((each) => each.naturalWidth === 8)")
+        assert page.url.endswith("#data?step=4") and not watch.errors and not watch.elsewhere
+        visit(page, page.url)  # as somebody whom it was sent to
+        page.locator(".example").first.wait_for()
+        page.fill("#examples [name=step]", "7")
+        page.click("#examples button")
+        page.get_by_text("has recorded the steps up to 6").wait_for()
+        assert page.evaluate(shown) == []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from cluster.dashboard import run_files
 from cluster.dashboard.app import create_app
 from cluster.dashboard.store_view import StoreView
 from tests.cluster.dashboard.stores import TAGS, write_run
@@ -45,14 +48,50 @@ def test_what_differs_from_its_parent(tmp_path: Path, record: RunRecord, client:
     assert parent["differences"] == [{"key": "optimizer.lr", "here": "0.5", "there": "0.003"}]
 
 
-@pytest.mark.parametrize("elsewhere", ["/other/runs/restarted/checkpoints/step-00000040", "hf://someone/a-model"])
-def test_a_parent_that_is_not_in_the_store(
-    tmp_path: Path, record: RunRecord, client: TestClient, elsewhere: str
-) -> None:
-    given = (f"parent.checkpoint={elsewhere}",)
+def of_a_parent(tmp_path: Path, client: TestClient, checkpoint: str, *overrides: str) -> dict[str, Any]:
+    given = (f"parent.checkpoint={json.dumps(checkpoint)}", *overrides)
     write_run(tmp_path / "runs", "child", steps=80, fails_at=44, saved_at=40, spike_at=50, overrides=given)
-    parent = client.get("/api/runs/child/config").json()["parent"]
-    assert (parent["run"], parent["differences"], parent["checkpoint"]) == (None, [], elsewhere)
+    found: dict[str, Any] = client.get("/api/runs/child/config").json()["parent"]
+    return found
+
+
+def test_what_differs_from_a_parent_in_another_store(tmp_path: Path, record: RunRecord, client: TestClient) -> None:
+    other = write_run(tmp_path / "others", "restarted", steps=80, fails_at=44, saved_at=40, overrides=("seed=5",))
+    checkpoint = other.store.path("checkpoints/step-00000040")
+    parent = of_a_parent(tmp_path, client, checkpoint, "optimizer.lr=0.5")
+    assert (parent["run"], parent["problem"]) == (None, None)  # one of this store has its name
+    wanted = [{"key": "optimizer.lr", "here": "0.5", "there": "0.003"}, {"key": "seed", "here": "1337", "there": "5"}]
+    assert sorted(parent["differences"], key=lambda each: each["key"]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "problem"),
+    [
+        ("/other/runs/restarted/checkpoints/step-00000040", "There is no run 'restarted' in /other/runs."),
+        ("hf://someone/a-model", "It is no checkpoint of a run"),
+        ("hf://someone/restarted/checkpoints/step-00000040", "cannot be read: "),
+        ("runs/gone/checkpoints/step-00000040", "There is no run 'gone'"),
+    ],
+)
+def test_a_parent_that_cannot_be_read(
+    tmp_path: Path, record: RunRecord, client: TestClient, elsewhere: str, problem: str
+) -> None:
+    checkpoint = elsewhere.replace("runs/gone", f"{tmp_path}/runs/gone")
+    parent = of_a_parent(tmp_path, client, checkpoint)
+    assert (parent["run"], parent["differences"], parent["checkpoint"]) == (None, [], checkpoint)
+    assert problem in parent["problem"]
+
+
+def test_a_parents_store_that_does_not_answer(
+    tmp_path: Path, record: RunRecord, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = RunRecord.open
+    monkeypatch.setattr(run_files, "PARENT_S", 0.1)
+    monkeypatch.setattr(
+        RunRecord, "open", lambda uri, name: time.sleep(5) if uri.startswith("/silent") else opened(uri, name)
+    )
+    parent = of_a_parent(tmp_path, client, "/silent/restarted/checkpoints/step-00000040")
+    assert "nothing came for 0.1 s" in parent["problem"]
 
 
 def test_a_damaged_lineage_hides_nothing_else(record: RunRecord, client: TestClient) -> None:
