@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from argparse import Namespace
 from typing import Any
 
@@ -10,6 +13,7 @@ from configs.errors import Damaged, NotFound, ShardyardError, Unreachable, Usage
 from configs.schema import CheckpointConfig
 from data_pipelines.storage import Store
 from trainer.record import RunRecord
+from trainer.record_rows import RowWriter
 
 MIB = 2**20
 
@@ -46,7 +50,7 @@ _SHOWN = ("loss", "accuracy", "bits_per_byte")
 
 
 def verify(arguments: Namespace) -> list[dict[str, Any]]:
-    """Read every byte of a checkpoint, or of all of a run, against its digest.
+    """Read every byte of a checkpoint, or of all of a run, against its digest. What it finds is an event of the run.
 
     Raises:
         Damaged: one or more are; says which can be used.
@@ -62,6 +66,7 @@ def verify(arguments: Namespace) -> list[dict[str, Any]]:
     rows = []
     for each in there if step is None else [step]:
         damage = _damage(checkpoints, each)
+        _note(RunRecord.open(arguments.store, name), each, damage)
         rows.append({"step": each, "damage": damage})
         say(arguments, f"step {each:,}: {'good' if not damage else ' '.join(damage)}")
     good = [row["step"] for row in rows if not row["damage"]]
@@ -72,6 +77,15 @@ def verify(arguments: Namespace) -> list[dict[str, Any]]:
             f"{len(rows) - len(good)} of {len(rows)} are damaged or unfinished. {way}{resume if good else ''}"
         )
     return rows
+
+
+def _note(record: RunRecord, step: int, damage: list[str]) -> None:
+    """By a writer of its own, since the run's launcher may write meanwhile."""
+    row = {"kind": "checkpoint_verified", "step": step, "damage": damage}
+    writer = RowWriter(record.store, "events", record.attempt, f"verify-{os.getpid()}")
+    writer.append({"time": time.time(), "attempt": record.attempt, **row})
+    with contextlib.suppress(ShardyardError):  # whoever may only read the store may verify, too
+        writer.close()
 
 
 def prune(arguments: Namespace) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _question(name: str) -> Row:
     """What ask_target.py says; never raises."""
     try:
         asked = subprocess.run(
-            [sys.executable, "-m", "cluster.dashboard.ask_target", name],
+            [sys.executable, "-P", "-m", "cluster.dashboard.ask_target", name],
             capture_output=True,
             timeout=_LONGEST_S,
             check=True,

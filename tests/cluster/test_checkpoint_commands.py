@@ -13,6 +13,7 @@ from configs.errors import Unreachable
 from tests.tiny import tiny_config
 from tests.trainer.attempts import train
 from trainer.record import RunRecord
+from trainer.record_rows import RowWriter
 
 pytestmark = pytest.mark.distributed
 
@@ -70,13 +71,28 @@ def test_the_list_tells_size_workers_stage_and_evaluation(run: RunRecord) -> Non
     assert "error" in listed(run)[1] and "step 4: " in ckpt(run, "ls", run.name)[1]
 
 
+def test_who_may_only_read_may_verify(run: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(writer: RowWriter) -> None:
+        raise Unreachable("the store is read-only")
+
+    monkeypatch.setattr(RowWriter, "close", refuse)
+    code, out, _ = ckpt(run, "verify", f"{run.name}@4")
+    assert code == 0 and "step 4: good" in out
+
+
 def test_damage_is_named_and_the_good_ones_are_told(run: RunRecord) -> None:
+    run.event("later")  # of a launcher that is at work
     assert ckpt(run, "verify", run.name)[0] == 0
+    run.event("later still")
     flipped(run, 6)
     code, out, err = ckpt(run, "verify", run.name)
     assert code == 1 and "step 4: good" in out and "step 6: " in out and ".safetensors" in out
     assert "1 of 3" in err and "Good ones: 4, 2" in err and "runs resume" in err
     assert ckpt(run, "verify", f"{run.name}@4")[0] == 0
+    events = run.events()
+    assert [event["kind"] for event in events if "later" in event["kind"]] == ["later", "later still"]
+    found = [(event["step"], bool(event["damage"])) for event in events if event["kind"] == "checkpoint_verified"]
+    assert found == [(6, False), (4, False), (2, False), (6, True), (4, False), (2, False), (4, False)]
     code, _, err = ckpt(run, "verify", f"{run.name}@5")
     assert code == 4 and "There is: 6, 4, 2" in err
     assert ckpt(run, "verify", f"{run.name}@x")[0] == 2

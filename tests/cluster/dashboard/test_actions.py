@@ -162,21 +162,15 @@ def test_a_run_of_a_target_is_sent_there_again(site: Site, record: RunRecord) ->
     assert site.post("run/resume") == (409, {"error": "it waits already"})
 
 
-def test_what_a_verification_found_is_in_the_record(site: Site, record: RunRecord) -> None:
-    record.event("later")  # of a launcher that is at work
+@pytest.mark.usefixtures("record")
+def test_a_verification_says_what_it_found(site: Site) -> None:
     status, answer = site.post("run/checkpoints/1000/verify")
     assert status == 200 and "1,000" in answer["message"]
-    site.store.run("run").events()  # who follows has read what the verification wrote
-    record.event("later still")
     site.says(failing("Damaged", 1))
     assert site.post("run/checkpoints/2000/verify") == (409, {"error": "told"})
     site.says(failing("NotFound", 4, "none"))
     assert site.post("run/checkpoints/7/verify") == (404, {"error": "none"})
     assert site.asked()[0] == f'["ckpt", "verify", "run@1000", "--json", "--store", "{site.folder}/store"]'
-    events = site.store.run("run").events()
-    assert [event["kind"] for event in events if "later" in event["kind"]] == ["later", "later still"]
-    found = [(event["step"], event["damage"]) for event in events if event["kind"] == "checkpoint_verified"]
-    assert found == [(1000, []), (2000, ["told"])]
 
 
 def test_an_export_lies_in_the_runs_folder(site: Site, record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:
