@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import http.client
 import json
 import os
 import platform
 import re
+import selectors
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -171,30 +172,36 @@ def steps_per_s(record: RunRecord) -> float:
 
 @contextlib.contextmanager
 def opened(port: int, late: list[float]) -> Iterator[None]:
-    """Streams of one run, of which the first tells how old its rows are."""
-    closing, connections = threading.Event(), []
+    """Streams of one run, of which the first tells how old its rows are. Read by one thread, since it takes its time
+    from the training, too, which readers on other machines do not."""
+    closing, selector = threading.Event(), selectors.DefaultSelector()
+    request = f"GET /api/runs/live/stream HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
+    connections = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(STREAMS)]
+    for connection in connections:
+        connection.sendall(request)
+        selector.register(connection, selectors.EVENT_READ)
 
-    def read(first: bool) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        connections.append(connection)
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-            connection.request("GET", "/api/runs/live/stream")
-            kind = ""
-            for line in connection.getresponse():
-                if closing.is_set():
-                    return
-                if line.startswith(b"event: "):
-                    kind = line[7:].strip().decode()
-                elif first and kind == "rows" and line.startswith(b"data: "):
-                    late.extend(time.time() - row["time"] for row in json.loads(line[6:]))
+    def read() -> None:
+        text = b""
+        while not closing.is_set():
+            for key, _ in selector.select(0.5):
+                received = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                if key.fileobj is not connections[0]:
+                    continue
+                *lines, text = (text + received).split(b"\n")
+                now = time.time()
+                rows = [json.loads(line[6:]) for line in lines if line.startswith(b"data: [")]  # rows, or events
+                late.extend(now - row["time"] for each in rows for row in each if "number" in row)
 
-    threads = [threading.Thread(target=read, args=(number == 0,), daemon=True) for number in range(STREAMS)]
-    for thread in threads:
-        thread.start()
+    reader = threading.Thread(target=read)
+    reader.start()
     try:
         yield
     finally:
         closing.set()
+        reader.join()
+        for connection in connections:
+            connection.close()
 
 
 # --- the table

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs.load import load  # noqa: E402
 from data_pipelines.storage import Store  # noqa: E402
+from trainer.columns import Columns  # noqa: E402
 from trainer.record import RunRecord  # noqa: E402
 
 RECIPE = "language_modeling-gpt-tiny"
@@ -75,6 +76,9 @@ def write_run(store: Store, name: str, metrics: int, steps: int, spike: int | No
         segments.write("".join(lines).encode())
         segments.flush()
     segments.close()
+    columns = Columns(record.store, None)  # as training keeps them
+    columns.update()
+    columns.close()
     record.event("finished", step=steps)
     record.close()
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import Damaged, NotFound, ShardyardError, UsageError
 from configs.load import Resolved, dump, load_resolved
@@ -36,14 +36,18 @@ from trainer.lease import Claim, Holder, Lease, current_claim
 from trainer.record_rows import RowWriter, decode_value, read_rows
 from trainer.redact import Redactor
 
+if TYPE_CHECKING:
+    from trainer.columns import Columns
+
 _CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "datasets.json"
 _LOCAL_FLUSH_EVERY_S = 0.5
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 # Of rows of ranks, which all write at once: so long for each rank there is, and at least so long.
 _LOCAL_RANK_FLUSH_S = (0.01, 1.0)  # 100 appends a second to a file system that they share
 _REMOTE_RANK_FLUSH_S = (1.0, 60.0)  # an object a second
+_COLUMNS_EVERY_S = 60.0  # rows of metrics are made columns, which takes some milliseconds
 _OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
-_OWN_NAMES |= {"events", "metrics", "ranks", "attempts", "lease", "checkpoints", "pictures"}
+_OWN_NAMES |= {"events", "metrics", "columns", "ranks", "attempts", "lease", "checkpoints", "pictures"}
 SWEEPS = "sweeps"  # folder of sweeps in a store: see cluster/sweep_folder.py
 _RESERVED_NAMES = {  # beside runs, in a store
     SWEEPS: "sweeps",
@@ -72,6 +76,7 @@ class RunRecord:
         self._rank_rows: RowWriter | None = None
         self._rank = 0
         self._rank_flush_every_s = 0.0
+        self._columns: Columns | None = None
         self._flush_lock = threading.Lock()
         self._flusher: threading.Thread | None = None
         self._closing = threading.Event()
@@ -266,6 +271,7 @@ class RunRecord:
                     writer.close()
                 except ShardyardError as error:
                     self._complain(error)
+            self._keep_columns(last=True)
             self._rows.clear()
             self._rank_rows = None
         self._closing.clear()
@@ -280,14 +286,34 @@ class RunRecord:
     def _keep_flushing(self) -> None:
         every_s = _LOCAL_FLUSH_EVERY_S if self.store.is_local else _REMOTE_FLUSH_EVERY_S
         ranks_at = time.monotonic() + self._rank_flush_every_s
+        columns_at = time.monotonic() + _COLUMNS_EVERY_S
         while not self._closing.wait(every_s):
             self.flush()
+            if time.monotonic() >= columns_at:
+                columns_at = time.monotonic() + _COLUMNS_EVERY_S
+                self._keep_columns()
             if self._rank_rows is not None and time.monotonic() >= ranks_at:
                 ranks_at = time.monotonic() + self._rank_flush_every_s
                 try:
                     self._rank_rows.flush()
                 except ShardyardError as error:
                     self._complain(error)
+
+    def _keep_columns(self, *, last: bool = False) -> None:
+        """Keep the rows of metrics as columns, too, if this process writes them (see trainer/columns.py)."""
+        if not self.store.is_local or all(folder != "metrics" for folder, _ in self._rows):
+            return
+        from trainer.columns import Columns
+
+        try:
+            if self._columns is None:
+                self._columns = Columns(self.store, None)
+            self._columns.update()
+        except ShardyardError as error:
+            self._complain(error)
+        if last and self._columns is not None:
+            self._columns.close()
+            self._columns = None
 
     def _complain(self, error: ShardyardError) -> None:
         if not self._complained:

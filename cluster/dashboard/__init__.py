@@ -1,6 +1,6 @@
 """The dashboard: what the runs' own folders say, in a browser and in a terminal (terminal.py).
 
-Of a run: run_view.py (followed), metric_rows.py and columns.py (its metrics, by row and by column), curves.py (what is
+Of a run: run_view.py (followed), metric_rows.py (its metrics by row; by column: trainer/columns.py), curves.py (what is
 drawn of one), rank_rows.py and performance.py (its ranks), attention.py, logs.py, run_files.py. Of a store:
 store_view.py, overview.py, compare.py, checkpoints.py, data_sets.py, sweeps.py, and resources.py for its targets.
 

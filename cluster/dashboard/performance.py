@@ -14,7 +14,7 @@ from cluster.dashboard.rank_rows import MEMORY, OWN, RankTable, of_kept_attempts
 from trainer.step_times import PARTS
 
 if TYPE_CHECKING:
-    from cluster.dashboard.columns import Columns
+    from trainer.columns import Columns
 
 Row = dict[str, Any]
 Part = Literal["data", "forward", "backward", "collective", "optimizer", "checkpoint", "evaluation", "other"]

@@ -29,7 +29,7 @@ from trainer.record import RunRecord
 from trainer.record_rows import Cursor, read_rows
 
 if TYPE_CHECKING:
-    from cluster.dashboard.columns import Columns
+    from trainer.columns import Columns
 
 Axis = Literal["step", "time", "tokens"]
 Row = dict[str, Any]
@@ -208,8 +208,11 @@ class RunView:
         """Its metrics, up to now."""
         with self._lock:
             if self._columns is None:
-                from cluster.dashboard.columns import Columns  # Arrow takes 26 MB and 0.2 s
+                import pyarrow as pa  # here, since it takes 26 MB and 0.2 s
 
+                from trainer.columns import Columns
+
+                pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it was given
                 self._columns = Columns(self.record.store, self._cache)
             self._columns.update()
             self._columns_used_at = time.monotonic()

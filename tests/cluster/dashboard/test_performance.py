@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.dashboard import performance, rank_rows
-from cluster.dashboard.columns import Columns
 from cluster.dashboard.performance import bucketed, matrix, memory, slower_than_median, split, stragglers
 from cluster.dashboard.rank_rows import RankRows, RankTable
 from cluster.dashboard.store_view import StoreView
 from configs.load import load
 from data_pipelines.storage import Store
 from tests.configs.minimal import minimal
+from trainer.columns import Columns
 from trainer.record import RunRecord
 from trainer.record_rows import RowWriter
 from trainer.step_times import PARTS

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cluster.dashboard import columns
-from cluster.dashboard.columns import Columns
 from data_pipelines.storage import Store
+from trainer import columns
+from trainer.columns import Columns
 from trainer.record_rows import RowWriter, decode_rows, decode_value, encode_row, read_rows
 
 NAMES = ("loss", "lr", "step", "metric:x", "validation/loss", "grad norm")
@@ -107,6 +107,63 @@ def test_a_cache_that_is_cleared_meanwhile_is_made_anew(
         agree(followed, run)
 
 
+def test_what_training_keeps_a_reader_need_not_read(run: Store, tmp_path: Path, chunk: int) -> None:
+    """Its own files begin where the run's end, whoever of the two comes first."""
+    kept, cache = Columns(run, None), tmp_path / "cache"
+    for attempt in range(1, 5):
+        write(run, attempt, 40 * attempt, attempt)
+        early = Columns(run, cache)
+        early.update()
+        agree(early, run)
+        kept.update()
+        kept = Columns(run, None)  # by the next attempt's process
+        kept.update()
+        agree(kept, run)
+        late = Columns(run, cache)
+        late.update()
+        agree(late, run)
+        used = {file.path for file in late._chunks if isinstance(file, columns._Kept)}
+        assert set(cache.rglob("*.arrow")) <= used, "what is of no use any more is gone"
+        agree(early, run)
+    whole = run.local_path(columns.FOLDER)
+    assert whole is not None and bool(list(whole.glob("*.arrow"))) == (chunk < 400)
+
+
+def test_a_run_that_was_moved_keeps_its_columns(run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_WORTH_KEEPING", 50)
+    write(run, 0, 100)
+    kept = Columns(run, None)
+    kept.update()
+    kept.close()
+    run.delete_dir("metrics")
+    shutil.move(run.path(), tmp_path / "elsewhere")
+    found = Columns(Store(tmp_path / "elsewhere"), tmp_path / "cache")
+    assert found.num_rows == 100 and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("harm", [b"", b"nonsense", None])
+def test_a_run_whose_columns_are_damaged_is_read_all_the_same(
+    run: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: bytes | None
+) -> None:
+    monkeypatch.setattr(columns, "CHUNK", 60)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 500)
+    write(run, 0, 100)
+    Columns(run, None).update()
+    victim = sorted((tmp_path / "store/run/columns").iterdir())[1]
+    victim.unlink() if harm is None else victim.write_bytes(harm)
+    read = Columns(run, tmp_path / "cache")
+    read.update()
+    agree(read, run)
+    assert harm is None or victim.read_bytes() == harm, "a reader leaves the run as it is"
+    kept = Columns(run, None)
+    kept.update()
+    agree(kept, run)
+    assert victim.exists() and victim.read_bytes() != harm, "whoever writes it makes it anew"
+    shutil.rmtree(tmp_path / "cache")
+    again = Columns(run, tmp_path / "cache")
+    assert again.num_rows > 50
+
+
 PLAIN = st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**62), 2**62))
 ANY = st.one_of(st.floats(), st.integers(), st.booleans(), st.sampled_from(["NaN", "x", None, [1], {"b": 1}]))
 TWO_IN_ONE_LINE = b'{"time":1,"attempt":1,"step":1,"values":{"loss":1}}{"time":1,"attempt":1,"step":2,"values":{}}\n'
@@ -185,7 +242,7 @@ def test_closed_it_keeps_what_takes_long_to_read(run: Store, tmp_path: Path, mon
 
 def test_arrow_does_not_bring_pandas(tmp_path: Path) -> None:
     script = (
-        "import sys; from cluster.dashboard.columns import Columns; from data_pipelines.storage import Store\n"
+        "import sys; from trainer.columns import Columns; from data_pipelines.storage import Store\n"
         "found = Columns(Store(sys.argv[1]), __import__('pathlib').Path(sys.argv[2])); found.update()\n"
         "found.metric('loss'), found.place(), found.rows(0, 10), found.close()\n"
         "heavy = {'torch', 'ray', 'pandas', 'mlflow', 'transformers'} & set(sys.modules)\n"

@@ -1,8 +1,10 @@
 """A run's metrics by column, so that any of them can be drawn at once, however long the run.
 
 The record holds rows of JSON (trainer/record_rows.py), of which 10,000 steps of 100 metrics are 25 MB. Here they are
-Arrow files of about `CHUNK` values, in a folder of this machine that may be deleted at any time. What is new in the
-record is read from where the last file ends, which that file itself says; the rows after it are kept in memory.
+Arrow files of about `CHUNK` values. Training keeps them beside the rows, in the run's folder `columns/`; who reads a
+run whose rows go further keeps the rest in a folder of its own machine. Both follow from the rows and may be deleted
+at any time. What is new in the record is read from where the last file ends, which that file itself says; the rows
+after it are kept in memory.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ _FEW_BYTES, _FEW_ROWS = 64 << 10, 256
 _WORTH_KEEPING = 1024  # rows, of which a file of their own is read sooner than their JSON
 _BLOCK_BYTES = 4 << 20  # of JSON at a time, so that a long run takes little memory while it is read
 _PIECE_BYTES, _READERS = 512 << 10, min(4, os.cpu_count() or 1)  # of it, and threads that make columns of a piece each
-_VERSION = 1
+FOLDER = "columns"  # of a run
+_VERSION = 2
 _PLACE = {"attempt": np.int64, "step": np.int64, "time": np.float64}
 _ARROW = {np.int64: pa.int64(), np.float64: pa.float64()}
 _METRIC = "metric:"  # a metric may be called "step", too
@@ -61,12 +64,21 @@ class Columns:
     give back (a full disk, a damaged file) is read from the record again.
     """
 
-    def __init__(self, run: Store, cache: Path) -> None:
-        """run: the run's folder. cache: a folder for all runs; each has one of its own in it."""
-        pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own keeps what it was given
+    def __init__(self, run: Store, cache: Path | None) -> None:
+        """run: the run's folder.
+
+        cache: a reader's folder for all runs, each of which has one of its own in it; None: whoever writes the rows,
+        whose files are the run's own. Of a run on this machine.
+        """
         self._run = run
+        self._cache = cache
         self._identity = _identity(run)
-        self._folder = cache / hashlib.sha256(run.uri.encode()).hexdigest()[:32]
+        own = run.local_path(FOLDER)
+        if cache is None:
+            assert own is not None, "files of a remote run are a reader's"
+            self._folder, self._others = own, None
+        else:
+            self._folder, self._others = cache / hashlib.sha256(run.uri.encode()).hexdigest()[:32], own
         self._chunks: list[_Kept | pa.Table] = []  # a table where it cannot be written
         self._names: dict[str, None] = {}  # in the order of their first appearance
         self._cursor: Cursor | None = None
@@ -87,7 +99,7 @@ class Columns:
     def update(self) -> int:
         """Read what is new in the record; the number of new rows. Raises ShardyardError if it cannot be read."""
         if _identity(self._run) != self._identity:  # another run of the same name
-            self.__init__(self._run, self._folder.parent)  # type: ignore[misc]
+            self.__init__(self._run, self._cache)  # type: ignore[misc]
         before = self.num_rows
         while True:
             lines, cursor = read_lines(self._run, "metrics", self._cursor, limit=_BLOCK_BYTES)
@@ -195,19 +207,28 @@ class Columns:
     # --- the cache
 
     def _open(self) -> None:
-        """What a former process has kept of this very run."""
-        for path in sorted(self._folder.glob("*.arrow")):
+        """What training has kept, then what a former process has."""
+        if self._others is not None:
+            self._open_files(self._others, None)
+        for left in self._open_files(self._folder, None if self._cache is None else self._identity):
+            left.unlink(missing_ok=True)
+
+    def _open_files(self, folder: Path, identity: str | None) -> list[Path]:
+        """Take those that go on where this is; returns the first that does not, and those after it."""
+        paths = sorted(folder.glob("*.arrow"))
+        for number, path in enumerate(paths):
             try:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
                 told = json.loads(table.schema.metadata[b"shardyard"])
-                if (told["version"], told["identity"], told["start"]) != (_VERSION, self._identity, self.num_rows):
-                    raise ValueError
+                if (told["version"], told["identity"], told["start"]) != (_VERSION, identity, self.num_rows):
+                    return paths[number:]
+                cursor, names = dict(told["cursor"]), dict.fromkeys(told["names"])
             except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-                self._forget()
-                return
+                return paths[number:]
             self._chunks.append(_Kept(path, table.num_rows))
-            self._cursor = told["cursor"]
-            self._names.update(dict.fromkeys(told["names"]))
+            self._cursor = cursor
+            self._names.update(names)
+        return []
 
     def _forget(self) -> None:
         self._chunks, self._pieces, self._rows, self._cursor = [], [], [], None
@@ -220,7 +241,7 @@ class Columns:
         table = pa.concat_tables(self._pieces, promote_options="default").combine_chunks()
         told = {
             "version": _VERSION,
-            "identity": self._identity,
+            "identity": None if self._cache is None else self._identity,  # a run's folder may be moved with its files
             "start": self.num_rows - table.num_rows,  # a chunk before it may be gone
             "cursor": self._cursor,
             "names": list(self._names),
