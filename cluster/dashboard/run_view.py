@@ -255,19 +255,20 @@ class RunView:
         smooth: int = 1,
     ) -> Series:
         """A metric between two places of an axis. smooth: steps to take means over, for a line of its own."""
-        curve, old, restarts = self._curves(metric, axis)
-        lost = reduced(old.within(start, stop), buckets)
-        return Series(
-            curve=reduced(curve.within(start, stop), buckets),
-            last=float(curve.values[-1]) if len(curve.values) else None,
-            smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
-            superseded=[
-                point
-                for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
-                for point in ([(x, low)] if low == high else [(x, low), (x, high)])
-            ],
-            restarts=restarts,
-        )
+        with self._lock:  # one chart after the other: the first is there sooner than if all shared the processor
+            curve, old, restarts = self._curves(metric, axis)
+            lost = reduced(old.within(start, stop), buckets)
+            return Series(
+                curve=reduced(curve.within(start, stop), buckets),
+                last=float(curve.values[-1]) if len(curve.values) else None,
+                smooth=_thinned(curve.smoothed(smooth).within(start, stop), buckets) if smooth > 1 else None,
+                superseded=[
+                    point
+                    for x, low, high in zip(lost.x, lost.smallest, lost.largest, strict=True)
+                    for point in ([(x, low)] if low == high else [(x, low), (x, high)])
+                ],
+                restarts=restarts,
+            )
 
     def curve(self, metric: str, axis: Axis = "step") -> Curve:
         """All that survives of a metric."""

@@ -6,6 +6,7 @@
 import { bytes, duration, el, exact, get, number, percent, short, styled } from "./common.js";
 
 const REFETCH_AFTER_MS = 400;
+const AT_ONCE = 2; // curves that are asked for together: were it all of them, the first would come with the last
 const UPLOT = window.uPlot;
 
 export const AXES = { step: "step", tokens: "tokens", time: "time" };
@@ -40,6 +41,8 @@ export class Charts {
     this.last = { attempt: 0, step: 0 }; // of the newest row
     this.changed = new Set();
     this.frame = 0;
+    this.asking = 0;
+    this.waiting = [];
     this.visible = new IntersectionObserver((entries) => this.see(entries), { rootMargin: "200px" });
     this.sizes = new ResizeObserver((entries) => {
       for (const entry of entries) entry.target.chart.resize();
@@ -54,6 +57,19 @@ export class Charts {
     this.visible.observe(chart.element);
     this.sizes.observe(chart.drawing);
     return chart.element;
+  }
+
+  /** Ask once it is its turn. */
+  async inTurn(ask) {
+    if (this.asking === AT_ONCE) await new Promise((go) => this.waiting.push(go));
+    else this.asking += 1;
+    try {
+      return await ask();
+    } finally {
+      const next = this.waiting.shift();
+      if (next) next();
+      else this.asking -= 1;
+    }
   }
 
   see(entries) {
@@ -186,7 +202,7 @@ class Chart {
     this.buckets = Math.round(Math.min(1000, Math.max(100, this.drawing.clientWidth)));
     const asked = { x: view.x, start: view.from, stop: view.to, buckets: this.buckets };
     const fetched = (metric, smooth) =>
-      get(`${this.charts.run}/series`, { metric, smooth, ...asked }, request.signal);
+      this.charts.inTurn(() => get(`${this.charts.run}/series`, { metric, smooth, ...asked }, request.signal));
     try {
       const [curve, planned] = await Promise.all([
         fetched(this.metric, view.smooth > 1 ? view.smooth : null),

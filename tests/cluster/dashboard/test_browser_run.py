@@ -94,6 +94,27 @@ def test_a_spike_of_one_step_is_seen(
         assert found["x"].count(at) == 1 and len(found["x"]) <= 5  # at full detail, with a neighbour on each side
 
 
+def test_curves_are_asked_for_in_their_order_and_few_at_a_time(server: Dashboard, page: Any) -> None:
+    asked: list[str] = []
+    together = [0, 0]  # now, and at most
+
+    def begin(request: Any) -> None:
+        if "/series?" in request.url:
+            asked.append(request.url.partition("metric=")[2].partition("&")[0])
+            together[0] += 1
+            together[1] = max(together)
+
+    def end(request: Any) -> None:
+        together[0] -= "/series?" in request.url
+
+    page.on("request", begin)
+    page.on("requestfinished", end)
+    page.goto(f"{server.address}/runs/restarted")
+    chart(page, "grad_norm")
+    until(page, "[...document.querySelectorAll('.chart')].filter((each) => each.dataset.state === 'shown').length > 3")
+    assert asked[0] == "loss" and len(asked) > 3 and together[1] <= 2
+
+
 def test_dragging_fetches_the_range_at_full_detail_and_a_double_click_takes_it_back(
     server: Dashboard, page: Any
 ) -> None:
