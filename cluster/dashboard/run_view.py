@@ -74,6 +74,7 @@ class RunView:
         self._summary: Row | None = None
         self._summarized: tuple[set[FileFacts], bool] = (set(), False)  # the files, and whether somebody ran it
         self._summarized_at = -math.inf  # time.monotonic()
+        self.changes = 0  # how often a summary has found other files
 
     # --- what it says of itself
 
@@ -118,16 +119,13 @@ class RunView:
         """
         self.check()
         with self._lock:
-            facts = self._facts()
-            claimed = any(each.path.startswith("lease/") for each in facts)
-            live = claimed and self.record.holder() is not None
-            old = live and time.monotonic() - self._summarized_at > SUMMARY_S
-            if self._summary is None or self._summarized != (facts, live) or old:
-                self._summary, self._summarized, self._summarized_at = (
-                    self._read_summary(),
-                    (facts, live),
-                    time.monotonic(),
-                )
+            facts, (before, live) = self._facts(), self._summarized
+            same, old = facts == before, time.monotonic() - self._summarized_at > SUMMARY_S
+            if self._summary is not None and same and not (live and old):
+                return self._summary
+            live = any(each.path.startswith("lease/") for each in facts) and self.record.holder() is not None
+            self._summary, self._summarized, self._summarized_at = self._read_summary(), (facts, live), time.monotonic()
+            self.changes += not same
             return self._summary
 
     def check(self) -> None:

@@ -148,14 +148,18 @@ class RunHub(_Hub):
         self._view = view
         self._marks = [zlib.crc32(repr(view.identity).encode())]  # after so many events
         self._place: tuple[int, int] | None = None
+        self._seen = -1  # of the view's changes
         self._summary: Any = None
 
     def look(self) -> list[str]:
         """What has come since the last look."""
         summary = self._view.summary()  # first: it says whether the run is still there
+        found: list[str] = []
         if self._place is None:
             self._place = self._end()
-        found, self._place = self._since(self._place)
+        if self._seen != self._view.changes:
+            self._seen = self._view.changes  # before the rows: those that come meanwhile are other files again
+            found, self._place = self._since(self._place)
         if _without_clock(summary) != _without_clock(self._summary):
             self._summary = summary
             found.append(message("summary", summary))
