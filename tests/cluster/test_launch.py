@@ -22,7 +22,7 @@ from data_pipelines.storage import Store
 from tests.trainer.attempts import launched
 from trainer.record import RunRecord
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.daemon]  # each ends a Ray of its own
 
 ROOT = Path(__file__).resolve().parents[2]
 
