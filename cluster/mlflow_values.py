@@ -11,8 +11,9 @@ from typing import Any
 
 from configs.schema import flatten
 from data_pipelines.storage import Store
-from trainer.record import SWEEPS, RunRecord
+from trainer.record import RunRecord
 from trainer.redact import Redactor
+from trainer.run_folder import SWEEPS
 
 POSITION_FILE = "mlflow.json"  # in the folder of a run, or of a sweep
 MAX_PARAM_CHARACTERS = 500  # servers before 2.10 refuse longer ones

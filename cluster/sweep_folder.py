@@ -27,7 +27,8 @@ from configs.errors import Damaged, NotFound, UsageError
 from configs.load import COMMAND_LINE, Resolved, dump, load_resolved
 from configs.schema import flatten
 from data_pipelines.storage import Store
-from trainer.record import SWEEPS, RunRecord
+from trainer.record import RunRecord
+from trainer.run_folder import SWEEPS
 
 _SPEC, _RECIPE, _STOP = "sweep.json", "recipe.yaml", "stop.json"
 

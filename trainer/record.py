@@ -2,7 +2,7 @@
 
     run.yaml        resolved config, where each value came from       lineage.json  code, packages, machine, command
     events/         what happened                                     metrics/      numbers by step
-    ranks/          each rank's place, times and memory by step
+    ranks/          each rank's place, times and memory by step       columns/      metrics by column (columns.py)
     attempts/0001/  logs and a note for each lifetime of the workers  lease/        who runs it now
     stop.json       somebody asked the run to stop                    checkpoints/  see trainer/checkpoint.py
     datasets.json   names of its data sets in <store>/datasets/  pictures/  what the model makes, to look at
@@ -27,36 +27,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import Damaged, NotFound, ShardyardError, UsageError
-from configs.load import Resolved, dump, load_resolved
-from configs.schema import RunConfig, flatten
+from configs.errors import Damaged, NotFound, ShardyardError
+from configs.load import Resolved, dump
+from configs.schema import RunConfig
 from data_pipelines.storage import Store
 from trainer import history, lineage
 from trainer.lease import Claim, Holder, Lease, current_claim
 from trainer.record_rows import RowWriter, decode_value, read_rows
 from trainer.redact import Redactor
+from trainer.run_folder import (
+    CONFIG,
+    DATASETS,
+    LINEAGE,
+    STOP,
+    read_config,
+    refuse_foreign_folder,
+    refuse_other_config,
+    refuse_secrets,
+)
 
 if TYPE_CHECKING:
     from trainer.columns import Columns
 
-_CONFIG, _LINEAGE, _STOP, _DATASETS = "run.yaml", "lineage.json", "stop.json", "datasets.json"
 _LOCAL_FLUSH_EVERY_S = 0.5
 _REMOTE_FLUSH_EVERY_S = 10.0  # every flush is an object of its own there
 # Of rows of ranks, which all write at once: so long for each rank there is, and at least so long.
 _LOCAL_RANK_FLUSH_S = (0.01, 1.0)  # 100 appends a second to a file system that they share
 _REMOTE_RANK_FLUSH_S = (1.0, 60.0)  # an object a second
 _COLUMNS_EVERY_S = 60.0  # rows of metrics are made columns, which takes some milliseconds
-_OWN_NAMES = {_CONFIG, _LINEAGE, _STOP, _DATASETS, "mlflow.json"}
-_OWN_NAMES |= {"events", "metrics", "columns", "ranks", "attempts", "lease", "checkpoints", "pictures"}
-SWEEPS = "sweeps"  # folder of sweeps in a store: see cluster/sweep_folder.py
-_RESERVED_NAMES = {  # beside runs, in a store
-    SWEEPS: "sweeps",
-    "datasets": "data sets",
-    "tokenizers": "tokenizers",
-    "mlflow.db": "MLflow's records",
-    "mlflow-artifacts": "MLflow's files",
-    "jobs": "logs of jobs",
-}
 
 
 class RunRecord:
@@ -93,17 +91,17 @@ class RunRecord:
             UsageError: the name is taken by a run with another config, or by a folder that is no run's; or the config
             holds a secret.
         """
-        _refuse_secrets(resolved.config)
+        refuse_secrets(resolved.config)
         folder = store.child(resolved.config.name)
         started = lineage.collect(sys.argv, os.environ, Path.cwd())
-        if folder.exists(_CONFIG):
-            _refuse_other_config(folder, resolved.config)
+        if folder.exists(CONFIG):
+            refuse_other_config(folder, resolved.config)
             record = cls(folder, resolved, attempt=latest_attempt(folder))
             record._later_lineage = started
             return record
-        _refuse_foreign_folder(folder)
-        folder.write_atomic(_LINEAGE, json.dumps(started, indent=1))
-        folder.write_atomic(_CONFIG, dump(resolved))  # last: from now on it is a run
+        refuse_foreign_folder(folder)
+        folder.write_atomic(LINEAGE, json.dumps(started, indent=1))
+        folder.write_atomic(CONFIG, dump(resolved))  # last: from now on it is a run
         record = cls(folder, resolved)
         record.event("created")
         return record
@@ -119,11 +117,11 @@ class RunRecord:
         """
         store = Store(store_uri)
         folder = store.child(name)
-        if not name or not folder.exists(_CONFIG):
+        if not name or not folder.exists(CONFIG):
             near = difflib.get_close_matches(name, list_runs(store), n=1)
             hint = f" Did you mean '{near[0]}'?" if near else " `shardyard runs ls` lists the runs of a store."
             raise NotFound(f"There is no run '{name}' in {store.uri}.{hint}")
-        resolved = _read_config(folder)
+        resolved = read_config(folder)
         found = resolved.config.model_copy(update={"store": store.uri, "name": name})
         return cls(folder, replace(resolved, config=found), attempt=latest_attempt(folder), rank=rank)
 
@@ -147,8 +145,8 @@ class RunRecord:
         """
         lease = Lease.acquire(self.store, holder)
         try:
-            _refuse_other_config(self.store, self.config)
-            self.store.delete(_STOP)
+            refuse_other_config(self.store, self.config)
+            self.store.delete(STOP)
         except BaseException:
             lease.release()
             raise
@@ -170,15 +168,15 @@ class RunRecord:
     def request_stop(self, reason: str) -> None:
         """Ask whoever runs it, anywhere, to save a checkpoint and stop."""
         note = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "reason": reason}
-        self.store.write_atomic(_STOP, json.dumps(note))
+        self.store.write_atomic(STOP, json.dumps(note))
 
     def stop_requested(self) -> str | None:
         """Why the present launcher has been asked to stop; None if it has not been."""
-        if not self.store.exists(_STOP):
+        if not self.store.exists(STOP):
             return None
         with contextlib.suppress(FileNotFoundError, NotFound):  # a new launcher has taken it away
             try:
-                return str(json.loads(self.store.read_text(_STOP))["reason"])
+                return str(json.loads(self.store.read_text(STOP))["reason"])
             except (ValueError, KeyError, TypeError):
                 return "asked to stop"
         return None
@@ -242,11 +240,11 @@ class RunRecord:
 
     def update_lineage(self, **fields: Any) -> None:
         """Add what becomes known later, such as data_fingerprint, to lineage.json."""
-        self.store.write_atomic(_LINEAGE, json.dumps(self.lineage() | self._redactor.value(fields), indent=1))
+        self.store.write_atomic(LINEAGE, json.dumps(self.lineage() | self._redactor.value(fields), indent=1))
 
     def write_datasets(self, names: Sequence[str]) -> None:
         """Say which data sets of the store the run reads: one, or that of each source of a mixture."""
-        self.store.write_atomic(_DATASETS, json.dumps({"datasets": list(names)}))
+        self.store.write_atomic(DATASETS, json.dumps({"datasets": list(names)}))
 
     def flush(self) -> bool:
         """Write what is kept; False if the store refused (it stays kept)."""
@@ -365,24 +363,24 @@ class RunRecord:
 
     def lineage(self) -> dict[str, Any]:
         """lineage.json: git, packages, machine and command of the first launch."""
-        fields: dict[str, Any] = json.loads(self.store.read_text(_LINEAGE))
+        fields: dict[str, Any] = json.loads(self.store.read_text(LINEAGE))
         return fields
 
 
 def list_runs(store: Store) -> list[str]:
     """Names of the runs in a store."""
-    return [name for name in store.list_dirs() if store.exists(f"{name}/{_CONFIG}")]
+    return [name for name in store.list_dirs() if store.exists(f"{name}/{CONFIG}")]
 
 
 def recorded_datasets(folder: Store) -> list[str]:
     """Names of the data sets that a run, in its folder, was launched with last; [] before that. Raises Damaged."""
-    if not folder.exists(_DATASETS):
+    if not folder.exists(DATASETS):
         return []
     try:
-        return [str(name) for name in json.loads(folder.read_text(_DATASETS))["datasets"]]
+        return [str(name) for name in json.loads(folder.read_text(DATASETS))["datasets"]]
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(
-            f"{folder.path(_DATASETS)} cannot be read ({type(error).__name__}: {error}). Delete it and launch the run "
+            f"{folder.path(DATASETS)} cannot be read ({type(error).__name__}: {error}). Delete it and launch the run "
             "again, which writes it anew."
         ) from error
 
@@ -395,57 +393,3 @@ def attempt_folder(attempt: int) -> str:
 def latest_attempt(folder: Store) -> int:
     """The number of the newest attempt in a run's folder; 0 before the first."""
     return max((int(name) for name in folder.list_dirs("attempts") if name.isdigit()), default=0)
-
-
-def _read_config(folder: Store) -> Resolved:
-    text = folder.read_text(_CONFIG)
-    try:
-        return load_resolved(text)
-    except (ShardyardError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"{folder.path(_CONFIG)} cannot be read: {error}. Restore it, or start again under another name."
-        ) from error
-
-
-def _refuse_secrets(config: RunConfig) -> None:
-    # Workers read the config from the run's folder, where no secret may stand. By names and shapes alone: the value of
-    # a secret variable may well be a word that the config needs.
-    given = flatten(config.model_dump(exclude={"name"}))
-    kept = flatten(Redactor({}).value(config.model_dump(exclude={"name"})))
-    secret = [key for key, value in given.items() if kept[key] != value]
-    if secret:
-        raise UsageError(
-            f"The config holds what looks like a secret in {', '.join(secret)}. The config is written to the run's "
-            "folder, where workers and other people read it, and secrets are not. Take it out of the config and put it "
-            "in the environment, where the library that needs it reads it (AWS_SECRET_ACCESS_KEY for s3://, "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for MLflow)."
-        )
-
-
-def _refuse_other_config(folder: Store, config: RunConfig) -> None:
-    # Not the store, nor the name: they are where it was found, and the folder may have been moved.
-    stored = flatten(_read_config(folder).config.model_dump(exclude={"store", "name"}))
-    given = flatten(config.model_dump(exclude={"store", "name"}))
-    differing = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
-    if differing:
-        shown = ", ".join(f"{key}: {stored.get(key)!r} there, {given.get(key)!r} here" for key in differing[:8])
-        more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise UsageError(
-            f"The name '{config.name}' belongs to a run with another config ({shown}{more}), in {folder.uri}. "
-            f"Use another name (name=...), or start a new run from this one's checkpoint: "
-            f"`shardyard train RECIPE --from {config.name} name=...`."
-        )
-
-
-def _refuse_foreign_folder(folder: Store) -> None:
-    name = folder.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-    if name in _RESERVED_NAMES:  # perhaps of a file
-        held = f"{_RESERVED_NAMES[name]} are kept there"
-    else:
-        names = {*folder.list(), *folder.list_dirs()}
-        foreign = sorted(entry for entry in names - _OWN_NAMES if not entry.startswith("lineage-"))
-        held = f"it holds {foreign[0]}" if foreign else ""
-    if held:
-        raise UsageError(
-            f"The folder {folder.uri} is not a run's: {held}. Use another name (name=...) or another store (store=...)."
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -36,7 +37,10 @@ def add(app: FastAPI, store: StoreView) -> None:
         x: Axis = "step",
         buckets: Annotated[int, Query(ge=1, le=5000)] = 600,
     ) -> dict[str, Any]:
-        """A metric of runs (their names, with commas between) over an axis; time counts from each run's start."""
+        """A metric of runs (their names, with commas between) over an axis; time counts from each run's start.
+
+        Of each bucket the last place, and the mean, smallest and largest value.
+        """
         views = chosen(store, runs)
         return {
             "metric": metric,
@@ -103,9 +107,9 @@ def curves(view: RunView, metric: str, axes: Iterable[str]) -> dict[str, Curve]:
     for axis in axes:
         if axis == "time":
             over_time = view.curve(metric, "time")
-            found[axis] = Curve(over_time.x - over_time.x[:1], over_time.values)
+            found[axis] = replace(over_time, x=over_time.x - over_time.x[:1])
         elif (factor := a_step[axis]) is not None:
-            found[axis] = Curve(over_steps.x * factor, over_steps.values)
+            found[axis] = replace(over_steps, x=over_steps.x * factor)
     return found
 
 
@@ -121,9 +125,15 @@ def flops_per_step(view: RunView) -> float | None:
 def _drawn(view: RunView, metric: str, axis: Axis, buckets: int) -> Row:
     found = curves(view, metric, [axis]).get(axis)
     if found is None:
-        return {"x": [], "y": [], "missing": f"{AXES[axis]} is not known for this run."}
+        return {"x": [], "y": [], "low": [], "high": [], "missing": f"{AXES[axis]} is not known for this run."}
     small = reduced(found, buckets)
-    return {"x": small.x.tolist(), "y": small.mean.tolist(), "missing": None}
+    return {
+        "x": small.x.tolist(),
+        "y": small.mean.tolist(),
+        "low": small.smallest.tolist(),
+        "high": small.largest.tolist(),
+        "missing": None,
+    }
 
 
 def _row(place: float, curves: list[Curve]) -> Row:

@@ -14,7 +14,7 @@ from cluster.sweep_folder import SweepFolder, Trial
 from configs.errors import NotFound, ShardyardError
 from data_pipelines.storage import FileFacts
 from trainer.lease import current_claim
-from trainer.record import SWEEPS
+from trainer.run_folder import SWEEPS
 
 
 def add(app: FastAPI, store: StoreView, last: LastValues) -> None:

@@ -64,6 +64,12 @@ def kinds(record: RunRecord) -> list[str]:
     return [event["kind"] for event in record.events()]
 
 
+def last_word(config: dict[str, Any]) -> dict[str, Any]:
+    """Its last event but for what was planned, which comes at some time while things start, or when all is over."""
+    events = RunRecord.open(config["store"], "demo").events()
+    return [event for event in events if event["kind"] != "planned"][-1]
+
+
 def start_driver(config: dict[str, Any], body: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(DRIVER), json.dumps(config), body]
     # A session of its own, as a terminal's foreground job has: Ctrl-C reaches every process in it.
@@ -130,7 +136,7 @@ def test_the_first_interrupt_saves_and_the_command_to_resume_is_named(tmp_path: 
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert f"shardyard runs resume demo --store {config['store']}" in output
-    last = RunRecord.open(config["store"], "demo").events()[-1]
+    last = last_word(config)
     assert (last["kind"], last["reason"]) == ("stopped", "Ctrl-C")
     assert last["step"] > 0
     nothing_is_left(driver, [*pids, *below])
@@ -144,7 +150,7 @@ def test_a_preempted_launcher_saves_and_asks_to_be_started_again(tmp_path: Path)
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 75
     assert f"shardyard runs resume demo --store {config['store']}" in output
-    last = RunRecord.open(config["store"], "demo").events()[-1]
+    last = last_word(config)
     assert (last["kind"], last["reason"]) == ("stopped", "SIGUSR1")
 
 
@@ -155,7 +161,7 @@ def test_a_preempted_worker_stops_the_run(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
     driver.communicate(timeout=60)
     assert driver.returncode == 75
-    last = RunRecord.open(config["store"], "demo").events()[-1]
+    last = last_word(config)
     assert (last["kind"], last["reason"]) == ("stopped", "a worker was told to end (SIGTERM)")
 
 

@@ -3,7 +3,7 @@
 // The server gives each bucket of a curve with its smallest and largest value. Both are always drawn, as a band with an
 // edge, whatever line is drawn over them: what stands out for one step is seen at any zoom and with any smoothing.
 
-import { bytes, duration, el, exact, get, number, percent, short, styled } from "./common.js";
+import { alpha, bytes, duration, el, exact, get, number, percent, short, styled } from "./common.js";
 
 const REFETCH_AFTER_MS = 400;
 const AT_ONCE = 2; // curves that are asked for together: were it all of them, the first would come with the last
@@ -553,9 +553,4 @@ function clock(time, before, step) {
   if (step >= 86400) return text.slice(5, 10);
   const shown = text.slice(11, step >= 60 ? 16 : 19);
   return before !== undefined && exact(before).slice(0, 10) !== text.slice(0, 10) ? `${text.slice(5, 10)} ${shown}` : shown;
-}
-
-/** A colour, given as #rrggbb, let through. */
-function alpha(colour, share) {
-  return colour + Math.round(255 * share).toString(16).padStart(2, "0");
 }

@@ -35,6 +35,11 @@ export function styled(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+/** A colour, given as #rrggbb, that covers a share of what is below. */
+export function alpha(colour, share) {
+  return colour + Math.round(255 * share).toString(16).padStart(2, "0");
+}
+
 export function badge(status) {
   return el("span", { class: "badge", "data-status": status, text: status });
 }

@@ -1,6 +1,6 @@
 // Curves of several runs in one chart. While one of them runs, the page and the chart are brought up to date.
 
-import { duration, get, number, short, styled } from "./common.js";
+import { alpha, duration, get, number, short, styled } from "./common.js";
 import { refresh } from "./live.js";
 
 const place = document.getElementById("chart");
@@ -26,7 +26,7 @@ function tell(chart, along) {
   const there = idx !== null && idx !== undefined;
   const legend = place.parentElement.querySelector(".legend");
   legend.querySelectorAll(".value").forEach((value, i) => {
-    value.textContent = there ? number(valueAt(chart.data, i + 1, idx)) : "";
+    value.textContent = there ? number(valueAt(chart.data, EACH * (i + 1), idx)) : "";
   });
   legend.querySelector(".at").textContent = there ? `at ${along(chart.data[0][idx])}` : "";
 }
@@ -44,7 +44,9 @@ function ask() {
   return get("/api/compare", { runs, metric, x });
 }
 
-const joined = (found) => uPlot.join(found.runs.map((run) => [run.x, run.y]));
+const EACH = 3; // series a run: its least and greatest values, between which nothing is hidden, and its mean
+
+const joined = (found) => uPlot.join(found.runs.map((run) => [run.x, run.low, run.high, run.y]));
 
 async function draw() {
   const { x, log, calm } = place.dataset;
@@ -60,13 +62,11 @@ async function draw() {
   zoomed = false;
   const along = x === "time" ? duration : (value) => (x === "step" ? `step ${number(value)}` : `${number(value)} ${found.unit}`);
   const axis = { stroke: styled("--muted"), grid: { stroke: styled("--line"), width: 1 }, ticks: { show: false } };
-  const series = found.runs.map((run, i) => ({
-    label: run.run,
-    stroke: styled(`--curve-${i + 1}`),
-    width: 1.5,
-    spanGaps: true,
-    points: { show: run.x.length === 1 },
-  }));
+  const colours = found.runs.map((_, i) => styled(`--curve-${i + 1}`));
+  const series = found.runs.flatMap((run, i) => {
+    const edge = { stroke: alpha(colours[i], 0.3), width: 1, spanGaps: true, points: { show: false } };
+    return [edge, edge, { label: run.run, stroke: colours[i], width: 1.5, spanGaps: true, points: { show: run.x.length === 1 } }];
+  });
   const options = {
     width: place.clientWidth,
     height: HEIGHT,
@@ -76,6 +76,7 @@ async function draw() {
       { ...axis, size: 64, values: (_, values) => values.map((value) => (value === null ? null : short(value))) },
     ],
     series: [{}, ...series],
+    bands: colours.map((colour, i) => ({ series: [EACH * i + 2, EACH * i + 1], fill: alpha(colour, 0.1) })),
     legend: { show: false },
     hooks: { setCursor: [(plot) => tell(plot, along)], setSelect: [(plot) => (zoomed = plot.select.width > 0)] },
     cursor: {

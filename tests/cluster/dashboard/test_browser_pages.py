@@ -161,6 +161,16 @@ def test_ticked_runs_are_compared_by_keyboard(page: Any, server: Dashboard) -> N
     assert "FLOPs" in page.inner_text("main")
 
 
+def test_a_spike_is_seen_in_a_comparison(page: Any, store: Path, server: Dashboard) -> None:
+    write_run(store, "spiked", steps=4000, fails_at=2200, saved_at=2000, spike_at=3000, spike=60.0)
+    page.goto(f"{server.address}/compare?runs=spiked,aa")
+    page.wait_for_selector("#chart canvas")
+    found = page.locator("#chart").evaluate(
+        "({chart}) => [Math.max(...chart.data.slice(1).flat().filter(Number.isFinite)), chart.scales.y.max]"
+    )
+    assert found[0] == 60.0 <= found[1]
+
+
 def test_what_is_compared_goes_on_while_a_run_does_and_stays_zoomed(page: Any, store: Path, server: Dashboard) -> None:
     record = create(store, "goes-on", "steps=100")
     lease = record.acquire_lease()

@@ -34,6 +34,21 @@ def test_runs_are_compared_at_equal_cost(client: TestClient, store: Path) -> Non
     assert "optimizer.lr" in client.get("/compare?runs=aa,bb&x=tokens").text
 
 
+@pytest.mark.parametrize("axis", ["step", "time", "tokens", "compute"])
+def test_no_comparison_hides_a_spike(client: TestClient, store: Path, axis: str) -> None:
+    run(store, "aa", steps=400, fails_at=220, saved_at=200, spike_at=150, spike=40.0)
+    record = stores.create(store, "bb", "steps=40")  # reads every tenth step, and the extremes between
+    record.next_attempt()
+    record.event("started", step=0, world_size=2, parameters=10)
+    for step in range(10, 50, 10):
+        record.metrics(step, {"loss": 2.0, "loss_min": 1.0, "loss_max": 50.0 if step == 30 else 3.0})
+    record.close()
+    spiked, read = client.get(f"/api/compare?runs=aa,bb&x={axis}&buckets=20").json()["runs"]
+    assert len(spiked["x"]) <= 20 and max(spiked["high"]) == 40.0 > max(spiked["y"])
+    assert all(low <= mean <= high for low, mean, high in zip(spiked["low"], spiked["y"], spiked["high"], strict=True))
+    assert (read["low"], read["y"], read["high"]) == ([1.0] * 4, [2.0] * 4, [3.0, 3.0, 50.0, 3.0])
+
+
 @pytest.mark.parametrize(
     ("runs", "said"), [("one", "Between 2 and 8"), (",".join("abcdefghi"), "Between 2 and 8"), ("one,no", "no run")]
 )
