@@ -75,6 +75,7 @@ class RunRecord:
         self._rank = 0
         self._rank_flush_every_s = 0.0
         self._columns: Columns | None = None
+        self._with_columns = store.is_local
         self._flush_lock = threading.Lock()
         self._flusher: threading.Thread | None = None
         self._closing = threading.Event()
@@ -299,19 +300,20 @@ class RunRecord:
 
     def _keep_columns(self, *, last: bool = False) -> None:
         """Keep the rows of metrics as columns, too, if this process writes them (see trainer/columns.py)."""
-        if not self.store.is_local or all(folder != "metrics" for folder, _ in self._rows):
+        if not self._with_columns or all(folder != "metrics" for folder, _ in self._rows):
             return
-        from trainer.columns import Columns
-
         try:
             if self._columns is None:
+                from trainer.columns import Columns
+
                 self._columns = Columns(self.store, None)
             self._columns.update()
-        except ShardyardError as error:
-            self._complain(error)
-        if last and self._columns is not None:
-            self._columns.close()
-            self._columns = None
+            if last:
+                self._columns.close()
+                self._columns = None
+        except Exception as error:  # they only follow from the rows, whose writing nothing of theirs may end
+            self._columns, self._with_columns = None, False
+            print(f"The metrics of run '{self.name}' are kept as rows alone from here on: {error}", file=sys.stderr)
 
     def _complain(self, error: ShardyardError) -> None:
         if not self._complained:

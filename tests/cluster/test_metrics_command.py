@@ -188,8 +188,8 @@ def test_a_scrape_reads_what_is_new_alone(store: Store, monkeypatch: pytest.Monk
         def seek(self, offset: int) -> None:
             self._file.seek(offset)
 
-        def read(self) -> bytes:
-            data: bytes = self._file.read()
+        def read(self, *size: int) -> bytes:
+            data: bytes = self._file.read(*size)
             read.append(len(data))
             return data
 

@@ -194,13 +194,19 @@ def test_a_killed_population_goes_on_to_the_same_population(tmp_path: Path) -> N
     assert outcomes[0] == outcomes[1]
 
 
+def at_work(folder: Path, store: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A sweep of three trials that has saved something of its first, and the processes below it."""
+    path = recipe(folder, steps=100_000, evaluation={"every": 50_000})
+    sweep = start(folder, str(path), "grid", "optimizer.lr=1e-3,2e-3,3e-3", "--parallel", "1", "--name", "s")
+    wait_for(lambda: saved(store, "s-0001", 40), "a checkpoint", 120)
+    return sweep, below(sweep)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_first_interrupt_saves_all_trials_and_the_command_to_go_on_is_named(tmp_path: Path) -> None:
-    path, store = recipe(tmp_path, steps=100_000, evaluation={"every": 50_000}), tmp_path / "runs"
-    sweep = start(tmp_path, str(path), "grid", "optimizer.lr=1e-3,2e-3,3e-3", "--parallel", "1", "--name", "s")
-    wait_for(lambda: saved(store, "s-0001", 40), "a checkpoint", 120)
-    pids = below(sweep)
+    store = tmp_path / "runs"
+    sweep, pids = at_work(tmp_path, store)
     os.killpg(sweep.pid, signal.SIGINT)
     output, told = sweep.communicate(timeout=120)
     assert sweep.returncode == 130, told
@@ -218,10 +224,7 @@ def test_the_first_interrupt_saves_all_trials_and_the_command_to_go_on_is_named(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_whose_ray_is_killed_says_so_and_ends(tmp_path: Path) -> None:
-    path, store = recipe(tmp_path, steps=100_000, evaluation={"every": 50_000}), tmp_path / "runs"
-    sweep = start(tmp_path, str(path), "grid", "optimizer.lr=1e-3,2e-3", "--parallel", "1", "--name", "s")
-    wait_for(lambda: saved(store, "s-0001", 40), "a checkpoint", 120)
-    pids = below(sweep)
+    sweep, pids = at_work(tmp_path, tmp_path / "runs")
     next(child for child in psutil.Process(sweep.pid).children() if "raylet" in child.name()).kill()
     _, told = sweep.communicate(timeout=120)
     assert sweep.returncode == 3, told

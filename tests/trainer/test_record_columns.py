@@ -99,3 +99,20 @@ def test_a_little_at_a_time_is_kept_in_the_end_and_by_nobody_else(tmp_path: Path
     assert not folder.exists()
     worker.close()
     assert Columns(store.child(NAME), tmp_path / "cache").num_rows == 1400
+
+
+def test_whatever_befalls_them_rows_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Columns) -> int:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Columns, "update", fail)
+    monkeypatch.setattr(record, "_COLUMNS_EVERY_S", 0.0)
+    _, worker = begin(Store(tmp_path / "runs"))
+    write(worker, 1, 10)
+    wait_for(lambda: "rows alone" in capsys.readouterr().err, "the failure", 20)
+    write(worker, 11, 20)
+    wait_for(lambda: len(worker.metrics_table()) == 20, "rows by the same thread", 20)
+    worker.close()
+    assert capsys.readouterr().err == "", "it is told once"
