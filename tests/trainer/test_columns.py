@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -238,6 +239,14 @@ def test_closed_it_keeps_what_takes_long_to_read(run: Store, tmp_path: Path, mon
         agree(followed, run)
         kept.append(Columns(run, tmp_path / "cache").num_rows)
     assert kept == [60, 60, 115]
+
+
+def test_where_a_part_of_an_array_has_values() -> None:
+    array = pa.array([1, None, 2, None, None, 3] * 5)
+    for start in range(10):
+        part = array.slice(start, 17)
+        assert list(columns._is_there(part)) == [each is not None for each in part.to_pylist()]
+    assert columns._is_there(pa.array([1, 2])).all()
 
 
 def test_arrow_does_not_bring_pandas(tmp_path: Path) -> None:

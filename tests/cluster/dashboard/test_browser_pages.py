@@ -140,6 +140,7 @@ def test_a_run_that_is_about_to_be_looked_at_is_read_once(page: Any, server: Das
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url.removeprefix(f"{server.address}/api/runs/")))
     page.locator('tr[data-key="aa"] th a').hover()
+    wait_for(lambda: "aa" in asked)
     for name in ("aa", "bb"):
         page.get_by_label(f"Compare {name}", exact=True).check()
     wait_for(lambda: {"aa", "bb"} <= set(asked))

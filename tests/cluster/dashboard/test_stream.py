@@ -34,17 +34,17 @@ class Reader:
 
     async def until(self, kind: str) -> Any:
         """The content of the next message of a kind."""
-        while True:
-            if not self._waiting:
-                text = await asyncio.wait_for(anext(self._messages), TIMEOUT_S)
-                self._waiting = text.strip().split("\n\n")
-            lines = self._waiting.pop(0).splitlines()
-            fields = dict(line.split(": ", 1) for line in lines if not line.startswith(":"))
-            self.last_id = fields.get("id", self.last_id)
-            if "event" in fields:
-                self.told.append((fields["event"], json.loads(fields["data"])))
-                if fields["event"] == kind:
-                    return self.told[-1][1]
+        async with asyncio.timeout(TIMEOUT_S):
+            while True:
+                if not self._waiting:
+                    self._waiting = (await anext(self._messages)).strip().split("\n\n")
+                lines = self._waiting.pop(0).splitlines()
+                fields = dict(line.split(": ", 1) for line in lines if not line.startswith(":"))
+                self.last_id = fields.get("id", self.last_id)
+                if "event" in fields:
+                    self.told.append((fields["event"], json.loads(fields["data"])))
+                    if fields["event"] == kind:
+                        return self.told[-1][1]
 
     async def ended(self) -> bool:
         """Whether it ends by itself."""
@@ -181,6 +181,29 @@ def test_who_is_far_behind_asks_for_the_curves_again(tmp_path: Path, record: Run
         await reader.until("reset")
         train(record, stream.MOST_ROWS + 2, stream.MOST_ROWS + 2)
         assert [row["step"] for row in await reader.until("rows")] == [stream.MOST_ROWS + 2]
+        await reader.go()
+
+    run(test())
+
+
+def test_while_no_file_changes_no_rows_are_read(
+    tmp_path: Path, record: RunRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    real = RunView.num_rows
+    monkeypatch.setattr(RunView, "num_rows", lambda view: read.append(view) or real(view))
+
+    async def test() -> None:
+        hubs, view = server(tmp_path)
+        reader = Reader(hubs.run(view).messages(None))
+        await reader.until("summary")
+        train(record, 1, 1)
+        await reader.until("rows")
+        read.clear()
+        await asyncio.sleep(0.5)
+        assert read == []
+        train(record, 2, 2)
+        assert [row["step"] for row in await reader.until("rows")] == [2]
         await reader.go()
 
     run(test())
