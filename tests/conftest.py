@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 # Before torch is imported anywhere: with few cores, threads that wait for each other cost more than they do.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell has its background jobs ignore Ctrl-C, and what they start inherits it: but tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files without processes of their own that still take many seconds together; `make check` leaves them out.
 LONGER = (
