@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export DS_BUILD_OPS = 0
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help setup demo test test-train test-launch test-rest test-cluster check lint types chaos matrix bench results peers lock screenshots clean
+.PHONY: help setup demo test test-trainer test-data test-rest test-cluster check lint types chaos matrix bench results peers lock screenshots clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,15 +26,18 @@ demo: setup  ## train a small GPT on this machine's Python standard library, 2 R
 	$(BIN)/python -m cluster.demo
 
 test: lint types  ## lint, types and all tests that need no root and no daemon, at most 10 minutes on 2 cores
-	@$(MAKE) --no-print-directory --jobs=3 --keep-going test-train test-launch test-rest
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going test-trainer test-data test-rest
 
 # Three side by side on two cores, of about the same time: they wait for processes as much as they compute.
-test-train: setup
-	$(BIN)/python -m pytest -m "not slow and not daemon" --durations=15 tests/trainer tests/chaos
-test-launch: setup
-	$(BIN)/python -m pytest -m "not slow and not daemon" --durations=15 tests/cluster
+TRAINER := tests/trainer tests/chaos
+DATA := tests/data_pipelines tests/distributed
+PYTEST := $(BIN)/python -m pytest -m "not slow and not daemon" --durations=15
+test-trainer: setup
+	$(PYTEST) $(TRAINER)
+test-data: setup
+	$(PYTEST) $(DATA)
 test-rest: setup
-	$(BIN)/python -m pytest -m "not slow and not daemon" --durations=15 --ignore=tests/trainer --ignore=tests/cluster --ignore=tests/chaos
+	$(PYTEST) $(patsubst %,--ignore=%,$(TRAINER) $(DATA))
 
 check: lint types  ## lint, types and the tests that take seconds, under 60 s
 	$(BIN)/python -m pytest -m "not slow and not daemon and not longer and not distributed and not ray"
