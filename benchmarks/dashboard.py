@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -43,7 +44,7 @@ from benchmarks.dashboard_store import metric_names, spike_of, write_store  # no
 from trainer.record import RunRecord  # noqa: E402
 
 RUNS, METRICS, STEPS = 100, 100, 10_000
-STREAMS, WATCH_S, TURNS = 50, 15.0, 3
+STREAMS, WATCH_S, TURNS = 50, 10.0, 24
 
 
 # --- the parts
@@ -141,18 +142,25 @@ def streams(work: Path) -> Figures:
             time.sleep(0.5)
         time.sleep(10)
         record = RunRecord.open(str(store), "live")
-        alone, watched, cpu, late = [], [], [], []
+        alone, watched, cpu, late = [steps_per_s(record)], [], [], []
         for _ in range(TURNS):
-            alone.append(steps_per_s(record))
             with dashboard(store, work / "live-cache") as server, opened(server.port, late):
                 time.sleep(2)
                 used = server.cpu_s()
                 watched.append(steps_per_s(record))
                 cpu.append((server.cpu_s() - used) / WATCH_S)
+            alone.append(steps_per_s(record))
+        # Each beside what was before and after it, since the machine is now quicker and now slower.
+        ratios = [2 * seen / sum(both) for seen, both in zip(watched, itertools.pairwise(alone), strict=True)]
         return {
             "steps_per_s_alone": alone,
             "steps_per_s_watched": watched,
-            "cpu_s_per_s": cpu,
+            "watched_to_alone": {
+                "median": statistics.median(ratios),
+                "mean": statistics.mean(ratios),
+                "standard_error": statistics.stdev(ratios) / len(ratios) ** 0.5,
+            },
+            "cpu_s_per_s": statistics.median(cpu),
             "late_s": {"median": statistics.median(late), "most": max(late), "rows": len(late)},
         }
     finally:
