@@ -20,9 +20,14 @@ FOLDER = Path(__file__).parent
 CELLS = {"fp32": 0, "bf16": 1}  # precision and ZeRO stage
 
 
-def of(world: World, model: str) -> dict[str, list[float]]:
-    """By precision."""
-    return {precision: engine_losses(world, Cell(model, stage, precision, 1))[0] for precision, stage in CELLS.items()}
+def all_models(world: World) -> dict[str, dict[str, list[float]]]:
+    """By model and precision."""
+    return {
+        model: {
+            precision: engine_losses(world, Cell(model, stage, precision, 1))[0] for precision, stage in CELLS.items()
+        }
+        for model in TASKS
+    }
 
 
 def read(model: str) -> dict[str, list[float]]:
@@ -33,8 +38,7 @@ def read(model: str) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    for model in TASKS:
-        losses = run_workers(of, 1, model)[0]
+    for model, losses in run_workers(all_models, 1)[0].items():
         lines = ["step " + " ".join(f"{precision:>9}" for precision in losses)]
         for step, row in enumerate(zip(*losses.values(), strict=True), start=1):
             lines.append(f"{step:4} " + " ".join(f"{loss:9.6f}" for loss in row))

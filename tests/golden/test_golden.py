@@ -11,12 +11,16 @@ from tests.pool import run_workers
 pytestmark = pytest.mark.distributed
 
 
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, list[float]]]:
+    return run_workers(losses.all_models, 1)[0]
+
+
 @pytest.mark.parametrize("model", TASKS)
-def test_losses_are_what_they_were(model: str) -> None:
+def test_losses_are_what_they_were(model: str, found: dict[str, dict[str, list[float]]]) -> None:
     golden = losses.read(model)
-    found = run_workers(losses.of, 1, model)[0]
-    assert set(found) == set(golden) == set(losses.CELLS)
-    for precision, values in found.items():
+    assert set(found[model]) == set(golden) == set(losses.CELLS)
+    for precision, values in found[model].items():
         first = golden[precision][0]
         far = max(abs(ours - theirs) / first for ours, theirs in zip(values, golden[precision], strict=True))
         assert far <= BOUNDS[precision], f"{precision}: {values}"
