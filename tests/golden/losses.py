@@ -7,6 +7,7 @@ The losses of every model of the zoo over a few steps, one worker, without ZeRO 
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ CELLS = {"fp32": 0, "bf16": 1}  # precision and ZeRO stage
 
 def all_models(world: World) -> dict[str, dict[str, list[float]]]:
     """By model and precision."""
+    gc.freeze()  # DeepSpeed collects garbage again and again
     return {
         model: {
             precision: engine_losses(world, Cell(model, stage, precision, 1))[0] for precision, stage in CELLS.items()
