@@ -29,7 +29,7 @@ test: lint types  ## lint, types and all tests that need no root and no daemon, 
 	@$(MAKE) --no-print-directory --jobs=3 --keep-going test-trainer test-data test-rest
 
 # Three side by side on two cores, of about the same time: they wait for processes as much as they compute.
-TRAINER := tests/trainer tests/chaos tests/distributed/test_matrix.py tests/distributed/test_load_cost.py
+TRAINER := tests/trainer tests/chaos $(addprefix tests/distributed/test_,matrix.py load_cost.py memory.py)
 DATA := tests/data_pipelines tests/distributed
 PYTEST := $(BIN)/python -m pytest -m "not slow and not daemon" --durations=15
 test-trainer: setup
