@@ -67,10 +67,11 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
         if config.resources.workers > 1:
             yield from _changed(plan, f"zero.stage={stage}", zero=zero.model_copy(update={"stage": stage}))
     if getattr(plan.model.config, "activation_checkpointing", None) is False:
-        settings = config.model.model_copy(update={"activation_checkpointing": True})
-        model = plan.model.config.model_copy(update={"activation_checkpointing": True})
-        changed = replace(plan, model=replace(plan.model, config=model))
-        yield from _changed(changed, "model.activation_checkpointing=true", model=settings)
+        for policy in ("selective", True):
+            update = {"activation_checkpointing": policy}
+            model = replace(plan.model, config=plan.model.config.model_copy(update=update))
+            change = f"model.activation_checkpointing={policy if policy == 'selective' else 'true'}"
+            yield from _changed(replace(plan, model=model), change, model=config.model.model_copy(update=update))
     size = config.batch.micro_batch_size
     while size > 1:
         size //= 2

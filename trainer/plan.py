@@ -20,6 +20,7 @@ from configs.errors import ShardyardError
 from configs.schema import RunConfig
 from data_pipelines.storage import Store
 from trainer.memory import Memory, predict_memory
+from trainer.parts.recompute import share_computed_again
 from trainer.site import NotPlanned, Site
 from trainer.validate import Plan
 
@@ -81,7 +82,7 @@ class Estimate:
     def computed_step_s(self) -> float:
         """Seconds a step by arithmetic alone."""
         utilisation = GPU_UTILISATION if self.site.is_gpu else CPU_UTILISATION
-        again = 4 / 3 if _recomputes(self.config) else 1.0
+        again = 1 + share_computed_again(self.config.model.settings.get("activation_checkpointing", False)) / 3
         compute_s = (
             self.flops_per_step
             * again
@@ -212,10 +213,6 @@ def surely_fits(plan: Plan, site: Site) -> bool:
 
 
 # --- seconds
-
-
-def _recomputes(config: RunConfig) -> bool:
-    return bool(config.model.settings.get("activation_checkpointing"))
 
 
 def _bytes_moved(plan: Plan) -> float:

@@ -91,7 +91,11 @@ class NoisyImage:
 
 @dataclass(frozen=True)
 class Logits:
-    """(B, T, size): for each position of the input, unnormalised log-probabilities."""
+    """(B, T, size): for each position of the input, unnormalised log-probabilities.
+
+    A model on Tokens with `takes_labels = True` gives, with labels=(B, T), the sum of their cross-entropies
+    instead: an fp32 scalar for which it need not hold the logits (trainer/parts/head.py).
+    """
 
     size: int
 

@@ -25,6 +25,7 @@ from tests.contract.examples import (
     has_shape,
 )
 from trainer import shapes
+from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
 
 each_model = pytest.mark.parametrize("name", MODELS)
 each_case = pytest.mark.parametrize("case", example_models(), ids=str)
@@ -114,6 +115,27 @@ def test_every_parameter_learns(case: Case) -> None:
     for parameter_name, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().max() > 0, parameter_name
+
+
+@each_case
+def test_with_labels_it_gives_the_loss_of_its_logits(case: Case) -> None:
+    model = bound_model(case)
+    module = built(model)
+    if not getattr(module, "takes_labels", False):
+        pytest.skip("it does not take labels")
+    module.eval()  # no dropout
+    tokens, *rest = example_inputs(model.input, 2)
+    labels = torch.randint(0, model.output.size, tokens.shape, generator=torch.Generator().manual_seed(3))
+    labels[0, :2] = IGNORED
+    expected = summed_cross_entropy(module(tokens, *rest).flatten(0, 1), labels.flatten())
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad()
+    loss = module(tokens, *rest, labels=labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-5)
 
 
 @each_case

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.parts import cross_entropy
-from trainer.parts.cross_entropy import IGNORED, summed_cross_entropy
+from trainer.parts.cross_entropy import IGNORED, linear_cross_entropy, summed_cross_entropy
 
 
 @settings(max_examples=30, deadline=None)
@@ -80,3 +80,68 @@ def test_the_forward_pass_keeps_one_number_a_row() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x):
         summed_cross_entropy(logits, torch.zeros(64, dtype=torch.int64))
     assert sum(saved) <= logits.nbytes + 64 * (8 + 4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    width=st.integers(1, 9),
+    classes=st.integers(2, 40),
+    biased=st.booleans(),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_without_logits_it_agrees_with_pytorch_in_double_precision(
+    rows: int, width: int, classes: int, biased: bool, ignored: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, width), (classes, width)] + [(classes,)] * biased
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    labels = torch.randint(0, classes, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = IGNORED
+    expected = 3 * F.cross_entropy(F.linear(*exact), labels, reduction="sum")
+    expected.backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 3 * classes)  # several chunks, the last one shorter
+        loss = linear_cross_entropy(*inputs, *[None] * (not biased), labels)
+        with torch.no_grad():
+            assert torch.equal(loss, linear_cross_entropy(*inputs, *[None] * (not biased), labels))
+    (3 * loss).backward()
+    assert loss.dtype == torch.float32
+    assert 3 * loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
+    for found, wanted in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_without_logits_it_is_as_exact_in_low_precision(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).to(dtype)
+    weight = torch.randn(3000, 32, generator=generator).to(dtype)
+    labels = torch.randint(0, 3000, (64,), generator=generator)
+    far: dict[str, list[float]] = {}
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    (F.cross_entropy(F.linear(*exact), labels, reduction="sum") * 1024 / 64).backward()  # as a loss scale would
+    for name in ("with", "without"):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if name == "with":
+            loss = summed_cross_entropy(F.linear(*inputs), labels)
+        else:
+            loss = linear_cross_entropy(*inputs, None, labels)
+        (loss * 1024 / 64).backward()
+        far[name] = [
+            float((found.grad.double() - wanted.grad).norm() / wanted.grad.norm())
+            for found, wanted in zip(inputs, exact, strict=True)
+        ]
+    assert all(without <= 1.1 * with_ for without, with_ in zip(far["without"], far["with"], strict=True)), far
+
+
+def test_no_matrix_of_logits_is_held() -> None:
+    rows, width, classes = 4096, 8, 2048
+    hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(classes, width, requires_grad=True)
+    labels = torch.randint(0, classes, (rows,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, None, labels).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * cross_entropy.CPU_CHUNK_VALUES < 4 * rows * classes / 10

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.trainer.models import SMALL, small_gpt
 from tests.trainer.packed import EOS_ID, Packed, batch_of
 from trainer.models import gpt
 from trainer.parts.cross_entropy import summed_cross_entropy
+from trainer.parts.recompute import Recompute, share_computed_again
 from trainer.shapes import Logits, Tokens
 from trainer.tasks import language_modeling
 
@@ -99,20 +101,24 @@ def test_rotary_table_stays_exact_in_low_precision() -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
-    plain, recomputed = (small_gpt(dropout=dropout, activation_checkpointing=flag) for flag in (False, True))
+@pytest.mark.parametrize("policy", [True, 2, "selective"])
+def test_activation_checkpointing_changes_no_gradient(policy: Recompute, dropout: float) -> None:
+    plain, recomputed = (
+        small_gpt(num_layers=4, dropout=dropout, activation_checkpointing=each) for each in (False, policy)
+    )
     tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(4))
-    kept_bytes = []
+    flops = []
     for model in (plain, recomputed):
         torch.manual_seed(5)  # of dropout
-        saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
-            loss = summed_cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-        loss.backward()
-        kept_bytes.append(sum(tensor.nbytes for tensor in saved))
+        loss = summed_cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
     for (name, a), (_, b) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
-    assert kept_bytes[1] < 0.5 * kept_bytes[0]
+    again = flops[1] - flops[0]
+    forward = flops[0] / 2  # but for the head, which is not run again
+    assert again == 0 if policy == "selective" else 0.5 < again / forward / share_computed_again(policy) < 1
 
 
 def test_dropout_is_drawn_from_the_seed_and_off_in_evaluation() -> None:

@@ -17,6 +17,7 @@ from trainer.example_batch import example_batch
 from trainer.initialization import materialize
 from trainer.memory import CPU_BASE_BYTES, Memory, predict_memory
 from trainer.models import cnn, gpt, lstm
+from trainer.parts.recompute import Recompute
 from trainer.storages import LogitsShape, Storages
 from trainer.tasks import image_classification, language_modeling
 
@@ -80,6 +81,15 @@ def test_a_perceptrons_activations_are_those_that_its_backward_pass_reads() -> N
     assert storages.live["activations", False] == weights, "the gradients, which nobody has named"
 
 
+def test_the_more_is_computed_again_the_less_is_kept() -> None:
+    policies: list[Recompute] = [True, 2, "selective", False]
+    kept = [
+        predicted(gpt_model(num_layers=4, activation_checkpointing=policy), config_of(stage=3)).device["activations"]
+        for policy in policies
+    ]
+    assert kept == sorted(kept) and kept[2] < 0.8 * kept[3], kept
+
+
 @pytest.mark.parametrize("layers", [3, 5])
 def test_with_recompute_each_block_adds_its_input_alone(layers: int) -> None:
     """Korthikanti et al. 2022, section 5: s b h values a layer with full recomputation; here of 4 bytes."""
@@ -104,10 +114,11 @@ def test_activations_grow_with_the_micro_batch() -> None:
     [
         (gpt_model(), TEXT),
         (gpt_model(activation_checkpointing=True), TEXT),
+        (gpt_model(activation_checkpointing="selective"), TEXT),
         (BoundModel(lstm, lstm.Config(num_layers=2, hidden_size=WIDTH), *TEXT.io()), TEXT),
         (PICTURE_MODEL, PICTURES),
     ],
-    ids=["gpt", "gpt, recompute", "lstm", "cnn"],
+    ids=["gpt", "gpt, recompute", "gpt, selective", "lstm", "cnn"],
 )
 @pytest.mark.usefixtures("tensors_alone")
 def test_fake_tensors_live_as_long_as_real_ones(model: BoundModel, task: BoundTask) -> None:

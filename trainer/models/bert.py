@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from configs.schema import Section
+from trainer.parts.recompute import DESCRIPTION, Recompute, run_block
 from trainer.shapes import ClassLogits, MaskedLogits, Tokens, Values
 
 ACCEPTS = (Tokens,)
@@ -49,6 +50,7 @@ class Config(Section):
         default=0.1, ge=0, lt=1, description="Share dropped of embeddings, attention, branches and pooled values."
     )
     norm_eps: float = Field(default=1e-12, gt=0, description="Added to the variance in LayerNorm.")
+    activation_checkpointing: Recompute = Field(default=False, description=DESCRIPTION)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Config:
@@ -164,6 +166,7 @@ class BERT(nn.Module):
 
     def __init__(self, config: Config, input: Tokens, output: MaskedLogits | ClassLogits | Values) -> None:
         super().__init__()
+        self._recompute = config.activation_checkpointing
         self.embeddings = Embeddings(config, input.vocab_size, _num_positions(config, input))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head: nn.Module
@@ -180,8 +183,8 @@ class BERT(nn.Module):
         """
         x = self.embeddings(tokens, position)  # (B, T, C)
         mask = None if document is None else _same_document(document, x.dtype)
-        for block in self.blocks:
-            x = block(x, mask)
+        for number, block in enumerate(self.blocks):
+            x = run_block(self._recompute, number, block, x, mask)
         return self.head(x, document)
 
 

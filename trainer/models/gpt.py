@@ -11,17 +11,15 @@ D = C / H = head size, F = intermediate size, L = layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs.schema import Section
+from trainer.parts.head import LogitsHead
 from trainer.parts.kv_cache import Cache, LayerCache
+from trainer.parts.recompute import DESCRIPTION, Recompute, run_block
 from trainer.parts.stochastic_depth import DropBranch, rates
 from trainer.shapes import Logits, Tokens
 
@@ -52,9 +50,7 @@ class Config(Section):
     )
     rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary wavelengths.")
     norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square in RMSNorm.")
-    activation_checkpointing: bool = Field(
-        default=False, description="Keep only each block's input, and compute the block again in the backward pass."
-    )
+    activation_checkpointing: Recompute = Field(default=False, description=DESCRIPTION)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Config:
@@ -184,16 +180,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model; `seq_len` is the most positions that it can take."""
 
+    takes_labels = True
+
     def __init__(self, config: Config, vocab_size: int, seq_len: int) -> None:
         super().__init__()
         self.seq_len = seq_len
-        self._checkpointing = config.activation_checkpointing
+        self._recompute = config.activation_checkpointing
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.rotary = Rotary(seq_len, config.head_size, config.rope_theta)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, drop) for drop in rates(config.stochastic_depth, config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        self.head = LogitsHead(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -207,15 +205,17 @@ class GPT(nn.Module):
         document: Tensor | None = None,
         position: Tensor | None = None,
         cache: Cache | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """Logits for the token that follows each position.
+        """Logits for the token that follows each position, or the loss that they would give.
 
         tokens: (B, T) int64, T at most seq_len.
         document: (B, T), tokens see only earlier tokens of the same number; None is one document a row.
         position: (B, T), each token's position in its document; None is 0 .. T-1.
         cache: without gradients, for one document a row: tokens follow those of the calls before with the same cache.
             They are one a row, unless it is empty, and with those before at most seq_len.
-        Returns (B, T, V) in the dtype of the weights.
+        labels: (B, T), the tokens that follow, or IGNORED (trainer/parts/cross_entropy.py).
+        Returns (B, T, V) in the dtype of the weights; with labels the sum of their cross-entropies, an fp32 scalar.
         """
         x = self.dropout(self.embedding(tokens))  # (B, T, C)
         if cache is not None:
@@ -225,18 +225,9 @@ class GPT(nn.Module):
         rotations = self.rotary(tokens.shape[1], position)
         mask = None if document is None else document_mask(document, x.dtype)
         for number, block in enumerate(self.blocks):
-            x = self._run(block, x, rotations, mask, None if cache is None else cache.layers[number])
-        return self.head(self.norm(x))
-
-    def _run(self, block: nn.Module, *inputs: Tensor | LayerCache | None) -> Tensor:
-        if self._checkpointing and torch.is_grad_enabled():
-            return recompute(block, *inputs)
-        return block(*inputs)
-
-
-def recompute(block: Callable[..., Any], *inputs: Any) -> Tensor:
-    """Run `block` without keeping what its backward pass needs; dropout repeats itself when it is run again."""
-    return checkpoint(block, *inputs, use_reentrant=False)
+            past = None if cache is None else cache.layers[number]
+            x = run_block(self._recompute, number, block, x, rotations, mask, past)
+        return self.head(self.norm(x), labels)
 
 
 def document_mask(document: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
-"""Summed cross-entropy in fp32 that never holds a second matrix of logits.
+"""Summed cross-entropy in fp32 that holds one matrix of logits, or none.
 
 `F.cross_entropy` allocates three more matrices as large as the logits, which for a language model are its largest
-tensors. Here the forward pass keeps one number a row, and the backward pass writes the gradient once, in chunks that
-stay in the cache.
+tensors. `summed_cross_entropy` keeps one number a row, and its backward pass writes the gradient once, in chunks that
+stay in the cache. `linear_cross_entropy` takes what the logits are made of, and makes those of a few rows at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +40,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
         normaliser = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)  # (N,) log of softmax's sum
         target = torch.empty_like(normaliser)  # (N,) mean of the logits by the label's distribution
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, logits.shape[1]):
             chunk = logits[rows].float()
             torch.logsumexp(chunk, 1, out=normaliser[rows])
             target[rows] = chunk.gather(1, labels[rows].clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -59,7 +60,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         ignored = (labels == IGNORED).unsqueeze(1)
         label = labels.clamp(min=0).unsqueeze(1)
-        for rows in _chunks(logits):
+        for rows in _chunks(logits, logits.shape[1]):
             chunk = gradient[rows] if gradient.dtype == torch.float32 else torch.empty(0, device=logits.device)
             torch.sub(logits[rows].float(), normaliser[rows].unsqueeze(1), out=chunk)
             chunk.exp_()  # softmax
@@ -72,6 +73,63 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if gradient.dtype != torch.float32:
                 gradient[rows] = chunk
         return gradient, None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """summed_cross_entropy(F.linear(hidden, weight, bias), labels), without ever holding the (N, V) logits.
+
+    hidden: (N, C). weight: (V, C), bias: (V,), all of one floating dtype. labels: (N,) int64.
+    The gradients are computed with the loss, a chunk of rows at a time, and kept until the backward pass, which only
+    scales them (as in Hsu et al. 2024, Liger Kernel): nothing is computed twice, and what is held is (N, C) and, in
+    fp32, (V, C) instead of (N, V).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, with_gradients: bool
+    ) -> Tensor:
+        losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)  # (N,)
+        ignored = labels == IGNORED
+        label = labels.clamp(min=0).unsqueeze(1)
+        # Softmax's small values vanish in fp16, where the loss scale would come too late to save them.
+        ctx.scale = 256.0 if hidden.dtype == torch.float16 else 1.0
+        if with_gradients:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for rows in _chunks(hidden, len(weight)):
+            chunk = F.linear(hidden[rows], weight, bias).float()
+            normaliser = chunk.logsumexp(1, keepdim=True)
+            torch.sub(normaliser, chunk.gather(1, label[rows]), out=losses[rows].unsqueeze(1))
+            if not with_gradients:
+                continue
+            chunk.sub_(normaliser).exp_()  # softmax
+            chunk.scatter_add_(1, label[rows], torch.full_like(label[rows], -1, dtype=torch.float32))
+            chunk.masked_fill_(ignored[rows].unsqueeze(1), 0.0)
+            if grad_bias is not None:
+                grad_bias += chunk.sum(0)
+            scaled = chunk.mul_(ctx.scale).to(hidden.dtype) if hidden.dtype != torch.float32 else chunk
+            torch.mm(scaled, weight, out=grad_hidden[rows])
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight.addmm_(scaled.T, hidden[rows])
+            else:
+                grad_weight += scaled.T @ hidden[rows]
+        if with_gradients:
+            ctx.gradients = grad_hidden, grad_weight, grad_bias
+            ctx.dtype = weight.dtype
+        return losses.masked_fill_(ignored, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        grad_hidden, grad_weight, grad_bias = ctx.gradients
+        del ctx.gradients
+        unscaled = grad_output / ctx.scale
+        grad_bias = None if grad_bias is None else grad_bias.mul_(grad_output).to(ctx.dtype)
+        return grad_hidden.mul_(unscaled), grad_weight.mul_(unscaled).to(ctx.dtype), grad_bias, None, None
 
 
 _planned_for_gpu = ContextVar("planned_for_gpu", default=False)
@@ -87,7 +145,8 @@ def as_on_gpu() -> Iterator[None]:
         _planned_for_gpu.reset(token)
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    values = GPU_CHUNK_VALUES if logits.is_cuda or _planned_for_gpu.get() else CPU_CHUNK_VALUES
-    size = max(1, values // logits.shape[1])
-    return (slice(start, start + size) for start in range(0, logits.shape[0], size))
+def _chunks(matrix: Tensor, classes: int) -> Iterator[slice]:
+    """Rows of the matrix for which so many logits each are not too many."""
+    values = GPU_CHUNK_VALUES if matrix.is_cuda or _planned_for_gpu.get() else CPU_CHUNK_VALUES
+    size = max(1, values // classes)
+    return (slice(start, start + size) for start in range(0, matrix.shape[0], size))

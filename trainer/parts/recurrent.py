@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from configs.schema import Section
+from trainer.parts.head import LogitsHead
 from trainer.shapes import ClassLogits, Frames, Logits, Tokens, Values
 
 Cell = Literal["lstm", "gru", "tanh"]
@@ -153,7 +154,7 @@ class Recurrent(nn.Module):
         self._hidden_size = sizes.hidden_size
         self._pooling = None if isinstance(output, Logits) else sizes.pooling
         self.stack = Stack(cell, sizes, sizes.layer_inputs(input))
-        self.head = nn.Linear(sizes.features(output), output.size)
+        self.head = (LogitsHead if isinstance(output, Logits) else nn.Linear)(sizes.features(output), output.size)
 
     def read(self, x: Tensor, length: Tensor | None) -> Tensor:
         """x (N, L, K), length (N,) or None for L: (N, L, size), or (N, size) where that is asked."""
@@ -201,24 +202,32 @@ class TokenReader(Recurrent):
 
     def __init__(self, cell: Cell, sizes: Sizes, input: Tokens, output: Output) -> None:
         super().__init__(cell, sizes, input, output)
+        self.takes_labels = isinstance(output, Logits)
         self.seq_len = input.seq_len
         self.embedding = nn.Embedding(input.vocab_size, sizes.layer_inputs(input)[0])
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, tokens: Tensor, document: Tensor | None = None, position: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(
+        self,
+        tokens: Tensor,
+        document: Tensor | None = None,
+        position: Tensor | None = None,  # noqa: ARG002 - the state tells it
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """tokens (B, T), document (B, T) or None for one: (B, T, size), each document read by itself.
 
-        Or (B, size), of each example's document 0; what is behind it is not read. The state tells the position.
+        With labels (B, T) the sum of their cross-entropies, an fp32 scalar. Or (B, size), of each example's document 0;
+        what is behind it is not read.
         """
         x = self.dropout(self.embedding(tokens))  # (B, T, K)
-        if document is None:
-            return self.read(x, None)
         if self._pooling is not None:
-            return self.read(x, (document == 0).sum(1))
+            return self.read(x, None if document is None else (document == 0).sum(1))
+        if document is None:
+            return self.head(self.stack(x, None), labels)
         places = documents_apart(document)
         apart = x.new_zeros(places.shape.numel(), x.shape[2]).index_copy(0, places.at, x.flatten(0, 1))
-        outputs = self.read(apart.unflatten(0, places.shape), None)  # (N, L, size)
-        return outputs.flatten(0, 1)[places.at].unflatten(0, tokens.shape)
+        states = self.stack(apart.unflatten(0, places.shape), None)  # (N, L, H)
+        return self.head(states.flatten(0, 1)[places.at].unflatten(0, tokens.shape), labels)
 
 
 class Places(NamedTuple):

@@ -56,6 +56,8 @@ def idle(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def loss(model: nn.Module, batch: Mapping[str, Tensor], config: Config) -> Tensor:  # noqa: ARG001
     """Sum of -log p(label) in nats over the labels that count: an fp32 scalar."""
     sequences = unpack(batch["tokens"], batch["valid"])
+    if getattr(getattr(model, "module", model), "takes_labels", False):  # model may be DeepSpeed's engine around it
+        return model(sequences.tokens, sequences.document, sequences.position, labels=sequences.labels)
     return summed_cross_entropy(_logits(model, sequences).flatten(0, 1), sequences.labels.flatten())
 
 
