@@ -22,8 +22,7 @@ from configs.errors import Unreachable
 OBJECT_STORE_BYTES = 75 << 20
 END_TIMEOUT_S = 5.0
 _FOLDER_PREFIX = "shardyard-ray-"
-# Below it lie unix sockets, whose paths may be 107 bytes long.
-_MAX_FOLDER_BYTES = 40
+_LONGEST_SOCKET = 107  # bytes of a path (unix(7))
 
 
 class EmbeddedRay:
@@ -202,10 +201,12 @@ def _children_of_folder(folder: Path) -> list[Any]:
 
 
 def _new_folder() -> Path:
-    base = tempfile.gettempdir()
-    if len(base) > _MAX_FOLDER_BYTES and os.access("/tmp", os.W_OK):
+    """In the folder for temporary files; where paths of Ray's sockets would become too long there, in /tmp."""
+    base, name = tempfile.gettempdir(), f"{_FOLDER_PREFIX}{os.getpid()}-"
+    sockets = f"/{name}12345678/session_2026-11-28_12-42-02_214597_{os.getpid()}/sockets/plasma_store"
+    if len(os.fsencode(base + sockets)) > _LONGEST_SOCKET and os.access("/tmp", os.W_OK):
         base = "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=base))
+    return Path(tempfile.mkdtemp(prefix=name, dir=base))
 
 
 def _start_reaper(folder: Path) -> subprocess.Popen[str]:
