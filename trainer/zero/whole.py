@@ -16,10 +16,7 @@ ALLREDUCE_ELEMENTS = 500_000_000  # flattened for one all-reduce: runtime/engine
 
 
 class Replicated:
-    """Stage 0: torch's optimizer over the parameters themselves (runtime/engine.py).
-
-    An all-reduce flattens all gradients, also where a worker is alone.
-    """
+    """Stage 0: torch's optimizer over the parameters themselves (runtime/engine.py)."""
 
     def __init__(self, storages: Storages, cut: Cut) -> None:
         self._storages = storages
@@ -33,7 +30,7 @@ class Replicated:
 
     def after_backward(self, *, last: bool) -> None:
         """What is done when all are."""
-        if last:
+        if last and self._cut.size > 1:
             gradients = [each.grad for group in self._cut.groups for each in group if each.grad is not None]
             all_reduce(self._storages, gradients)
 
@@ -67,7 +64,7 @@ class BF16Optimizer:
                 for parameter in group:
                     if parameter.grad is not None:
                         parameter.grad.float()
-        if last:
+        if last and self._cut.size > 1:
             all_reduce(self._storages, self._sums)
 
     def update(self, step: Any) -> None:
