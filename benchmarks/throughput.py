@@ -113,8 +113,6 @@ def prepare(case: str, folder: Path) -> Path:
 
 
 def run_product(case: str, folder: Path, name: str) -> dict[str, Any]:
-    from trainer.record_rows import read_lines
-
     path = folder / f"{name}.json"
     path.write_text(json.dumps(recipe(case, name, folder / "runs")))
     started = time.time()
@@ -223,6 +221,10 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"| {statistics.median(run['first_step_s'] for run in found):.1f} s |"
             )
     return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def main() -> None:

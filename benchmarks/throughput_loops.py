@@ -20,8 +20,7 @@ from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from safetensors.torch import load_file
@@ -32,6 +31,7 @@ from trainer.bound import BoundTask
 from trainer.initialization import materialize
 from trainer.validate import validate
 
+ROOT = Path(__file__).resolve().parents[1]
 Batch = Mapping[str, Tensor]
 
 
