@@ -210,13 +210,8 @@ def table(results: list[dict[str, Any]]) -> str:
         for system, found in runs.items():
             speeds = [run["steps_per_s"] for run in found]
             ratios = [mine / theirs for mine, theirs in zip(ours, speeds, strict=True)]
-            share = (
-                ""
-                if system == "shardyard"
-                else f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
-            )
             lines.append(
-                f"| {SYSTEMS[system]} | {statistics.median(speeds):.3f} ({min(speeds):.3f}-{max(speeds):.3f}) | {share} "
+                f"| {SYSTEMS[system]} | {spread(speeds)} | {'' if system == 'shardyard' else spread(ratios)} "
                 f"| {statistics.median(run['peak_bytes'] for run in found) / 1e6:,.0f} MB "
                 f"| {statistics.median(run['first_step_s'] for run in found):.1f} s |"
             )
