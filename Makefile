@@ -70,12 +70,14 @@ bench: peers  ## measurements against peers; tables go to benchmarks/results/
 	$(BIN)/python benchmarks/parity_grid.py
 	$(BIN)/python benchmarks/launch.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/linear_cross_entropy.py
 
 results: setup  ## train every recipe of real data, 3 seeds each, beside its baseline: docs/results.md (one task: TASK=...)
 	$(BIN)/python benchmarks/results.py $(TASK)
 
 # Without what they ask for: some want torchvision, or older numpy (benchmarks/peers/requirements.txt).
-peers: setup  ## install the loaders that `make bench` compares with (uses the network)
+peers: setup  ## install what `make bench` compares with (uses the network)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers/requirements.txt
 
 lock: setup  ## write constraints.txt anew from what is installed
