@@ -161,8 +161,9 @@ def test_operations_are_those_of_a_real_micro_batch(model: BoundModel, task: Bou
     task.loss(module, batch).backward()
     with Storages(one_memory=True) as storages:
         task.loss(module, batch).backward()
-    found = predict_memory(model, task, config_of(), 1, on_gpu=False).dispatched
-    assert found.micro_batch == storages.operations + 1, "the buffer of stage 0's all-reduce"
+    found, of_two = (predict_memory(model, task, config_of(), size, on_gpu=False).dispatched for size in (1, 2))
+    assert found.micro_batch == storages.operations
+    assert of_two.micro_batch == storages.operations + 1, "the buffer of stage 0's all-reduce"
     assert found.parameters == len(list(module.parameters()))
 
 
