@@ -1,6 +1,6 @@
 """The loss of a language model's last layer three ways: time, memory, and how far the gradients are from fp64's.
 
-    python benchmarks/linear_cross_entropy.py [--repeats 7] [--device cpu] [--out benchmarks/results]
+    python benchmarks/linear_cross_entropy.py [--repeats 7] [--dtypes float32 bfloat16] [--device cpu]
 
 torch: F.cross_entropy of F.linear. summed: trainer/parts/cross_entropy.py's of F.linear. linear: its
 linear_cross_entropy, which holds no logits. Forward and backward; times taken in turn, medians; memory at its peak in a
@@ -75,17 +75,18 @@ def peak(way: str, case: str, dtype: torch.dtype, device: torch.device) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = arguments.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"one of {os.cpu_count()} CPU cores"
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"one of {os.cpu_count()} CPU cores"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
         "# The loss of a language model's last layer, with and without its logits",
         "",
-        f"{datetime.date.today()}, commit {commit.strip()}, {name} ({platform.machine()}). "
+        f"{datetime.date.today()}, commit {commit.strip()}, {machine} ({platform.machine()}). "
         "`python benchmarks/linear_cross_entropy.py`. Forward and backward.",
         "",
         "| rows x width, classes | dtype | way | time | of torch's | peak memory | gradients' distance from fp64's |",
@@ -97,7 +98,7 @@ def main() -> None:
         exact = tuple(each.double().detach().requires_grad_() for each in inputs(case, torch.float32, device)[:2])
         labels = inputs(case, torch.float32, device)[2]
         F.cross_entropy(F.linear(*exact), labels, reduction="sum").backward()
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in arguments.dtypes):
             given = inputs(case, dtype, device)
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             far = {}

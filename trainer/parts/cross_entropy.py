@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100  # the label of a position that is no item of the loss; PyTorch's own convention
 CPU_CHUNK_VALUES = 2**18  # 1 MiB of fp32: about a core's second-level cache
 GPU_CHUNK_VALUES = 2**27
+# Of a matrix product: with fewer rows, reading and adding to the weights takes longer than the product itself.
+LEAST_ROWS = 256
 
 
 def summed_cross_entropy(
@@ -100,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
             grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows in _chunks(hidden, len(weight)):
+        for rows in _chunks(hidden, len(weight), LEAST_ROWS):
             chunk = F.linear(hidden[rows], weight, bias).float()
             normaliser = chunk.logsumexp(1, keepdim=True)
             torch.sub(normaliser, chunk.gather(1, label[rows]), out=losses[rows].unsqueeze(1))
@@ -145,8 +147,8 @@ def as_on_gpu() -> Iterator[None]:
         _planned_for_gpu.reset(token)
 
 
-def _chunks(matrix: Tensor, classes: int) -> Iterator[slice]:
-    """Rows of the matrix for which so many logits each are not too many."""
+def _chunks(matrix: Tensor, classes: int, least: int = 1) -> Iterator[slice]:
+    """Rows of the matrix for which so many logits each are not too many, but at least so many rows."""
     values = GPU_CHUNK_VALUES if matrix.is_cuda or _planned_for_gpu.get() else CPU_CHUNK_VALUES
-    size = max(1, values // classes)
+    size = max(least, values // classes)
     return (slice(start, start + size) for start in range(0, matrix.shape[0], size))
