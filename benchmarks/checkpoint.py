@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.multiprocessing  # noqa: E402
 
+from benchmarks.provenance import commit  # noqa: E402
 from configs.plugins import find_plugin  # noqa: E402
 from configs.schema import CheckpointConfig, RunConfig  # noqa: E402
 from data_pipelines.loader import MicroBatch  # noqa: E402
@@ -173,11 +173,6 @@ def _median_and_interval(values: list[float]) -> list[float]:
     return [statistics.median(values), values[lowest], values[count - 1 - lowest]]
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def page(rows: list[dict[str, Any]]) -> str:
     """benchmarks/results/checkpoint.md."""
     first = rows[0]
@@ -185,7 +180,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# What a checkpoint costs training",
         "",
         f"`{' '.join(['python benchmarks/checkpoint.py', *sys.argv[1:]])}`, {datetime.date.today()},",
-        f"commit {_commit()}, {os.cpu_count()} CPUs, {first['workers']} worker(s) with one thread each,",
+        f"commit {commit()}, {os.cpu_count()} CPUs, {first['workers']} worker(s) with one thread each,",
         f"GPT of {first['parameters'] / 1e6:.1f} M parameters, fp32, AdamW,",
         f"{EXAMPLES} x {TASK['seq_len']} tokens a step,",
         f"a save every {first['steps']} steps, {len(first['rounds'])} blocks of each kind in turns.",

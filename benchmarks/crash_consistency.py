@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from benchmarks.provenance import commit  # noqa: E402
 from tests.crash import own_saves, peer_saves  # noqa: E402
 from tests.crash.disk import Disk, Files, damaged, write_files  # noqa: E402
 from tests.crash.outcomes import OUTCOMES, WRONG, Expected, Loaded, classify, differing_paths  # noqa: E402
@@ -139,12 +139,6 @@ def in_batches(states: list[Files], loads: Loader, work: Path) -> Iterator[Loade
     for first in range(0, len(states), _AT_ONCE):
         with tempfile.TemporaryDirectory(dir=work) as folder:
             yield from loads(states[first : first + _AT_ONCE], Path(folder))
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 def page(results: dict[str, Any]) -> str:

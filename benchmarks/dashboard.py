@@ -41,6 +41,7 @@ from benchmarks.dashboard_browser import PAGES, drawn, long_run  # noqa: E402
 from benchmarks.dashboard_mlflow import peer  # noqa: E402
 from benchmarks.dashboard_server import START_S, Figures, Server, dashboard  # noqa: E402
 from benchmarks.dashboard_store import metric_names, spike_of, write_store  # noqa: E402
+from benchmarks.provenance import commit  # noqa: E402
 from trainer.record import RunRecord  # noqa: E402
 
 RUNS, METRICS, STEPS = 100, 100, 10_000
@@ -252,11 +253,10 @@ def flat(figures: Figures, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def measured() -> Figures:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     model = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
+        "commit": commit(),
         "machine": f"{os.cpu_count()} cores, {model[1] if model else platform.machine()}",
         "load": f"{os.getloadavg()[0]:.1f}",
     }

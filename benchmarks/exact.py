@@ -32,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.provenance import commit  # noqa: E402
 from configs.plugins import find_plugin  # noqa: E402
 from configs.schema import RunConfig  # noqa: E402
 from data_pipelines.loader import MicroBatch  # noqa: E402
@@ -172,7 +173,7 @@ def curves(out: Path) -> None:
     lines = [
         "# The losses of exact mode",
         "",
-        f"`python benchmarks/exact.py --curve`, {datetime.date.today()}, commit {_commit()}:",
+        f"`python benchmarks/exact.py --curve`, {datetime.date.today()}, commit {commit()}:",
         f"`{RECIPE}`, {CURVE_STEPS} steps, seeds {', '.join(map(str, SEEDS))}, one worker on a CPU.",
         "",
         "| | ordinary, by seed | exact, by seed | most between seeds | most between modes | within the seeds |",
@@ -190,11 +191,6 @@ def curves(out: Path) -> None:
     (out / "exact_curve.md").write_text("\n".join([*lines, ""]))
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def page(rows: list[dict[str, Any]]) -> str:
     """benchmarks/results/exact.md."""
     return "\n".join(
@@ -202,7 +198,7 @@ def page(rows: list[dict[str, Any]]) -> str:
             "# What exact mode costs",
             "",
             f"`{' '.join(['python benchmarks/exact.py', *sys.argv[1:]])}`, {datetime.date.today()},",
-            f"commit {_commit()}, one worker, one thread of a CPU, fp32, AdamW;",
+            f"commit {commit()}, one worker, one thread of a CPU, fp32, AdamW;",
             "medians of the processor time of the steps of both, in turns; the ratio is the median of pairs of",
             "neighbours (quartiles), and that of the fastest steps of both.",
             "",

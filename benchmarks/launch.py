@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
 import secrets
 import socket
 import statistics
@@ -31,6 +29,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.overhead import WORKERS, recipe  # noqa: E402
+from benchmarks.provenance import provenance  # noqa: E402
 
 STEPS = 5
 START_S = 120.0
@@ -137,14 +136,12 @@ def _wait_for(dashboard: str, token: str) -> None:
 
 def page(found: dict[str, list[float]]) -> str:
     """benchmarks/results/launch.md."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     bare = statistics.median(found["torchrun"])
     return "\n".join(
         [
             "# From the command to the end of the first optimizer step",
             "",
-            f"`{' '.join(['python benchmarks/launch.py', *sys.argv[1:]])}`, {datetime.date.today()}, commit "
-            f"{commit.strip()}, {os.cpu_count()} CPU cores ({platform.machine()}),",
+            f"`{' '.join(['python benchmarks/launch.py', *sys.argv[1:]])}`, {provenance()},",
             f"{WORKERS} workers of 1 thread, ZeRO-1, fp32; medians of interleaved runs.",
             "",
             "| | median, s | least to most, s | more than torchrun, s |",

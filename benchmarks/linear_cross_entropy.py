@@ -10,13 +10,9 @@ process of its own, above what it had before.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +24,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import provenance  # noqa: E402
 from trainer import peak_memory  # noqa: E402
 from trainer.parts.cross_entropy import linear_cross_entropy, summed_cross_entropy  # noqa: E402
 
@@ -81,13 +78,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = arguments.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"one of {os.cpu_count()} CPU cores"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "one core"
     lines = [
         "# The loss of a language model's last layer, with and without its logits",
         "",
-        f"{datetime.date.today()}, commit {commit.strip()}, {machine} ({platform.machine()}). "
-        "`python benchmarks/linear_cross_entropy.py`. Forward and backward.",
+        f"{provenance()}, on {machine}. `python benchmarks/linear_cross_entropy.py`. Forward and backward.",
         "",
         "| rows x width, classes | dtype | way | time | of torch's | peak memory | gradients' distance from fp64's |",
         "|---|---|---|---|---|---|---|",

@@ -19,7 +19,6 @@ import platform
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from elastic import measure_elastic
 from loader_tables import tables
 from peer_process import ROOT, PeerFailed, PeerProcess
 from peers.cases import Case, make_case
+from provenance import commit
 from text_build import measure_text
 
 OURS, CEILING = "shardyard", "copy_ceiling"
@@ -234,10 +234,9 @@ def facts(bench: Bench) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             return None
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
         "date": str(datetime.date.today()),
-        "commit": commit.strip(),
+        "commit": commit(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
         "load_average_before": os.getloadavg()[0],

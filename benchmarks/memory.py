@@ -28,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.provenance import commit  # noqa: E402
+
 BAR = 0.1
 STEPS = 3
 WORK = ROOT / "runs" / "memory"
@@ -216,14 +218,12 @@ def _mib(size: float) -> str:
 
 def page(rows: dict[str, Any]) -> str:
     """benchmarks/results/memory.md."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     errors = {name: row["predicted"] / row["measured"] - 1 for name, row in rows.items()}
     off = [name for name, error in errors.items() if abs(error) > BAR]
     lines = [
         "# Memory of a worker, predicted and measured",
         "",
-        f"`python benchmarks/memory.py`, {datetime.date.today()}, commit {commit}, on CPUs, MiB of rank 0.",
+        f"`python benchmarks/memory.py`, {datetime.date.today()}, commit {commit()}, on CPUs, MiB of rank 0.",
         "Measured: the most that the process had in memory (VmHWM) in",
         f"{STEPS} steps with a checkpoint in the middle, by `python -m trainer`. Predicted: by trainer/memory.py.",
         "Above base: the error of what is more than the process had before it had a model, as a share of that.",

@@ -11,10 +11,8 @@ and the table shows medians over the repeats.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import provenance  # noqa: E402
+
 WARMUP = 10
 WORKERS = 2
 
@@ -115,11 +116,10 @@ def measure(case: int, repeats: int, folder: Path) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
         "# Cost of the whole product a step",
         "",
-        f"{datetime.date.today()}, commit {commit.strip()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"{provenance()}, "
         f"{WORKERS} workers of 1 thread, ZeRO-1, fp32. "
         "Steps a second over the steady part of a run, medians of interleaved runs; `python benchmarks/overhead.py`.",
         "",

@@ -13,7 +13,6 @@ import datetime
 import itertools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the
 
 from pydantic import ValidationError  # noqa: E402
 
+from benchmarks.provenance import commit  # noqa: E402
 from tests.distributed.zoo import BOUNDS, STEPS, TASKS, Cell, difference, engine_losses  # noqa: E402
 from tests.pool import WorkerFailed, run_workers  # noqa: E402
 
@@ -77,16 +77,13 @@ def measured(cell: Cell) -> float | str:
 
 def page(columns: list[tuple[str, int]], lines: list[str], reasons: dict[str, int], compared: int, wrong: int) -> str:
     """docs/parity.md."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     bounds = ", ".join(f"{precision} {bound:g}" for precision, bound in BOUNDS.items())
     return "\n".join(
         [
             "# Sharded alike",
             "",
             f"`{' '.join(['python benchmarks/parity_grid.py', *sys.argv[1:]])}`, {datetime.date.today()},",
-            f"commit {commit}, on a CPU. A cell trains",
+            f"commit {commit()}, on a CPU. A cell trains",
             f"{STEPS} steps of three micro-batches, once by the engine at that ZeRO stage, precision and number of",
             "workers, once by a plain PyTorch loop in one process: the model in that precision; gradients, optimizer",
             "and masters in fp32; no update where the scaler of fp16 took it back. It shows the largest difference of",

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
+from benchmarks.provenance import commit  # noqa: E402
+
 WORKERS, STEPS, SAVE_EVERY = 2, 40, 10
 MODEL = {"num_layers": 4, "hidden_size": 256, "num_heads": 8}
 SEQ_LEN, EXAMPLES_PER_WORKER = 128, 4
@@ -206,16 +208,13 @@ def page(gaps: dict[str, list[float]], parts: dict[str, list[dict[str, float]]])
     import deepspeed
     import ray
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     stock = statistics.median(gaps["ray train"])
     return "\n".join(
         [
             "# From a killed worker to the next optimizer step",
             "",
             f"`{' '.join(['python benchmarks/recovery.py', *sys.argv[1:]])}`, {datetime.date.today()},",
-            f"commit {commit}, Ray {ray.__version__}, DeepSpeed {deepspeed.__version__}, {os.cpu_count()} CPUs,",
+            f"commit {commit()}, Ray {ray.__version__}, DeepSpeed {deepspeed.__version__}, {os.cpu_count()} CPUs,",
             "two workers, in turns.",
             "",
             "| | median, s | least to most, s | times as fast | steps repeated |",

@@ -30,6 +30,7 @@ import xxhash
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from benchmarks.provenance import commit  # noqa: E402
 from configs.load import RECIPES, load  # noqa: E402
 
 if TYPE_CHECKING:
@@ -267,12 +268,6 @@ def data_of(row: Row, seed: int, work: Path) -> Iterator[tuple[RunRecord, Datase
         yield record, dataset
     finally:
         dataset.close()
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 # --- the page

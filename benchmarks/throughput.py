@@ -15,10 +15,8 @@ They run in turn, in another order each time, each as a process of its own. Step
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.provenance import provenance  # noqa: E402
 
 WARMUP = 3
 BATCHES = 16
@@ -188,11 +187,10 @@ def agree(case: str, losses: dict[str, list[float]]) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     lines = [
         "# Throughput beside other training systems, on a CPU",
         "",
-        f"{datetime.date.today()}, commit {commit.strip()}, {os.cpu_count()} CPU cores ({platform.machine()}), one "
+        f"{provenance()}, one "
         f"worker of {THREADS} threads, fp32. `python benchmarks/throughput.py`. Medians; in brackets the least and the "
         "most. The same model, weights, batches, loss and optimizer; their losses agree. Shardyard with Ray, Arrow, a "
         "row of metrics each step, MLflow and a checkpoint in the middle; the others record and save nothing.",
