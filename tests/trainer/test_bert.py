@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.initialization import materialize
 from trainer.models import bert
@@ -123,3 +124,19 @@ def test_documents_of_a_sequence_do_not_see_each_other_and_see_both_sides() -> N
         changed[0, 10] = ids[0, 10] % (VOCAB - 1) + 1
         differs = (model(changed, document, position) != together).any(-1)[0]
     assert differs[6:].all() and not differs[:6].any()
+
+
+@pytest.mark.parametrize("policy", [True, "selective"])
+def test_activation_checkpointing_changes_no_gradient(policy: bool | str) -> None:
+    tokens = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(4))
+    gradients, flops = [], []
+    for each in (False, policy):
+        model = small(MaskedLogits(VOCAB), dropout=0.2, activation_checkpointing=each).train()
+        torch.manual_seed(5)  # of dropout
+        total = model(tokens).float().logsumexp(-1).sum()
+        with FlopCounterMode(display=False) as counter:
+            total.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        flops.append(counter.get_total_flops())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert (flops[1] > flops[0]) is (policy is True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,7 +118,9 @@ def test_without_logits_it_agrees_with_pytorch_in_double_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_logits_it_is_as_exact_in_low_precision(dtype: torch.dtype) -> None:
+def test_without_logits_it_is_as_exact_in_low_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK_VALUES", 2 * 3000)  # many chunks to be added up
+    monkeypatch.setattr(cross_entropy, "LEAST_ROWS", 1)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 32, generator=generator).to(dtype)
     weight = torch.randn(3000, 32, generator=generator).to(dtype)
@@ -136,6 +140,16 @@ def test_without_logits_it_is_as_exact_in_low_precision(dtype: torch.dtype) -> N
             for found, wanted in zip(inputs, exact, strict=True)
         ]
     assert all(without <= 1.1 * with_ for without, with_ in zip(far["without"], far["with"], strict=True)), far
+
+
+def test_without_logits_the_gradients_of_unlikely_classes_are_no_zeros_in_fp16() -> None:
+    """exp(-16) is about twice the smallest number of fp16, which the loss scale comes too late to raise."""
+    hidden = torch.ones(1, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.full((50, 1), -16.0, dtype=torch.float16)
+    weight[0] = 0.0
+    linear_cross_entropy(hidden, weight.requires_grad_(), None, torch.tensor([0])).mul(2.0**12).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[1:].float(), torch.full((49, 1), 2.0**12 * math.exp(-16)), rtol=0.02, atol=0)
 
 
 def test_no_matrix_of_logits_is_held() -> None:

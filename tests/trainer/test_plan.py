@@ -109,6 +109,25 @@ def test_what_is_named_instead_fits(tmp_path: Path, share: float) -> None:
         assert str(dict(changed[1].plan.config)[section].model_dump()[name]).lower() == value
 
 
+def recomputing(folder: Path, policy: bool | int | str) -> Plan:
+    model = {"name": "gpt", "num_layers": 4, "hidden_size": 32, "num_heads": 2, "activation_checkpointing": policy}
+    return plan_of(folder, model=model, resources={"workers": 1}, batch={"global_batch_size": 1, "micro_batch_size": 1})
+
+
+def test_the_more_is_computed_again_the_longer_a_step_takes(tmp_path: Path) -> None:
+    policies: list[bool | int | str] = [False, "selective", 2, True]
+    without, *others = (at(recomputing(tmp_path, policy), flops=67e5).computed_step_s for policy in policies)
+    assert without < others[0] < others[1] < others[2] == pytest.approx(4 / 3 * without)
+
+
+@pytest.mark.parametrize("policy", ["selective", True])
+def test_no_more_is_computed_again_than_must_be(tmp_path: Path, policy: bool | str) -> None:
+    whole, wanted = (at(recomputing(tmp_path, each)) for each in (False, policy))
+    tight = replace(whole, site=replace(whole.site, memory_bytes=wanted.memory.peak))
+    changed = cheapest_change(tight)
+    assert changed is not None and changed[0] == f"model.activation_checkpointing={str(policy).lower()}"
+
+
 def test_where_nothing_fits_that_is_said(tmp_path: Path) -> None:
     whole = at(plan_of(tmp_path))
     with pytest.raises(UsageError, match="Use a smaller model, or a larger device"):
