@@ -112,19 +112,19 @@ def prepare(case: str, folder: Path) -> Path:
 
 
 def run_product(case: str, folder: Path, name: str) -> dict[str, Any]:
+    from trainer.record import RunRecord
+
     path = folder / f"{name}.json"
     path.write_text(json.dumps(recipe(case, name, folder / "runs")))
     started = time.time()
     call([sys.executable, "-m", "cluster.cli", "train", str(path), "--json"], folder)
-    run = folder / "runs" / name
-    rows = [json.loads(line) for path in sorted((run / "metrics").iterdir()) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row["values"]]
-    events = [json.loads(line) for path in sorted((run / "events").iterdir()) for line in path.read_text().splitlines()]
+    record = RunRecord.open(str(folder / "runs"), name)
+    rows = [row for row in record.metrics_table() if "loss" in row]
     return {
         "started": started,
         "ended": [row["time"] for row in rows],
-        "losses": [row["values"]["loss"] for row in rows],
-        "peak_bytes": max(event["peak_bytes"] for event in events if event["kind"] == "memory"),
+        "losses": [row["loss"] for row in rows],
+        "peak_bytes": max(event["peak_bytes"] for event in record.events() if event["kind"] == "memory"),
     }
 
 
