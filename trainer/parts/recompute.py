@@ -17,8 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 Recompute = bool | Annotated[int, Field(ge=2)] | Literal["selective"]
 
 DESCRIPTION = (
-    "What the backward pass computes again instead of keeping it: true every block but its input, n every n-th block, "
-    "selective all but matrix products and attention; false nothing."
+    "What the backward pass computes again: true all blocks, n every n-th, selective what is no product or attention."
 )
 
 _EXPENSIVE = [  # matrix products, and attention by whichever kernel
